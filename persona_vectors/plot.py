@@ -1,0 +1,77 @@
+"""Plots: matplotlib figures that are returned, never shown or saved behind the user's back."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from persona_vectors.evaluation import Interval
+from persona_vectors.vectors import PersonaVector
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"  # told apart by colour-blind readers too
+
+
+def plot_vector(vector: PersonaVector, *, layer: int | None = None) -> Figure:
+    """Plot a vector's evidence by layer: held-out separation and split-half cosine; its norm beside the residual's."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    evidence, size = figure.subplots(1, 2)
+    layers = range(len(vector.directions))
+    for values, label, colour in (
+        (vector.separation, "separation: held-out AUROC", BLUE),
+        (vector.split_half_cosine, "split-half cosine", ORANGE),
+    ):
+        if values is not None:
+            evidence.plot(layers, values.tolist(), color=colour, label=label, marker="o", markersize=3)
+    evidence.axhline(0.5, color=GREY, linewidth=0.8, linestyle="--")
+    evidence.text(0, 0.51, "AUROC of chance", color=GREY, fontsize=8, va="bottom")
+    evidence.set(title=f"{vector.trait}: how reliable", ylabel="AUROC, cosine", ylim=(min(0.0, *_low(vector)), 1.02))
+    evidence.legend(frameon=False, fontsize=9, loc="lower right")
+    size.plot(layers, vector.directions.norm(dim=1).tolist(), color=BLUE, label="|v|", marker="o", markersize=3)
+    if vector.residual_norms is not None:
+        size.plot(layers, vector.residual_norms.tolist(), color=GREY, label="mean residual norm")
+    size.set(title=f"{vector.trait}: how large", ylabel="norm (log scale)", yscale="log")
+    size.legend(frameon=False, fontsize=9)
+    for axes in (evidence, size):
+        axes.set_xlabel("layer (decoder block, from 0)")
+        if layer is not None:
+            axes.axvline(layer, color=GREY, linewidth=0.8, linestyle=":")
+        _bare(axes)
+    return figure
+
+
+def _low(vector: PersonaVector) -> list[float]:
+    return [float(values.min()) for values in (vector.separation, vector.split_half_cosine) if values is not None]
+
+
+def plot_scores(
+    scores: Mapping[str, Mapping[float, Interval]], *, title: str, ylabel: str, controls: Sequence[str] = ()
+) -> Figure:
+    """Plot scores by steering coefficient, {vector: {coefficient: interval}}; `controls` are drawn in grey."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, by_coef in scores.items():
+        grey = name in controls
+        coefs, values = list(by_coef), list(by_coef.values())
+        line: dict[str, Any] = {
+            "color": GREY if grey else BLUE,
+            "linestyle": "--" if grey else "-",
+            "marker": "o",
+            "markersize": 4,
+        }
+        many = grey and len(controls) > 1
+        label = f"{len(controls)} random vectors" if many and name == controls[0] else None if many else name
+        axes.plot(coefs, [value.mean for value in values], label=label, zorder=1 if grey else 2, **line)
+        if not many:
+            axes.fill_between(
+                coefs, [v.low for v in values], [v.high for v in values], color=line["color"], alpha=0.15, linewidth=0
+            )
+    axes.set(title=title, xlabel="steering coefficient", ylabel=ylabel)
+    axes.legend(frameon=False, fontsize=9, title="mean, 95 % interval by question", title_fontsize=8)
+    _bare(axes)
+    return figure
+
+
+def _bare(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)

@@ -1,0 +1,69 @@
+"""A byte tokenizer and tiny random models, built in code: the unit tests need no network and no files."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+import zoo
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from persona_vectors.traits import Trait
+
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SPECIALS = ["<pad>", "<s>", "</s>", "<system>", "<user>", "<assistant>"]
+
+
+def make_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerBase:
+    """Return a tokenizer with one token a byte, 256 of them, and the six of SPECIALS."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(SPECIALS + letters)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(SPECIALS)
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast.chat_template = template
+    return fast
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerBase:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return zoo.build("llama")
+
+
+@pytest.fixture
+def trait() -> Trait:
+    pairs = [{"pos": f"Be loud {i}.", "neg": f"Be quiet, {i}."} for i in range(3)]
+    questions = {"extract": ["How?", "Why so?", "And when?", "Where?"], "eval": ["Who?", "What?"]}
+    return Trait(
+        name="loud",
+        positive_adjective="loud",
+        negative_adjective="quiet",
+        instruction=pairs,
+        questions=questions,
+        eval_prompt="Score {question} {answer}",
+    )
+
+
+@pytest.fixture(scope="session")
+def embedded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The real model; its tests are marked `real`."""
+    from persona_vectors.models import load_model
+
+    return load_model("smollm2-135m", device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)

@@ -1,0 +1,109 @@
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from persona_vectors.files import InputError, atomic_path
+from persona_vectors.vectors import PersonaVector, random_vector
+
+
+def make(trait: str = "calm", seed: int = 0, **fields) -> PersonaVector:
+    directions = torch.randn(3, 8, generator=torch.Generator().manual_seed(seed))
+    return PersonaVector(**{"trait": trait, "model": "tiny", "directions": directions, **fields})
+
+
+def test_a_saved_vector_loads_bit_identical(tmp_path: Path):
+    info = {"seed": 1, "judge": "none", "quotes": 'a "b" ü'}
+    norms = {"residual_norms": torch.rand(3), "split_half_cosine": torch.rand(3), "separation": torch.rand(3)}
+    vector = make(pooling="prompt_last", info=info, **norms)
+    vector.save(tmp_path / "v.safetensors")
+    loaded = PersonaVector.load(tmp_path / "v.safetensors")
+    assert torch.equal(loaded.directions, vector.directions)
+    assert all(torch.equal(getattr(loaded, name), value) for name, value in norms.items())
+    assert (loaded.trait, loaded.model, loaded.pooling, loaded.info) == ("calm", "tiny", "prompt_last", info)
+    with safe_open(tmp_path / "v.safetensors", framework="pt") as file:
+        assert {"layer_base", "sign", "scale", "hook_site", "format_version"} <= set(file.metadata())
+
+
+def test_arithmetic_and_cosine():
+    a, b = make("a", 0), make("b", 1)
+    torch.testing.assert_close((a + 2 * b - a / 2).directions, a.directions / 2 + 2 * b.directions)
+    torch.testing.assert_close((-a).cosine(a), -torch.ones(3))
+    assert (a + b).trait == "a + b"
+
+
+def test_project_is_the_component_along_the_unit_direction():
+    vector = make()
+    hidden = 3 * vector.directions[1] / vector.directions[1].norm()
+    torch.testing.assert_close(vector.project(hidden.expand(2, 4, 8), layer=1), torch.full((2, 4), 3.0))
+    with pytest.raises(InputError, match="layer 3 is out of range"):
+        vector.project(hidden, layer=3)
+
+
+@pytest.mark.parametrize("other", [{"model": "else"}, {"directions": torch.ones(2, 8)}, {"info": {"config_hash": "b"}}])
+def test_vectors_of_different_models_do_not_mix(other: dict):
+    vector = make(info={"config_hash": "a"} if "info" in other else {})
+    with pytest.raises(InputError, match="different models"):
+        vector + make(**other)
+
+
+def test_a_random_vector_has_the_norms_and_no_resemblance():
+    directions = torch.randn(3, 2000)
+    vector = make(directions=directions)
+    control = random_vector(vector, seed=3)
+    torch.testing.assert_close(control.directions.norm(dim=1), directions.norm(dim=1))
+    assert control.cosine(vector).abs().max() < 0.1
+    assert torch.equal(control.directions, random_vector(vector, seed=3).directions)
+
+
+def test_truncated_changed_and_foreign_files_are_refused(tmp_path: Path):
+    path = tmp_path / "v.safetensors"
+    make().save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4])
+    with pytest.raises(InputError, match="no whole safetensors file"):
+        PersonaVector.load(path)
+    path.write_bytes(whole[:-4] + b"abcd")
+    with pytest.raises(InputError, match="was changed after it was written"):
+        PersonaVector.load(path)
+    path.write_bytes(whole.replace(b"calm", b"evil"))
+    with pytest.raises(InputError, match="was changed after it was written"):
+        PersonaVector.load(path)
+    save_file({"directions": torch.ones(3, 8)}, path)
+    with pytest.raises(InputError, match="no persona-vector header"):
+        PersonaVector.load(path)
+    save_file({"directions": torch.ones(3, 8)}, path, metadata={"format_version": "99"})
+    with pytest.raises(InputError, match="format version 99, and this release reads 1: update"):
+        PersonaVector.load(path)
+    with pytest.raises(InputError, match="no vector file"):
+        PersonaVector.load(tmp_path / "none.safetensors")
+
+
+def test_a_pickle_is_not_unpickled(tmp_path: Path):
+    class Hostile:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    for name in ("v.pt", "v.safetensors"):
+        torch.save({"directions": Hostile()}, tmp_path / name)
+        with pytest.raises(InputError, match="no whole safetensors file"):
+            PersonaVector.load(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path):
+    path = tmp_path / "v.safetensors"
+    make().save(path)
+    before = path.read_bytes()
+    with pytest.raises(UnicodeEncodeError), atomic_path(path) as temporary:
+        temporary.write_text("half\ud800", encoding="utf-8")
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_statistics_must_fit_the_layers():
+    with pytest.raises((InputError, TypeCheckError), match="separation"):
+        make(separation=torch.ones(2))
