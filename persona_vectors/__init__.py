@@ -1,23 +1,40 @@
 """Persona vectors: extract them, steer and monitor with them, flag training data (arXiv 2507.21509)."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for editors and type checkers; at run time a name is imported when it is first asked for
+    from persona_vectors.activations import pool, pool_while_generating
+    from persona_vectors.evaluation import mean_interval, steered_answers
+    from persona_vectors.extraction import extract, extract_from
+    from persona_vectors.files import InputError
+    from persona_vectors.hooks import edit_blocks
+    from persona_vectors.judge import ContrastJudge, LocalJudge, PerplexityJudge, SentimentJudge
+    from persona_vectors.models import chat_prompt, decoder_layers, fold_system_role, generate, load_model
+    from persona_vectors.openai_judge import OpenAIJudge
+    from persona_vectors.plot import plot_scores, plot_vector
+    from persona_vectors.rollouts import Rollout, load_rollouts
+    from persona_vectors.steering import steer
+    from persona_vectors.traits import Trait, list_traits, load_trait
+    from persona_vectors.vectors import PersonaVector, random_vector
 
 _WHERE = {
-    "files": ["InputError"],
-    "traits": ["Trait", "load_trait", "list_traits"],
-    "models": ["load_model", "generate", "decoder_layers", "chat_prompt", "fold_system_role"],
-    "hooks": ["edit_blocks"],
     "activations": ["pool", "pool_while_generating"],
-    "rollouts": ["Rollout", "load_rollouts"],
-    "judge": ["ContrastJudge", "SentimentJudge", "LocalJudge", "PerplexityJudge"],
-    "openai_judge": ["OpenAIJudge"],
-    "vectors": ["PersonaVector", "random_vector"],
+    "evaluation": ["mean_interval", "steered_answers"],
     "extraction": ["extract", "extract_from"],
+    "files": ["InputError"],
+    "hooks": ["edit_blocks"],
+    "judge": ["ContrastJudge", "LocalJudge", "PerplexityJudge", "SentimentJudge"],
+    "models": ["chat_prompt", "decoder_layers", "fold_system_role", "generate", "load_model"],
+    "openai_judge": ["OpenAIJudge"],
+    "plot": ["plot_scores", "plot_vector"],
+    "rollouts": ["Rollout", "load_rollouts"],
     "steering": ["steer"],
+    "traits": ["Trait", "list_traits", "load_trait"],
+    "vectors": ["PersonaVector", "random_vector"],
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
-__all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from persona_vectors.hooks import Tokens, edit_blocks
-from persona_vectors.models import batch_tokens_for, left_pad, length_batches, model_shape
+from persona_vectors.models import Model, batch_tokens_for, left_pad, length_batches, model_shape
 
 POOLINGS = ("response_mean", "prompt_mean", "prompt_last")
 Row = tuple[Sequence[int], Sequence[int]]
@@ -45,7 +45,10 @@ class Pass:
 class _SharedPrefix(DynamicLayer):
     """One layer's keys and values of some prompts, lent to the answers that follow them and never grown."""
 
-    def __init__(self, layer: DynamicLayer, lines: Tensor) -> None:
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, layer: Any, lines: Tensor) -> None:
         super().__init__()
         self.keys, self.values, self.lines = layer.keys, layer.values, lines
         self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
@@ -56,7 +59,7 @@ class _SharedPrefix(DynamicLayer):
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
 
-def _cache_argument(model: nn.Module) -> str | None:
+def _cache_argument(model: Model) -> str | None:
     """Return the name of the decoder's cache argument where answers can share their prompt's cache, else None."""
     parameters = inspect.signature(model.get_decoder().forward).parameters
     name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
@@ -68,7 +71,7 @@ def _cache_argument(model: nn.Module) -> str | None:
 
 
 def forward_passes(
-    model: nn.Module, rows: Sequence[Row], *, batch_tokens: int | None = None, held_back: int = 0
+    model: Model, rows: Sequence[Row], *, batch_tokens: int | None = None, held_back: int = 0
 ) -> Iterator[Pass]:
     """Yield forward passes that together read every row, each shared prompt once; run each before the next.
 
@@ -121,7 +124,7 @@ def _right_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Ten
 
 
 def pool(
-    model: nn.Module,
+    model: Model,
     rows: Sequence[Row],
     *,
     poolings: Sequence[str] = ("response_mean",),
@@ -174,7 +177,7 @@ def _weights(position: Tensor, rows: Sequence[Row], poolings: Sequence[str]) -> 
 class _Running:
     """Sums over the tokens of a batch of answers that is being generated."""
 
-    def __init__(self, model: nn.Module, poolings: Sequence[str], stops: Sequence[int]) -> None:
+    def __init__(self, model: Model, poolings: Sequence[str], stops: Sequence[int]) -> None:
         self.poolings, self.stops, self.layers = poolings, stops, model_shape(model)[0]
         self.means: list[Tensor] = []
         self.norms: list[Tensor] = []
@@ -199,9 +202,9 @@ class _Running:
             self.means, self.norms = [], []
             self.alive = torch.ones(tokens.batch, 1, dtype=torch.bool, device=tokens.device)
             self.count = torch.zeros(tokens.batch, 1, device=tokens.device)
-            real = tokens.select("prompt")
-            assert real is not None
-            last = real & tokens.select("response")
+            real, answering = tokens.select("prompt"), tokens.select("response")
+            assert real is not None and answering is not None
+            last = real & answering
             shares = {"prompt_mean": real / real.sum(dim=1, keepdim=True), "prompt_last": last.float()}
             nothing = torch.zeros_like(shares["prompt_last"])
             self.prompt_weights = torch.stack([shares.get(name, nothing) for name in self.poolings], dim=1)
@@ -219,7 +222,7 @@ class _Running:
 
 @contextmanager
 def pool_while_generating(
-    model: nn.Module, *, stops: Sequence[int], poolings: Sequence[str] = ("response_mean",)
+    model: Model, *, stops: Sequence[int], poolings: Sequence[str] = ("response_mean",)
 ) -> Iterator[Callable[[], Pooled]]:
     """Average the activations of the answers that one cached `generate` call makes inside the `with`.
 

@@ -3,7 +3,6 @@
 import json
 import shlex
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 
 from persona_vectors.files import InputError
 
+JUDGES = "contrast[:PAIRS], sentiment, openai:MODEL, local:MODEL or none"
 app = typer.Typer(
     help="Extract persona vectors from language models, and steer with them (arXiv 2507.21509).",
     no_args_is_help=True,
@@ -31,8 +31,11 @@ MaxNewTokens = Annotated[int, typer.Option(help="most tokens of an answer")]
 
 def _load(name: str, device: str | None, dtype: str | None, device_map: str | None, fold: bool = False) -> Any:
     import torch
+    from transformers.utils import logging
 
     from persona_vectors.models import fold_system_role, load_model
+
+    logging.disable_progress_bar()
 
     kind = getattr(torch, dtype, None) if dtype else None
     if dtype and not isinstance(kind, torch.dtype):
@@ -55,7 +58,7 @@ def extract(
     model: ModelArg,
     trait: Annotated[str, typer.Argument(metavar="TRAIT", help="a shipped trait's name, or a JSON file")],
     out: Annotated[Path | None, typer.Option(help="[default: vectors/MODEL/TRAIT.safetensors]")] = None,
-    judge: Annotated[str | None, typer.Option(help="contrast, sentiment, openai:MODEL, local:MODEL or none")] = None,
+    judge: Annotated[str | None, typer.Option(help=f"{JUDGES} [default: contrast]")] = None,
     samples: Annotated[int, typer.Option(help="answers to each question under each instruction", min=1)] = 10,
     questions: Annotated[int | None, typer.Option(help="use only the first N questions", min=1)] = None,
     max_new_tokens: MaxNewTokens = 1000,
@@ -206,7 +209,8 @@ def demo(
     from persona_vectors.traits import load_trait
 
     loaded_trait = load_trait(trait)
-    result = run_demo(*_load(model, None, None, None), loaded_trait, out=out, controls=controls)
+    loaded, tokenizer = _load(model, None, None, None)
+    result = run_demo(loaded, tokenizer, loaded_trait, out=out, controls=controls)
     table = Table(title=f"{trait} at layer {result.layer}, chosen on the extraction questions; scored on the others")
     for column in ("coef", "VADER [95 %]", "ContrastJudge [95 %]", "an answer"):
         table.add_column(column)
@@ -230,22 +234,19 @@ def demo(
 
 def main() -> None:
     """Run the command line: 0 done, 2 bad input, 130 interrupted, 1 anything else."""
-    _run(app)
-
-
-def _run(command: Callable[..., Any]) -> None:
     try:
-        code = command(standalone_mode=False)
+        code = app(standalone_mode=False)
     except (InputError, OSError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(2)
+        code = 2
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted: the same command goes on where it stopped, if it was given --rollouts", err=True)
-        sys.exit(130)
+        code = 130
     except Exception as error:
         show = getattr(error, "show", None)  # a usage error: typer prints it, and says how to get help
         if show is None:
             raise
         show()
-        sys.exit(getattr(error, "exit_code", 1))
+        code = getattr(error, "exit_code", 1)
+    if code == 130:
+        typer.echo("interrupted: the same command goes on where it stopped, if it was given --rollouts", err=True)
     sys.exit(code or 0)

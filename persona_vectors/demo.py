@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.evaluation import Interval, mean_interval, steered_answers
 from persona_vectors.extraction import extract
 from persona_vectors.files import atomic_path
 from persona_vectors.judge import Answer, ContrastJudge, PerplexityJudge, SentimentJudge, score
+from persona_vectors.models import Model
 from persona_vectors.traits import Trait
 from persona_vectors.vectors import PersonaVector, random_vector
 
@@ -34,7 +35,7 @@ class DemoResult:
 
 
 def choose_layer(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     vector: PersonaVector,
     questions: Sequence[str],
@@ -59,7 +60,7 @@ def choose_layer(
 
 
 def run_demo(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     trait: Trait,
     *,

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from persona_vectors.models import batch_tokens_for, chat_prompt, encode, generate_tokens, length_batches
+from persona_vectors.models import Model, batch_tokens_for, chat_prompt, decode, encode, generate_tokens, length_batches
 from persona_vectors.steering import steer
 from persona_vectors.vectors import PersonaVector
 
@@ -41,7 +41,7 @@ def mean_interval(by_question: Sequence[Sequence[float]], *, seed: int = 0) -> I
 
 
 def steered_answers(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     vector: PersonaVector,
     questions: Sequence[str],
@@ -73,7 +73,7 @@ def steered_answers(
                 seed=seed + number,
             )
         for i, (tokens, _) in zip(batch, rows):
-            answers[i] = tokenizer.decode(tokens, skip_special_tokens=True)
+            answers[i] = decode(tokenizer, tokens)
         if progress:
             progress(len(batch))
     return [answers[i : i + len(questions)] for i in range(0, len(tasks), len(questions))]

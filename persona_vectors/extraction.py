@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.activations import POOLINGS, pool, pool_while_generating
 from persona_vectors.files import InputError
 from persona_vectors.judge import COHERENCE_RUBRIC, Answer, Judge, PerplexityJudge, judge_name, score
-from persona_vectors.models import batch_tokens_for, model_name, model_shape, stop_tokens
+from persona_vectors.models import Model, batch_tokens_for, model_name, model_shape, stop_tokens
 from persona_vectors.rollouts import Rollout, RolloutFile, generate_batch, plan, rollout_batches
 from persona_vectors.traits import Trait
 from persona_vectors.vectors import PersonaVector
@@ -35,7 +35,7 @@ class _Read:
 
 
 def extract(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     trait: Trait,
     *,
@@ -116,7 +116,7 @@ def extract(
 
 
 def extract_from(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     trait: Trait,
     rollouts: Sequence[Rollout],
@@ -145,7 +145,7 @@ def extract_from(
     )
 
 
-def _check(model: PreTrainedModel, pooling: str) -> None:
+def _check(model: Model, pooling: str) -> None:
     if pooling not in POOLINGS:
         raise InputError(f"pooling is {pooling!r}: give one of {', '.join(POOLINGS)}")
     if model.config.is_encoder_decoder:
@@ -153,7 +153,7 @@ def _check(model: PreTrainedModel, pooling: str) -> None:
 
 
 def judge_rollouts(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     trait: Trait,
     judge: Judge | None,
@@ -200,7 +200,7 @@ def _pairs(rollouts: Sequence[Rollout], threshold: float) -> tuple[list[tuple[in
 
 
 def _difference(
-    model: PreTrainedModel,
+    model: Model,
     trait: Trait,
     rollouts: list[Rollout],
     reads: dict[int, _Read],
@@ -265,8 +265,8 @@ def split_half_cosine(
     generator, total = torch.Generator().manual_seed(0), torch.zeros(pos.shape[1])
     for _ in range(splits):
         first = torch.isin(question, torch.randperm(count, generator=generator)[: count // 2])
-        halves = [_mean_difference(pos[mask], neg[mask]) for mask in (first, ~first)]
-        total += torch.nn.functional.cosine_similarity(*halves, dim=1)
+        a, b = (_mean_difference(pos[mask], neg[mask]) for mask in (first, ~first))
+        total += torch.nn.functional.cosine_similarity(a, b, dim=1)
     return total / splits
 
 
@@ -291,7 +291,7 @@ def separation(
     return torch.tensor(sum(areas) / len(areas), dtype=torch.float32)
 
 
-def identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def identity(model: Model, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what tells this model and its template from another: name, revision, and hashes of both."""
     volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "quantization_config")
     config = {key: value for key, value in model.config.to_dict().items() if key not in volatile}

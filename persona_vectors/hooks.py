@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from persona_vectors.files import InputError
-from persona_vectors.models import decoder_layers
+from persona_vectors.models import Model, decoder_layers
 
 POSITIONS = ("all", "prompt", "response")
 
@@ -40,13 +40,14 @@ class Tokens:
 
     def start(self, given: Mapping[str, Any]) -> None:
         """Take in the decoder's arguments at the start of a forward pass."""
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        read = ids if ids is not None else embeds
+        ids: Tensor | None = given.get("input_ids")
+        read: Tensor = ids if ids is not None else given["inputs_embeds"]
         (self.batch, self.width), self.device = read.shape[:2], read.device
         self.input_ids = ids
         mask = given.get("attention_mask")
-        two_dimensional = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= self.width
-        self.mask = mask[:, -self.width :].bool() if two_dimensional else None
+        self.mask = None
+        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= self.width:
+            self.mask = mask[:, -self.width :].bool()
         cache = given.get("cache")
         continues = cache is not None and (cache is self._cache() or _holds_tokens(cache))
         self.decoding = continues and self.width == 1
@@ -120,7 +121,7 @@ def pause_edits() -> Iterator[None]:
 
 
 @contextmanager
-def edit_blocks(model: nn.Module, edits: Mapping[int, Edit]) -> Iterator[Tokens]:
+def edit_blocks(model: Model, edits: Mapping[int, Edit]) -> Iterator[Tokens]:
     """Run `edits[k]` on the raw output of decoder block k in every forward pass inside the `with`.
 
     An edit is given the hidden states [batch, token, hidden] and the pass's `Tokens`; it returns new hidden states, or
@@ -167,7 +168,7 @@ def _block_hook(layer: int, edit: Edit, tokens: Tokens, fired: set[int]) -> Call
     return hook
 
 
-def _follow_tokens(model: nn.Module, tokens: Tokens) -> Iterator[Any]:
+def _follow_tokens(model: Model, tokens: Tokens) -> Iterator[Any]:
     """Hook the decoder, and the modules around it, so that `tokens` knows what each forward pass reads.
 
     A module around the decoder may turn a 2-D attention mask into another form, so the outermost one's counts.

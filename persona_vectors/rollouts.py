@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.files import InputError, atomic_path
-from persona_vectors.models import chat_prompt, encode, encode_answer, generate_tokens, length_batches
+from persona_vectors.models import Model, chat_prompt, decode, encode, encode_answer, generate_tokens, length_batches
 from persona_vectors.traits import Trait
 
 FORMAT = 1
@@ -56,7 +56,7 @@ def plan(
         for side in ("pos", "neg"):
             for question in chosen:
                 prompt = chat_prompt(tokenizer, question, system=trait.system_prompt(side, pair))
-                shared = {"side": side, "pair": pair, "question": question, "prompt": prompt}
+                shared: dict[str, Any] = {"side": side, "pair": pair, "question": question, "prompt": prompt}
                 shared["prompt_ids"] = tuple(encode(tokenizer, prompt))
                 tasks += [{**shared, "sample": sample} for sample in range(samples)]
     return tasks
@@ -68,7 +68,7 @@ def rollout_batches(tasks: Sequence[dict[str, Any]], *, max_new_tokens: int, bat
 
 
 def generate_batch(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[dict[str, Any]],
     *,
@@ -93,7 +93,7 @@ def generate_batch(
     return [
         Rollout(
             **task,
-            answer=tokenizer.decode(ids[:max_new_tokens], skip_special_tokens=True),
+            answer=decode(tokenizer, ids[:max_new_tokens]),
             answer_ids=tuple(ids[:max_new_tokens]),
             finished=ended,
         )

@@ -4,17 +4,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from persona_vectors.files import InputError
 from persona_vectors.hooks import POSITIONS, Edit, Tokens, edit_blocks
-from persona_vectors.models import model_shape
+from persona_vectors.models import Model, model_shape
 from persona_vectors.vectors import PersonaVector
 
 
 @contextmanager
 def steer(
-    model: nn.Module,
+    model: Model,
     vector: PersonaVector,
     *,
     layer: int | Sequence[int] | str,

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 model=${1:-smollm2-135m}
 shift || true
-[ $# -gt 0 ] || set -- --samples 1 --max-new-tokens 48
+[ $# -gt 0 ] || set -- --samples 1 --max-new-tokens 48 --judge contrast:2
 command=persona-vectors
 [ ! -x .venv/bin/persona-vectors ] || command=.venv/bin/persona-vectors
 for trait in $($command traits | cut -d' ' -f1); do

@@ -119,9 +119,10 @@ def test_judges_by_name(model, tokenizer, trait):
     def load(name: str):
         return model, tokenizer
 
+    assert make_judge("contrast:2", model, tokenizer, trait, load).pairs == 2
     assert make_judge("none", model, tokenizer, trait, load) is None
     assert isinstance(make_judge("local:x", model, tokenizer, trait, load), LocalJudge)
-    with pytest.raises(InputError, match="no judge 'gpt': give contrast, sentiment, openai:MODEL, local:MODEL or none"):
+    with pytest.raises(InputError, match="no judge 'gpt': give contrast"):
         make_judge("gpt", model, tokenizer, trait, load)
 
 

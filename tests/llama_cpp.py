@@ -1,0 +1,87 @@
+"""llama.cpp through ctypes: xllamacpp's Python API has no control vectors, but its library exports llama.cpp's own.
+
+The structs that pass by value go as blobs larger than they are: their fields are never looked at here.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+_LOAD_CONTROL_VECTOR = "_Z26common_control_vector_loadRKSt6vectorI31common_control_vector_load_infoSaIS0_EE"
+
+
+class _Blob(ctypes.Structure):
+    _fields_ = [("bytes", ctypes.c_char * 1024)]
+
+
+class _Info(ctypes.Structure):
+    """common_control_vector_load_info: a strength, and a std::string that is one pointer (manylinux2014's ABI)."""
+
+    _fields_ = [("strength", ctypes.c_float), ("name", ctypes.c_char_p)]
+
+
+class _Vector(ctypes.Structure):
+    _fields_ = [("begin", ctypes.c_void_p), ("end", ctypes.c_void_p), ("capacity", ctypes.c_void_p)]
+
+
+class _ControlVector(ctypes.Structure):
+    """common_control_vector_data."""
+
+    _fields_ = [("hidden", ctypes.c_int), ("data", _Vector)]
+
+
+class LlamaCpp:
+    """A GGUF model that reads tokens under a control vector."""
+
+    def __init__(self, model: Path) -> None:
+        package = pytest.importorskip("xllamacpp")
+        self._lib = ctypes.CDLL(str(next(Path(package.__file__).parent.glob("xllamacpp*.so"))))
+        pointer, number = ctypes.c_void_p, ctypes.c_int
+        self._quiet = ctypes.CFUNCTYPE(None, number, ctypes.c_char_p, pointer)(lambda *_: None)
+        self._lib.llama_log_set(self._quiet, None)
+        self._model = self._call("llama_model_load_from_file", pointer, str(model).encode(), self._defaults("model"))
+        self._vocabulary = self._call("llama_vocab_n_tokens", number, self._get("llama_model_get_vocab", self._model))
+
+    def logits(self, tokens: Sequence[int], control: Path | None = None, layer: int = 0) -> np.ndarray:
+        """Return the last token's logits, with the control vector's direction of one block added to its output."""
+        context = self._call("llama_init_from_model", ctypes.c_void_p, self._model, self._defaults("context"))
+        if control:
+            self._apply(context, control, layer)
+        ids = (ctypes.c_int * len(tokens))(*tokens)
+        batch = self._call("llama_batch_get_one", _Blob, ctypes.byref(ids), len(tokens))
+        assert self._call("llama_decode", ctypes.c_int, ctypes.c_void_p(context), batch) == 0
+        row = self._call("llama_get_logits_ith", ctypes.POINTER(ctypes.c_float), ctypes.c_void_p(context), -1)
+        copied = np.ctypeslib.as_array(row, (self._vocabulary,)).copy()
+        self._call("llama_free", None, ctypes.c_void_p(context))
+        return copied
+
+    def accepts(self, control: Path) -> bool:
+        """Say whether llama.cpp's own loader reads the control vector."""
+        return self._load(control).hidden > 0
+
+    def _load(self, control: Path) -> _ControlVector:
+        info, loaded = _Info(1.0, str(control).encode()), _ControlVector()
+        start = ctypes.addressof(info)
+        infos = _Vector(start, start + ctypes.sizeof(info), start + ctypes.sizeof(info))
+        self._call(_LOAD_CONTROL_VECTOR, ctypes.c_void_p, ctypes.byref(loaded), ctypes.byref(infos))
+        return loaded
+
+    def _apply(self, context: int, control: Path, layer: int) -> None:
+        loaded = self._load(control)
+        size = ((loaded.data.end or 0) - (loaded.data.begin or 0)) // ctypes.sizeof(ctypes.c_float)
+        pointers = ctypes.c_void_p(context), ctypes.c_void_p(loaded.data.begin), ctypes.c_size_t(size)
+        assert self._call("llama_set_adapter_cvec", ctypes.c_int, *pointers, loaded.hidden, layer, layer) == 0
+
+    def _call(self, name, result, *arguments):
+        function = self._lib[name]
+        function.restype = result
+        return function(*(ctypes.c_void_p(a) if isinstance(a, int) and a > 2**31 else a for a in arguments))
+
+    def _get(self, name: str, pointer: int) -> int:
+        return self._call(name, ctypes.c_void_p, ctypes.c_void_p(pointer))
+
+    def _defaults(self, kind: str) -> _Blob:
+        return self._call(f"llama_{kind}_default_params", _Blob)

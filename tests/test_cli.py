@@ -1,0 +1,184 @@
+import contextlib
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from test_models import save_tiny
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from persona_vectors.cli import app, main
+from persona_vectors.vectors import PersonaVector
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = sorted(get_command(app).commands)
+SMALL = ["--judge", "none", "--samples", "1", "--max-new-tokens", "4", "--device", "cpu"]
+
+
+def run(*arguments: object, code: int = 0) -> tuple[str, str]:
+    """Run the command line in this process; return what it wrote to standard output and standard error."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = [str(argument) for argument in arguments]
+    with (
+        mock.patch.object(sys, "argv", ["persona-vectors", *argv]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as stop,
+    ):
+        main()
+    assert stop.value.code == code, err.getvalue()
+    return out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    return save_tiny(tmp_path / "tiny")
+
+
+@pytest.fixture
+def trait_file(trait, tmp_path) -> Path:
+    trait.save(tmp_path / "loud.json")
+    return tmp_path / "loud.json"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_stands_in_the_readme(command: str):
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0 and "Usage" in result.output
+    assert f"persona-vectors {command}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_extract_info_and_steer(tiny, trait_file, tmp_path):
+    out = tmp_path / "v.safetensors"
+    printed, _ = run("extract", tiny, trait_file, *SMALL, "--out", out)
+    assert "3 layers x 32, 12 answer pairs" in printed
+    vector = PersonaVector.load(out)
+    assert vector.info["command"].startswith("persona-vectors extract tiny loud.json --judge none")
+    assert str(tmp_path) not in json.dumps(dict(vector.info))
+    printed, _ = run("info", out, "--plot", tmp_path / "v.png")
+    assert "separation" in printed and "seed: 0" in printed
+    assert (tmp_path / "v.png").stat().st_size > 10_000
+    printed, _ = run("steer", tiny, out, "--layer", 1, "--coef", -1, "--coef", 1, "--prompt", "Hi", "--device", "cpu")
+    assert "coef -1 | Hi" in printed and "coef +1 | Hi" in printed
+    printed, _ = run("steer", tiny, out, "--layer", "all", "--dose", 0.1, "--prompt", "Hi", "--device", "cpu")
+    assert "dose +0.1 | Hi" in printed
+
+
+def test_traits_lists_the_shipped_ones():
+    assert [line.split()[0] for line in run("traits")[0].splitlines()][:2] == ["apathetic", "evil"]
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tiny, trait_file, tmp_path):
+    vector = tmp_path / "v.safetensors"
+    run("extract", tiny, trait_file, *SMALL, "--out", vector)
+    (tmp_path / "bad.json").write_text('{"instruction": []}')
+    (tmp_path / "bad.csv").write_text("question,answer\n")
+    (tmp_path / "code.pt").write_bytes(b"\x80\x04cposix\nsystem\n(S'true'\ntR.")
+    other = tmp_path / "other.safetensors"
+    PersonaVector("t", "m", torch.ones(3, 16)).save(other)
+    out = tmp_path / "out.safetensors"
+    steer = ["steer", tiny, vector, "--prompt", "Hi", "--device", "cpu"]
+    cases: list[tuple[list, str]] = [
+        (["extract", tiny, "optimist", "--out", out], "no trait 'optimist'"),
+        (["extract", "no/model", trait_file, "--out", out], "cannot load model 'no/model'"),
+        (["extract", tiny, tmp_path / "bad.json", "--out", out], "field instruction"),
+        (["extract", tiny, trait_file, "--from", *[tmp_path / "bad.csv"] * 2, "--out", out], "lacks the column prompt"),
+        (["extract", tiny, trait_file, *SMALL, "--judge", "gpt", "--out", out], "no judge 'gpt'"),
+        (["extract", tiny, trait_file, *SMALL, "--pooling", "max", "--out", out], "give one of response_mean"),
+        (["extract", tiny, trait_file, *SMALL, "--dtype", "float7", "--out", out], "no dtype 'float7'"),
+        (["extract", tiny, trait_file, *SMALL, "--questions", 1, "--out", out], "only 3 answer pairs"),
+        ([*steer, "--layer", 9, "--coef", 1], "layer 9 is out of range"),
+        ([*steer, "--layer", "x", "--coef", 1], "give a number, several numbers, or all"),
+        ([*steer, "--layer", 1], "give either --coef"),
+        (["steer", tiny, other, "--prompt", "Hi", "--layer", 1, "--coef", 1], "does not fit a model of 3 layers x 32"),
+        (["info", tmp_path / "none.safetensors"], "no vector file"),
+        (["info", tmp_path / "code.pt"], "no whole safetensors file"),
+    ]
+    before = set(tmp_path.rglob("*"))
+    for arguments, message in cases:
+        printed, error = run(*arguments, code=2)
+        *bars, line, end = error.replace("\r", "\n").split("\n")
+        assert line.startswith("error: ") and message in line, (arguments, error)
+        assert not end and not printed and not any(bar.strip() and "it" not in bar and "/" not in bar for bar in bars)
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_usage_errors_exit_with_2():
+    assert "Missing argument" in run("extract", code=2)[1]
+    assert "No such command" in run("extrakt", code=2)[1]
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-c", "from persona_vectors.cli import main; main()", *map(str, arguments)]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+
+
+def test_a_killed_run_goes_on_and_loses_and_doubles_nothing(tiny, trait_file, tmp_path):
+    def extract(name: str) -> list[str]:
+        options = [*SMALL, "--samples", 8, "--max-new-tokens", 12, "--batch-tokens", 200]
+        paths = ["--rollouts", tmp_path / f"{name}.jsonl", "--out", tmp_path / f"{name}.safetensors"]
+        return command("extract", tiny, trait_file, *options, *paths)
+
+    subprocess.run(extract("whole"), env=ENVIRONMENT, check=True, capture_output=True)
+    kills = 0
+    for lines in (20, 90):
+        process = subprocess.Popen(
+            extract("killed"), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        path = tmp_path / "killed.jsonl"
+        while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < lines):
+            time.sleep(0.005)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+    assert kills == 2
+    assert b"\n" in path.read_bytes() and path.read_bytes() != (tmp_path / "whole.jsonl").read_bytes()
+    subprocess.run(extract("killed"), env=ENVIRONMENT, check=True, capture_output=True)
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    whole, killed = (PersonaVector.load(tmp_path / f"{name}.safetensors") for name in ("whole", "killed"))
+    torch.testing.assert_close(whole.directions, killed.directions, rtol=1e-3, atol=1e-5)
+
+
+def test_an_interrupt_exits_with_130(tiny, trait_file, tmp_path):
+    path = tmp_path / "r.jsonl"
+    options = [*SMALL, "--samples", 50, "--max-new-tokens", 50, "--batch-tokens", 200, "--rollouts", path]
+    process = subprocess.Popen(command("extract", tiny, trait_file, *options), env=ENVIRONMENT, stderr=subprocess.PIPE)
+    while not path.exists() or path.read_bytes().count(b"\n") < 5:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"interrupted: the same command goes on" in error.splitlines()[-1]
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(tiny, trait_file, tmp_path):
+    out = tmp_path / "v.safetensors"
+
+    def small_disk() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+
+    arguments = command("extract", tiny, trait_file, *SMALL, "--out", out, "--rollouts", tmp_path / "r.jsonl")
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, preexec_fn=small_disk, check=False)
+    assert done.returncode == 2
+    assert done.stderr.decode().strip().splitlines()[-1].startswith("error: ")
+    assert not out.exists() and not list(tmp_path.glob(".*"))
+
+
+def test_importing_the_package_is_light():
+    heavy = ("matplotlib", "openai", "trl", "peft", "datasets", "ray", "torch", "transformers")
+    code = f"import persona_vectors, sys; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,79 @@
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_hooks import random_direction
+
+from persona_vectors.demo import choose_layer, run_demo
+from persona_vectors.evaluation import mean_interval, steered_answers
+from persona_vectors.models import generate
+from persona_vectors.plot import plot_scores, plot_vector
+from persona_vectors.steering import steer
+from persona_vectors.vectors import PersonaVector
+
+
+def test_the_interval_is_clustered_by_question():
+    """Repeating each question's answers ten times adds no information, so the interval stays as it was."""
+    values = np.random.default_rng(0).normal(size=20)
+    once, often = (mean_interval([[v] * n for v in values]) for n in (1, 10))
+    assert once == pytest.approx(often)
+    assert once.mean == pytest.approx(values.mean())
+    assert once.low < once.mean < once.high
+    half_width = 1.96 * values.std(ddof=1) / math.sqrt(20)
+    assert once.high - once.mean == pytest.approx(half_width, rel=0.2)
+
+
+def test_the_interval_leaves_out_nan_and_says_when_it_knows_nothing():
+    assert mean_interval([[1.0, math.nan], [math.nan], [3.0]]).mean == 2
+    assert math.isnan(mean_interval([[1.0]]).low)
+    assert math.isnan(mean_interval([]).mean)
+    assert mean_interval([[2.0], [2.0]]) == (2, 2, 2)
+
+
+def test_coefficients_share_a_batch_and_do_not_mix(model, tokenizer):
+    vector, questions = random_direction(model), ["One?", "And two?", "Three?"]
+    greedy = {"max_new_tokens": 5, "temperature": 0.0}
+    found = steered_answers(model, tokenizer, vector, questions, layer=1, coefs=[-9.0, 0.0, 9.0], **greedy)
+    for coef, answers in zip([-9.0, 0.0, 9.0], found):
+        with steer(model, vector, layer=1, coef=coef):
+            assert answers == generate(model, tokenizer, questions, **greedy)
+    assert found[0] != found[2]
+
+
+def test_the_demo_runs_on_any_model_and_writes_what_it_says(model, tokenizer, trait, tmp_path, monkeypatch):
+    known = replace(random_direction(model), trait="loud")
+    monkeypatch.setattr("persona_vectors.demo.extract", lambda *_, **__: known)
+    result = run_demo(model, tokenizer, trait, out=tmp_path, controls=2, max_new_tokens=4)
+    assert list(result.sentiment) == ["loud", "random 0", "random 1"]
+    assert set(result.contrast) == set(result.examples) == {-2, -1, 0, 1, 2}
+    assert {path.name for path in tmp_path.iterdir()} == {"loud.safetensors", "vector.png", "steering.png"}
+
+
+def test_the_layer_is_chosen_on_the_questions_given(model, tokenizer, monkeypatch):
+    asked = []
+
+    def answers(_model, _tokenizer, _vector, questions, *, layer, coefs, **_):
+        asked.append(tuple(questions))
+        return [["bad"] * 2, ["good love" if layer == 2 else "bad"] * 2]
+
+    monkeypatch.setattr("persona_vectors.demo.steered_answers", answers)
+    monkeypatch.setattr("persona_vectors.demo.score", lambda judge, answers, rubric: [90.0] * len(answers))
+    layer, effects = choose_layer(
+        model, tokenizer, random_direction(model), ["a?", "b?"], layers=[0, 1, 2], coef=2, max_new_tokens=3
+    )
+    assert layer == 2 and effects[0] == effects[1] == 0
+    assert set(asked) == {("a?", "b?")}
+
+
+def test_plots_draw_what_is_known(model):
+    vector = random_direction(model)
+    evidence = {"separation": torch.tensor([0.5, 0.9, 0.8]), "split_half_cosine": torch.tensor([-0.1, 0.5, 0.7])}
+    known = PersonaVector("t", "m", vector.directions, torch.ones(3), **evidence)
+    for each in (vector, known):
+        assert len(plot_vector(each, layer=1).axes) == 2
+    interval = mean_interval([[0.1], [0.3]])
+    scores = {"t": {-1.0: interval, 1.0: interval}, "r0": {-1.0: interval, 1.0: interval}}
+    figure = plot_scores(scores, title="x", ylabel="y", controls=["r0"])
+    assert [line.get_label() for line in figure.axes[0].lines] == ["t", "r0"]

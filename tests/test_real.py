@@ -1,0 +1,99 @@
+"""The embedded model: what the tiny random ones cannot show."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import persona_vectors as pv
+from persona_vectors.evaluation import steered_answers
+from persona_vectors.models import chat_prompt, encode
+from persona_vectors.rollouts import load_rollouts
+
+pytestmark = pytest.mark.real
+VECTORS = Path(__file__).parent.parent / "vectors" / "smollm2-135m"
+QUESTIONS = pv.load_trait("optimistic").questions
+
+
+def optimistic() -> pv.PersonaVector:
+    return pv.PersonaVector.load(VECTORS / "optimistic.safetensors")
+
+
+@pytest.mark.parametrize("name", pv.list_traits())
+def test_shipped_vectors_fit_and_say_how_they_were_made(name: str, embedded):
+    vector = pv.PersonaVector.load(VECTORS / f"{name}.safetensors")
+    vector.check_fits(30, 576)
+    assert vector.model == "smollm2-135m"
+    assert vector.separation is not None and vector.split_half_cosine is not None
+    assert vector.info["command"].startswith(f"persona-vectors extract smollm2-135m {name}")
+    assert vector.info["pairs_kept"] >= 10
+
+
+def test_steering_moves_an_outside_opinion_more_than_a_random_vector(embedded):
+    judge = pv.SentimentJudge()
+
+    def effect(vector: pv.PersonaVector) -> float:
+        low, high = steered_answers(
+            *embedded, vector, QUESTIONS.eval, layer=13, coefs=[-2, 2], max_new_tokens=32, seed=5
+        )
+        return sum(judge.compound(b) - judge.compound(a) for a, b in zip(low, high)) / len(low)
+
+    own, control = effect(optimistic()), effect(pv.random_vector(optimistic(), seed=0))
+    assert own > 0.35
+    assert own > control + 0.2
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "response"])
+def test_steered_text_is_the_same_with_and_without_a_cache(embedded, positions: str):
+    model, tokenizer = embedded
+    prompts = [encode(tokenizer, chat_prompt(tokenizer, question)) for question in QUESTIONS.eval[:3]]
+    texts = []
+    for use_cache in (True, False):
+        with pv.steer(model, optimistic(), layer=14, coef=2.0, positions=positions):
+            options = {"max_new_tokens": 10, "temperature": 0.0, "use_cache": use_cache}
+            texts.append(pv.models.generate_tokens(model, tokenizer, prompts, **options))
+    assert texts[0] == texts[1]
+
+
+def test_official_rollouts_give_the_official_vector(embedded, tmp_path):
+    """`extract --from` against one text at a time with all hidden states: the paper's own numbers."""
+    model, tokenizer = embedded
+    trait = pv.load_trait("optimistic")
+    texts = {"pos": "What a bright and hopeful day it will be", "neg": "Nothing good ever comes of such a plan"}
+    sums: dict[str, list[torch.Tensor]] = {"pos": [], "neg": []}
+    loaded = []
+    for side, text in texts.items():
+        path = tmp_path / f"{side}.csv"
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["question", "prompt", "answer", "question_id", "optimistic", "coherence"])
+            for i, question in enumerate(trait.questions.extract[:10]):
+                prompt = chat_prompt(tokenizer, question, system=trait.system_prompt(side, i % 5))
+                answer = f"{text}.\n\nNumber {i}, " + "and so on " * i
+                writer.writerow([question, prompt, answer, i, 90 if side == "pos" else 5, 95])
+                n = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+                ids = tokenizer(prompt + answer, add_special_tokens=False, return_tensors="pt").input_ids
+                with torch.no_grad():
+                    states = torch.stack(model(input_ids=ids, output_hidden_states=True).hidden_states)[:, 0]
+                pooled = [states[:, n:].mean(1), states[:, :n].mean(1), states[:, n - 1]]
+                sums[side].append(torch.stack(pooled))
+        loaded += load_rollouts(path, side=side, trait=trait, tokenizer=tokenizer)
+    reference = torch.stack(sums["pos"]).mean(0) - torch.stack(sums["neg"]).mean(0)
+    for row, pooling in zip(reference, ["response_mean", "prompt_mean", "prompt_last"]):
+        found = pv.extract_from(model, tokenizer, trait, loaded, pooling=pooling).directions[:-1]
+        expected = row[1:-1]
+        assert torch.nn.functional.cosine_similarity(found, expected, dim=1).min() >= 0.9999
+        assert ((found.norm(dim=1) / expected.norm(dim=1)) - 1).abs().max() < 0.01
+
+
+def test_extraction_while_generating_equals_the_second_pass(embedded, tmp_path):
+    model, tokenizer = embedded
+    trait, path = pv.load_trait("humorous"), tmp_path / "r.jsonl"
+    options = {"judge": None, "samples": 2, "questions": 2, "max_new_tokens": 12}
+    direct = pv.extract(model, tokenizer, trait, rollouts=path, **options)
+    ready = [r for side in ("pos", "neg") for r in load_rollouts(path, side=side, trait=trait, tokenizer=tokenizer)]
+    second = pv.extract_from(model, tokenizer, trait, ready)
+    torch.testing.assert_close(direct.directions, second.directions, rtol=1e-3, atol=2e-3)
+    assert json.loads(path.read_text().splitlines()[0])["model"] == "smollm2-135m"
