@@ -9,6 +9,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.extraction import extract, extract_from
     from persona_vectors.files import InputError
     from persona_vectors.hooks import edit_blocks
+    from persona_vectors.interop import export_vector, import_vector
     from persona_vectors.judge import ContrastJudge, LocalJudge, PerplexityJudge, SentimentJudge
     from persona_vectors.models import chat_prompt, decoder_layers, fold_system_role, generate, load_model
     from persona_vectors.openai_judge import OpenAIJudge
@@ -24,6 +25,7 @@ _WHERE = {
     "extraction": ["extract", "extract_from"],
     "files": ["InputError"],
     "hooks": ["edit_blocks"],
+    "interop": ["export_vector", "import_vector"],
     "judge": ["ContrastJudge", "LocalJudge", "PerplexityJudge", "SentimentJudge"],
     "models": ["chat_prompt", "decoder_layers", "fold_system_role", "generate", "load_model"],
     "openai_judge": ["OpenAIJudge"],

@@ -98,6 +98,7 @@ def forward_passes(
             yield _pass(ids, prefix_mask, prefix_mask, [prefixes[key] for key in chosen], {cache_name: cache}, False)
             layers = cache.layers
         members = [(line, row) for line, key in enumerate(chosen) for row in prefixes[key]]
+        members = [(line, row) for line, row in members if len(rows[row][0]) + len(rows[row][1]) > len(chosen[line])]
         rest = [[*rows[row][0], *rows[row][1]][len(chosen[line]) :] for line, row in members]
         for batch in length_batches(rest, 0, budget):
             ids, mask = _right_pad([rest[i] for i in batch], device)
@@ -112,9 +113,9 @@ def forward_passes(
 
 def _pass(ids: Tensor, mask: Tensor, whole: Tensor, rows: list[list[int]], cache: dict, answers: bool) -> Pass:
     position = (whole.cumsum(dim=1) - 1)[:, -ids.shape[1] :]
-    inputs = {"input_ids": ids, "attention_mask": whole, "use_cache": bool(cache), **cache}
-    if cache:  # without one the padding is on the right, and every model counts right by itself
-        inputs["position_ids"] = position.clamp(min=0)
+    inputs = {"input_ids": ids, "use_cache": bool(cache), **cache}
+    if cache:  # without one the padding is on the right, where no token sees it, and no mask is the faster way
+        inputs |= {"attention_mask": whole, "position_ids": position.clamp(min=0)}
     return Pass(inputs, rows, position.masked_fill(mask == 0, -1), answers)
 
 

@@ -12,6 +12,7 @@ import typer
 
 from persona_vectors.files import InputError
 
+FORMATS = "official, assistant-axis, assistant-axis-capping, steering-vectors, lm-eval, gguf or safetensors"
 JUDGES = "contrast[:PAIRS], sentiment, openai:MODEL, local:MODEL or none"
 app = typer.Typer(
     help="Extract persona vectors from language models, and steer with them (arXiv 2507.21509).",
@@ -116,29 +117,48 @@ def extract(
 
 @app.command()
 def info(
-    vector: Annotated[Path, typer.Argument(metavar="VECTOR", help="a .safetensors file")],
-    plot: Annotated[Path | None, typer.Option(help="write a plot of the evidence by layer to this PNG")] = None,
+    vectors: Annotated[list[Path], typer.Argument(metavar="VECTOR...", help="one or more .safetensors files")],
+    plot: Annotated[Path | None, typer.Option(help="write one vector's evidence by layer to this PNG")] = None,
 ) -> None:
-    """Show what a vector file says: how it was made, and how reliable it is at each layer."""
+    """Show what a vector file says: how it was made, and how reliable it is at each layer; or compare several files."""
     from persona_vectors.files import atomic_path
     from persona_vectors.vectors import PersonaVector
 
-    loaded = PersonaVector.load(vector)
-    typer.echo(repr(loaded))
-    typer.echo(f"pooling: {loaded.pooling}")
-    for key, value in loaded.info.items():
+    loaded = [PersonaVector.load(path) for path in vectors]
+    if plot and len(loaded) > 1:
+        raise InputError(f"--plot draws one vector, and {len(loaded)} were given: give one")
+    if len(loaded) > 1:
+        typer.echo("trait           pairs  layer of best separation  separation  split-half  |v|/residual")
+        for vector in loaded:
+            _echo_summary(vector)
+        return
+    vector = loaded[0]
+    typer.echo(repr(vector))
+    typer.echo(f"pooling: {vector.pooling}")
+    for key, value in vector.info.items():
         typer.echo(f"{key}: {json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value}")
     typer.echo("\nlayer    |v|  residual  split-half  separation")
-    columns = [loaded.directions.norm(dim=1), loaded.residual_norms, loaded.split_half_cosine, loaded.separation]
-    for layer in range(len(loaded.directions)):
+    columns = [vector.directions.norm(dim=1), vector.residual_norms, vector.split_half_cosine, vector.separation]
+    for layer in range(len(vector.directions)):
         norm, residual, half, auroc = ("?" if c is None else f"{c[layer]:.2f}" for c in columns)
         typer.echo(f"{layer:5} {norm:>6} {residual:>9} {half:>11} {auroc:>11}")
     if plot:
         from persona_vectors.plot import plot_vector
 
         with atomic_path(plot) as temporary:
-            plot_vector(loaded).savefig(temporary, dpi=150)
+            plot_vector(vector).savefig(temporary, dpi=150)
         typer.echo(f"plot -> {plot}")
+
+
+def _echo_summary(vector: Any) -> None:
+    """Print one line about a vector, at the layer where it separates best."""
+    known = vector.separation is not None
+    layer = int(vector.separation.argmax()) if known else 0
+    ratio = None if vector.residual_norms is None else vector.directions.norm(dim=1) / vector.residual_norms
+    values = [vector.separation, vector.split_half_cosine, ratio]
+    auroc, half, relative = ("?" if value is None or not known else f"{value[layer]:.2f}" for value in values)
+    pairs = vector.info.get("pairs_kept", "?")
+    typer.echo(f"{vector.trait:14} {pairs:>6}  {layer if known else '?':>24}  {auroc:>10}  {half:>10}  {relative:>12}")
 
 
 @app.command()
@@ -192,6 +212,48 @@ def steer(
         for question, answer in zip(prompt, answers):
             typer.secho(f"{name} {strength:+g} | {question}", bold=True)
             typer.echo(f"{answer.strip()}\n")
+
+
+@app.command(name="import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="another tool's vector file")],
+    model: Annotated[str, typer.Option(help="the Hub id or name of the model that it is for")],
+    trait: Annotated[str, typer.Option(help="the trait's name")],
+    out: Annotated[Path, typer.Option(help="the .safetensors file to write")],
+    format: Annotated[str | None, typer.Option(help=f"{FORMATS} [default: what the file looks like]")] = None,
+    layers: Annotated[int | None, typer.Option(help="the model's decoder blocks, where the file has fewer")] = None,
+    experiment: Annotated[str | None, typer.Option(help="the id of one experiment in a capping config")] = None,
+) -> None:
+    """Convert another tool's vector file to ours, with its conventions made ours.
+
+    Example: persona-vectors import evil_response_avg_diff.pt --model my-org/my-7b --trait evil --out evil.safetensors
+    """
+    from persona_vectors.interop import import_vector
+
+    vector = import_vector(file, model=model, trait=trait, format=format, layers=layers, experiment=experiment)
+    vector.save(out)
+    typer.echo(f"{vector!r} -> {out}")
+    for key, value in vector.info.items():
+        typer.echo(f"{key}: {value}")
+
+
+@app.command()
+def export(
+    vector: Annotated[Path, typer.Argument(metavar="VECTOR", help="a .safetensors file of ours")],
+    format: Annotated[str, typer.Option(help=FORMATS)],
+    out: Annotated[Path, typer.Option(help="the file to write")],
+    layer: Annotated[int | None, typer.Option(help="one block alone [default: all of them]")] = None,
+    hookpoint: Annotated[str, typer.Option(help="for lm-eval: a block's path in the model")] = "layers.{layer}",
+) -> None:
+    """Write a vector in another tool's format, and say what that format cannot hold.
+
+    Example: persona-vectors export optimistic.safetensors --format gguf --layer 13 --out optimistic.gguf
+    """
+    from persona_vectors.interop import export_vector
+    from persona_vectors.vectors import PersonaVector
+
+    lost = export_vector(PersonaVector.load(vector), out, format=format, layer=layer, hookpoint=hookpoint)
+    typer.echo("\n".join([f"{format} -> {out}", *lost]))
 
 
 @app.command()

@@ -67,13 +67,16 @@ def run_demo(
     out: str | Path = "runs/demo",
     controls: int = 1,
     samples: int = 1,
-    eval_samples: int = 2,
-    max_new_tokens: int = 40,
+    eval_samples: int = 3,
+    extract_tokens: int = 32,
+    max_new_tokens: int = 48,
 ) -> DemoResult:
     """Extract the trait's vector, choose a layer on the extraction questions, and steer on the evaluation questions.
 
-    `controls` random vectors of the same norm are steered with beside it. Writes the vector, the rollouts and two plots
-    to `out`; a second run reads the rollouts again. The score is VADER's, so the trait should be one of valence.
+    `controls` random vectors of the same norm are steered with beside it, at the lowest and highest coefficient.
+    Answers have `extract_tokens` tokens where the vector and its layer are made, and `max_new_tokens` where they are
+    scored. The score is VADER's, so the trait should be one of valence. Writes the vector, the rollouts and two plots
+    to `out`; a second run goes on from the rollouts there.
     """
     from persona_vectors.plot import plot_scores, plot_vector
 
@@ -85,44 +88,42 @@ def run_demo(
         trait,
         judge=ContrastJudge(model, tokenizer, trait, pairs=1),
         samples=samples,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=extract_tokens,
         rollouts=out / "rollouts.jsonl",
     )
     vector.save(out / f"{trait.name}.safetensors")
     count = len(vector.directions)
-    layers = range(count // 3, count - count // 6, max(1, count // 10))
+    layers = range(count // 3, count - count // 6, max(1, count // 8))
     questions = trait.questions.extract[:10]
     layer, _ = choose_layer(
-        model, tokenizer, vector, questions, layers=layers, coef=max(COEFS), max_new_tokens=max_new_tokens
+        model, tokenizer, vector, questions, layers=layers, coef=max(COEFS), max_new_tokens=extract_tokens
     )
 
-    vectors = {trait.name: vector} | {f"random {i}": random_vector(vector, seed=i) for i in range(controls)}
     held_out = list(trait.questions.eval)
     asked = [question for question in held_out for _ in range(eval_samples)]
-    analyzer = SentimentJudge()
-    sentiment, effect, contrast, examples = {}, {}, {}, {}
-    with tqdm(total=len(vectors) * len(COEFS) * len(asked), desc="steering", unit="answer") as bar:
-        for name, candidate in vectors.items():
-            answers = steered_answers(
-                model,
-                tokenizer,
-                candidate,
-                asked,
-                layer=layer,
-                coefs=COEFS,
-                max_new_tokens=max_new_tokens,
-                progress=bar.update,
-            )
-            compounds = [_by_question([analyzer.compound(a) for a in row], eval_samples) for row in answers]
-            sentiment[name] = {coef: mean_interval(rows) for coef, rows in zip(COEFS, compounds)}
-            differences = [[sum(b) / len(b) - sum(a) / len(a)] for a, b in zip(compounds[0], compounds[-1])]
-            effect[name] = mean_interval(differences)
-            if candidate is vector:
-                first = [Answer(q, row[i * eval_samples]) for row in answers for i, q in enumerate(held_out)]
-                values = [math.nan if value is None else value for value in score(judge, first, trait.eval_prompt)]
-                for coef, row, scores in zip(COEFS, answers, _by_question(values, len(held_out))):
-                    contrast[coef] = mean_interval([[value] for value in scores])
-                    examples[coef] = " ".join(row[0].split())
+    ends, analyzer = [COEFS[0], COEFS[-1]], SentimentJudge()
+    sentiment, effect = {}, {}
+    with tqdm(total=len(asked) * (len(COEFS) + len(ends) * controls), desc="steering", unit="answer") as bar:
+
+        def steered(name: str, candidate: PersonaVector, coefs: Sequence[float]) -> list[list[str]]:
+            """Answer the evaluation questions, and take down the sentiment of the answers."""
+            options = {"max_new_tokens": max_new_tokens, "progress": bar.update}
+            answers = steered_answers(model, tokenizer, candidate, asked, layer=layer, coefs=coefs, **options)
+            compounds = [_split([analyzer.compound(a) for a in row], eval_samples) for row in answers]
+            sentiment[name] = {coef: mean_interval(rows) for coef, rows in zip(coefs, compounds)}
+            pairs = zip(compounds[0], compounds[-1])
+            effect[name] = mean_interval([[sum(high) / len(high) - sum(low) / len(low)] for low, high in pairs])
+            return answers
+
+        own = steered(trait.name, vector, COEFS)
+        for seed in range(controls):
+            name = f"random {seed}"
+            steered(name, random_vector(vector, seed=seed), ends)
+            sentiment[name][0.0] = sentiment[trait.name][0.0]  # nothing is added there
+    first = [Answer(q, row[i * eval_samples]) for row in own for i, q in enumerate(held_out)]
+    values = [math.nan if value is None else value for value in score(judge, first, trait.eval_prompt)]
+    contrast = {c: mean_interval([[v] for v in part]) for c, part in zip(COEFS, _split(values, len(held_out)))}
+    examples = {coef: " ".join(row[0].split()) for coef, row in zip(COEFS, own)}
     result = DemoResult(vector, layer, sentiment, contrast, effect, examples)
     figures = {
         "vector.png": plot_vector(vector, layer=layer),
@@ -139,5 +140,5 @@ def run_demo(
     return result
 
 
-def _by_question(values: Sequence[float], size: int) -> list[list[float]]:
+def _split(values: Sequence[float], size: int) -> list[list[float]]:
     return [list(values[i : i + size]) for i in range(0, len(values), size)]

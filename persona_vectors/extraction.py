@@ -83,6 +83,7 @@ def extract(
         file.trim([len(batch) for batch in batches])
     found = list(file.rollouts) if file else []
     reads: dict[int, _Read] = {}
+    limit = None if judge is None else threshold
     stops = stop_tokens(model, tokenizer)
     start = len(found)
     with tqdm(total=len(tasks), initial=start, desc=f"{trait.name}: answers", unit="answer") as bar:
@@ -105,14 +106,14 @@ def extract(
             if file:
                 file.append(answers)
             for index, answer in enumerate(answers):
-                if _passes(answer, threshold):
+                if _passes(answer, limit):
                     mean = means.means[index, 0].clone()
                     reads[len(found) + index] = _Read(mean, means.norms[index].clone())
             found += answers
             bar.update(len(batch))
-            bar.set_postfix(kept=sum(_passes(answer, threshold) for answer in found), refresh=False)
+            bar.set_postfix(kept=sum(_passes(answer, limit) for answer in found), refresh=False)
     info = {key: value for key, value in settings.items() if key not in ("trait", "model", "questions")}
-    return _difference(model, trait, found, reads, pooling=pooling, threshold=threshold, min_pairs=min_pairs, info=info)
+    return _difference(model, trait, found, reads, pooling=pooling, limit=limit, min_pairs=min_pairs, info=info)
 
 
 def extract_from(
@@ -140,9 +141,8 @@ def extract_from(
         "judge": "scores in the rollout file" if scored else judge_name(judge),
         "batch_tokens": batch_tokens,
     }
-    return _difference(
-        model, trait, list(rollouts), {}, pooling=pooling, threshold=threshold, min_pairs=min_pairs, info=info
-    )
+    limit = threshold if scored or judge is not None else None
+    return _difference(model, trait, list(rollouts), {}, pooling=pooling, limit=limit, min_pairs=min_pairs, info=info)
 
 
 def _check(model: Model, pooling: str) -> None:
@@ -172,24 +172,22 @@ def judge_rollouts(
     ]
 
 
-def _passes(rollout: Rollout, threshold: float) -> bool:
-    """Say whether an answer passes its side's filter; without any score it needs only to be not empty."""
+def _passes(rollout: Rollout, limit: float | None) -> bool:
+    """Say whether an answer passes its side's filter; with no limit it needs only to be not empty."""
     if not rollout.answer_ids or not rollout.answer.strip():
         return False
-    if rollout.trait_score is None and rollout.coherence is None:
+    if limit is None:
         return True
-    if rollout.trait_score is None or (rollout.trait_score >= threshold) != (rollout.side == "pos"):
+    if rollout.trait_score is None or (rollout.trait_score >= limit) != (rollout.side == "pos"):
         return False
-    return rollout.coherence is None or rollout.coherence >= threshold
+    return rollout.coherence is None or rollout.coherence >= limit
 
 
-def _pairs(rollouts: Sequence[Rollout], threshold: float) -> tuple[list[tuple[int, int]], dict[str, int]]:
+def _pairs(rollouts: Sequence[Rollout], limit: float | None) -> tuple[list[tuple[int, int]], dict[str, int]]:
     """Return the kept pairs, as indices, and how many answers and pairs there were and are left."""
-    judged = any(rollout.trait_score is not None for rollout in rollouts)
     sides: dict[str, dict[Any, int]] = {"pos": {}, "neg": {}}
     for index, rollout in enumerate(rollouts):
-        abstained = judged and rollout.trait_score is None
-        if _passes(rollout, threshold) and not abstained:
+        if _passes(rollout, limit):
             sides[rollout.side][rollout.key] = index
     kept = [(index, sides["neg"][key]) for key, index in sides["pos"].items() if key in sides["neg"]]
     counts = {f"{side}_answers": sum(rollout.side == side for rollout in rollouts) for side in sides}
@@ -206,17 +204,17 @@ def _difference(
     reads: dict[int, _Read],
     *,
     pooling: str,
-    threshold: float,
+    limit: float | None,
     min_pairs: int,
     info: dict[str, Any],
 ) -> PersonaVector:
-    kept, counts = _pairs(rollouts, threshold)
+    kept, counts = _pairs(rollouts, limit)
     if len(kept) < min_pairs:
         raise InputError(
             f"only {len(kept)} answer pairs of {counts['pos_answers']} positive and {counts['neg_answers']} negative "
-            f"answers survived ({counts['pos_passed']} positive ones score at least {threshold:g} and are coherent, "
-            f"{counts['neg_passed']} negative ones score below it and are, {counts['empty']} are empty), and a vector "
-            f"needs {min_pairs}: draw more samples, change the threshold, or take another judge"
+            f"answers survived ({counts['pos_passed']} positive and {counts['neg_passed']} negative ones passed the "
+            f"filter at {limit}, {counts['empty']} are empty), and a vector needs {min_pairs}: draw more samples, "
+            "change the threshold, or take another judge"
         )
     todo = sorted({index for pair in kept for index in pair} - set(reads))
     if todo:
@@ -239,7 +237,7 @@ def _difference(
         info={
             **info,
             **counts,
-            "threshold": threshold if any(rollout.trait_score is not None for rollout in rollouts) else None,
+            "threshold": limit,
             "questions": len(set(questions)),
             "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
             "date": datetime.date.today().isoformat(),

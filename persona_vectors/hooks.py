@@ -31,6 +31,10 @@ class Tokens:
         self.device = torch.device("cpu")
         self.decoding = False
         """True where the pass reads one answer token a row from a cache."""
+        self.starts = False
+        """True where the pass begins with a prompt; False where it continues the last one, with a cache or without."""
+        self.edited: set[int] = set()
+        """The blocks whose output has been replaced by these edits."""
         self._prompt: Tensor | None = None
         self._prompt_width = 0
         self._cache: Callable[[], Any] = lambda: None
@@ -51,7 +55,8 @@ class Tokens:
         cache = given.get("cache")
         continues = cache is not None and (cache is self._cache() or _holds_tokens(cache))
         self.decoding = continues and self.width == 1
-        if not self.decoding and not self._grows(cache, ids):
+        self.starts = not self.decoding and not self._grows(cache, ids)
+        if self.starts:
             self._prompt, self._prompt_width = ids, self.width
         self._cache = weakref.ref(cache) if cache is not None else lambda: None
         self._last_width = self.width
@@ -76,6 +81,11 @@ class Tokens:
         if positions not in self._selected:
             self._selected[positions] = self._find(positions)
         return self._selected[positions]
+
+    def around(self) -> "tuple[list[Tokens], list[Tokens]]":
+        """Return the other active edits of the running pass: those whose hooks run before these, and after."""
+        same = [t for t in _active if t is self or (t.input_ids is self.input_ids and not t.paused)]
+        return same[: same.index(self)], same[same.index(self) + 1 :]
 
     def _find(self, positions: str) -> Tensor | None:
         if self.decoding:
@@ -163,6 +173,7 @@ def _block_hook(layer: int, edit: Edit, tokens: Tokens, fired: set[int]) -> Call
         edited = edit(hidden, tokens)
         if edited is None:
             return None
+        tokens.edited.add(layer)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
     return hook
@@ -181,6 +192,8 @@ def _follow_tokens(model: Model, tokens: Tokens) -> Iterator[Any]:
     encoder_decoder = bool(model.config.is_encoder_decoder)
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if tokens.paused:  # such a pass is none of the generation's that may be under way
+            return
         signature = signatures[module]
         if module is around[0]:
             outer.clear()

@@ -26,7 +26,8 @@ def plot_vector(vector: PersonaVector, *, layer: int | None = None) -> Figure:
     evidence.axhline(0.5, color=GREY, linewidth=0.8, linestyle="--")
     evidence.text(0, 0.51, "AUROC of chance", color=GREY, fontsize=8, va="bottom")
     evidence.set(title=f"{vector.trait}: how reliable", ylabel="AUROC, cosine", ylim=(min([0.0, *_low(vector)]), 1.02))
-    evidence.legend(frameon=False, fontsize=9, loc="lower right")
+    if evidence.get_legend_handles_labels()[0]:
+        evidence.legend(frameon=False, fontsize=9, loc="lower right")
     size.plot(layers, vector.directions.norm(dim=1).tolist(), color=BLUE, label="|v|", marker="o", markersize=3)
     if vector.residual_norms is not None:
         size.plot(layers, vector.residual_norms.tolist(), color=GREY, label="mean residual norm")
@@ -52,7 +53,8 @@ def plot_scores(
     axes = figure.subplots()
     for name, by_coef in scores.items():
         grey = name in controls
-        coefs, values = list(by_coef), list(by_coef.values())
+        coefs = sorted(by_coef)
+        values = [by_coef[coef] for coef in coefs]
         line: dict[str, Any] = {
             "color": GREY if grey else BLUE,
             "linestyle": "--" if grey else "-",

@@ -5,7 +5,6 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-import torch
 import zoo
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -62,8 +61,3 @@ def embedded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from persona_vectors.models import load_model
 
     return load_model("smollm2-135m", device="cpu")
-
-
-@pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)

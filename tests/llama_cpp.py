@@ -4,12 +4,17 @@ The structs that pass by value go as blobs larger than they are: their fields ar
 """
 
 import ctypes
+import platform
+import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+VERSION = "2026.10.11549"
 _LOAD_CONTROL_VECTOR = "_Z26common_control_vector_loadRKSt6vectorI31common_control_vector_load_infoSaIS0_EE"
 
 
@@ -38,24 +43,31 @@ class LlamaCpp:
 
     def __init__(self, model: Path) -> None:
         package = pytest.importorskip("xllamacpp")
+        if version("xllamacpp") != VERSION or sys.platform != "linux" or platform.machine() != "x86_64":
+            pytest.skip(f"the layout of llama.cpp's structs is that of xllamacpp {VERSION} on x86-64 Linux")
         self._lib = ctypes.CDLL(str(next(Path(package.__file__).parent.glob("xllamacpp*.so"))))
         pointer, number = ctypes.c_void_p, ctypes.c_int
         self._quiet = ctypes.CFUNCTYPE(None, number, ctypes.c_char_p, pointer)(lambda *_: None)
         self._lib.llama_log_set(self._quiet, None)
         self._model = self._call("llama_model_load_from_file", pointer, str(model).encode(), self._defaults("model"))
-        self._vocabulary = self._call("llama_vocab_n_tokens", number, self._get("llama_model_get_vocab", self._model))
+        vocabulary = self._call("llama_model_get_vocab", pointer, self._model)
+        self._tokens = self._call("llama_vocab_n_tokens", number, vocabulary)
 
     def logits(self, tokens: Sequence[int], control: Path | None = None, layer: int = 0) -> np.ndarray:
         """Return the last token's logits, with the control vector's direction of one block added to its output."""
         context = self._call("llama_init_from_model", ctypes.c_void_p, self._model, self._defaults("context"))
+        self._call("llama_set_n_threads", None, context, 1, 1)
         if control:
-            self._apply(context, control, layer)
+            loaded = self._load(control)
+            begin, size = loaded.data.begin, (loaded.data.end or 0) - (loaded.data.begin or 0)
+            where = (ctypes.c_size_t(size // 4), loaded.hidden, layer, layer)
+            assert self._call("llama_set_adapter_cvec", ctypes.c_int, context, ctypes.c_void_p(begin), *where) == 0
         ids = (ctypes.c_int * len(tokens))(*tokens)
         batch = self._call("llama_batch_get_one", _Blob, ctypes.byref(ids), len(tokens))
-        assert self._call("llama_decode", ctypes.c_int, ctypes.c_void_p(context), batch) == 0
-        row = self._call("llama_get_logits_ith", ctypes.POINTER(ctypes.c_float), ctypes.c_void_p(context), -1)
-        copied = np.ctypeslib.as_array(row, (self._vocabulary,)).copy()
-        self._call("llama_free", None, ctypes.c_void_p(context))
+        assert self._call("llama_decode", ctypes.c_int, context, batch) == 0
+        row = self._call("llama_get_logits_ith", ctypes.POINTER(ctypes.c_float), context, -1)
+        copied = np.ctypeslib.as_array(row, (self._tokens,)).copy()
+        self._call("llama_free", None, context)
         return copied
 
     def accepts(self, control: Path) -> bool:
@@ -69,19 +81,12 @@ class LlamaCpp:
         self._call(_LOAD_CONTROL_VECTOR, ctypes.c_void_p, ctypes.byref(loaded), ctypes.byref(infos))
         return loaded
 
-    def _apply(self, context: int, control: Path, layer: int) -> None:
-        loaded = self._load(control)
-        size = ((loaded.data.end or 0) - (loaded.data.begin or 0)) // ctypes.sizeof(ctypes.c_float)
-        pointers = ctypes.c_void_p(context), ctypes.c_void_p(loaded.data.begin), ctypes.c_size_t(size)
-        assert self._call("llama_set_adapter_cvec", ctypes.c_int, *pointers, loaded.hidden, layer, layer) == 0
-
-    def _call(self, name, result, *arguments):
-        function = self._lib[name]
-        function.restype = result
-        return function(*(ctypes.c_void_p(a) if isinstance(a, int) and a > 2**31 else a for a in arguments))
-
-    def _get(self, name: str, pointer: int) -> int:
-        return self._call(name, ctypes.c_void_p, ctypes.c_void_p(pointer))
-
     def _defaults(self, kind: str) -> _Blob:
         return self._call(f"llama_{kind}_default_params", _Blob)
+
+    def _call(self, name: str, result: Any, *arguments: Any) -> Any:
+        """Call a function of the library; a pointer that one returned is passed on as a c_void_p."""
+        function = self._lib[name]
+        function.restype = result
+        value = function(*arguments)
+        return ctypes.c_void_p(value) if result is ctypes.c_void_p else value

@@ -92,6 +92,11 @@ def list_passes(model: nn.Module, rows: list[Row], budget: int):
     return passes
 
 
+def test_an_empty_answer_leaves_the_prompt_s_means(model):
+    found = pool(model, [(A, [20]), (A, []), (B, [21])], poolings=["prompt_mean"])
+    torch.testing.assert_close(found.means[1], found.means[0])
+
+
 def test_rows_that_share_no_prompt_are_read_whole_in_full_batches(model):
     rows = [(list(range(5, 9 + i)), [20] * (i + 1)) for i in range(6)]
     assert [len(step.rows) for step in list_passes(model, rows, 1024)] == [6]

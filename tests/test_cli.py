@@ -66,11 +66,22 @@ def test_extract_info_and_steer(tiny, trait_file, tmp_path):
     assert str(tmp_path) not in json.dumps(dict(vector.info))
     printed, _ = run("info", out, "--plot", tmp_path / "v.png")
     assert "separation" in printed and "seed: 0" in printed
+    assert run("info", out, out)[0].count("loud") == 2
     assert (tmp_path / "v.png").stat().st_size > 10_000
     printed, _ = run("steer", tiny, out, "--layer", 1, "--coef", -1, "--coef", 1, "--prompt", "Hi", "--device", "cpu")
     assert "coef -1 | Hi" in printed and "coef +1 | Hi" in printed
     printed, _ = run("steer", tiny, out, "--layer", "all", "--dose", 0.1, "--prompt", "Hi", "--device", "cpu")
     assert "dose +0.1 | Hi" in printed
+
+
+def test_export_and_import_bring_a_vector_back(tmp_path):
+    vector = PersonaVector("calm", "tiny", torch.randn(3, 16))
+    vector.save(tmp_path / "v.safetensors")
+    printed, _ = run("export", tmp_path / "v.safetensors", "--format", "official", "--out", tmp_path / "v.pt")
+    assert "lost" in printed
+    arguments = ["import", tmp_path / "v.pt", "--format", "official", "--model", "tiny", "--trait", "calm"]
+    run(*arguments, "--out", tmp_path / "back.safetensors")
+    assert torch.equal(PersonaVector.load(tmp_path / "back.safetensors").directions, vector.directions)
 
 
 def test_traits_lists_the_shipped_ones():
@@ -101,7 +112,10 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, trait_file, tmp_path):
         ([*steer, "--layer", 1], "give either --coef"),
         (["steer", tiny, other, "--prompt", "Hi", "--layer", 1, "--coef", 1], "does not fit a model of 3 layers x 32"),
         (["info", tmp_path / "none.safetensors"], "no vector file"),
+        (["info", vector, vector, "--plot", tmp_path / "x.png"], "--plot draws one vector"),
         (["info", tmp_path / "code.pt"], "no whole safetensors file"),
+        (["import", tmp_path / "code.pt", "--model", "m", "--trait", "t", "--out", out], "code.pt"),
+        (["export", vector, "--format", "gif", "--out", out], "gif"),
     ]
     before = set(tmp_path.rglob("*"))
     for arguments, message in cases:

@@ -127,7 +127,7 @@ def test_other_settings_are_refused_with_the_difference_named(tmp_path, model, t
 def test_the_filter_drops_pairs_and_the_error_counts_them(model, tokenizer, trait):
     with pytest.raises(InputError, match="only 0 answer pairs of 24 positive and 24 negative answers survived"):
         extract(model, tokenizer, trait, judge=FakeJudge(90.0), **SMALL)  # the negative answers score 90 as well
-    with pytest.raises(InputError, match=r"0 negative ones score below it.*take another judge"):
+    with pytest.raises(InputError, match=r"0 positive and 0 negative ones passed.*take another judge"):
         extract(model, tokenizer, trait, judge=FakeJudge(None), **SMALL)
 
 

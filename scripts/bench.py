@@ -1,0 +1,481 @@
+"""Benchmarks: what reading activations costs, beside a bare forward pass, the paper's procedure and other libraries.
+
+Usage: python scripts/bench.py extraction [--model MODEL | --shape qwen2.5-7b] [--out FILE]
+"""
+
+import contextlib
+import ctypes
+import gc
+import io
+import json
+import math
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding
+from transformers.utils import logging
+
+from persona_vectors.activations import POOLINGS, Row, pool, pool_while_generating
+from persona_vectors.files import InputError, atomic_path
+from persona_vectors.models import (
+    EMBEDDED,
+    Model,
+    batch_tokens_for,
+    generate_tokens,
+    length_batches,
+    load_model,
+    stop_tokens,
+)
+from persona_vectors.rollouts import plan
+from persona_vectors.traits import load_trait
+
+# The shape of a model, for random weights: speed and memory do not depend on what the weights are.
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen2.5-7b": {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "vocab_size": 152064,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": False,
+    }
+}
+INSTALL = "not installed: python -m pip install scikit-learn && python -m pip install --no-deps"
+app = typer.Typer(help="Benchmarks of persona_vectors.", no_args_is_help=True, add_completion=False)
+
+
+@dataclass
+class Method:
+    """One way to do the work, and what it took in each round."""
+
+    name: str
+    does: str
+    rows: Sequence[Row]
+    run: Callable[[Sequence[Row]], object] | None = None
+    """None where it cannot run here: `does` says why."""
+    theirs: bool = False
+    """True for other people's code, whose errors are results."""
+    seconds: list[float] = field(default_factory=list)
+    megabytes: list[float] = field(default_factory=list)
+    """Peak memory above what was in use before; empty where the system does not tell."""
+
+    @property
+    def tokens(self) -> int:
+        """The real tokens of its rows, prompts and answers, also those that it shares."""
+        return sum(len(prompt) + len(answer) for prompt, answer in self.rows)
+
+
+# Measuring -----------------------------------------------------------------------------------------------------------
+
+
+def run_rounds(methods: Sequence[Method], rounds: int, device: torch.device) -> None:
+    """Run every method once a round, forwards and backwards in turn, so that a drift of the machine hits all alike."""
+    able = [method for method in methods if method.run is not None]
+    for method in able:  # first calls are slow
+        _run(method, method.rows[:2])
+    with tqdm(total=rounds * len(able), unit="run", leave=False) as bar:
+        for number in range(rounds):
+            for method in able if number % 2 == 0 else reversed(able):
+                bar.set_postfix_str(method.name)
+                if method.run is not None:
+                    before = _reset_peak(device)
+                    start = time.perf_counter()
+                    _run(method, method.rows)
+                    _synchronize(device)
+                    method.seconds.append(time.perf_counter() - start)
+                    if before is not None:
+                        method.megabytes.append((_peak(device) - before) / 1e6)
+                bar.update()
+
+
+def _run(method: Method, rows: Sequence[Row]) -> None:
+    assert method.run is not None
+    try:
+        method.run(rows)
+    except Exception as error:
+        if not method.theirs:
+            raise
+        method.run, method.does = None, f"failed: {type(error).__name__}: {error}"
+        method.seconds, method.megabytes = [], []
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _reset_peak(device: torch.device) -> int | None:
+    """Start a new peak; returns the bytes in use now, or None where the system does not tell."""
+    gc.collect()
+    _synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier methods freed goes back to the system
+        Path("/proc/self/clear_refs").write_text("5")  # the kernel's own peak, VmHWM, starts anew
+        return _status("VmRSS")
+    except (OSError, AttributeError, TypeError):  # not Linux with glibc
+        return None
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def ratio(of: Method, to: Method, *, speed: bool = True) -> float | None:
+    """Return how many times as fast as `to` (or as slow) `of` is: the median over rounds, each round by itself."""
+    if not (of.seconds and to.seconds):
+        return None
+    scale = of.tokens / to.tokens if speed else 1.0
+    pairs = zip(of.seconds, to.seconds)
+    return statistics.median(scale * b / a if speed else a / b for a, b in pairs)
+
+
+def median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def show(lines: Sequence[dict[str, Any]]) -> None:
+    """Print a table with aligned columns; the last one, a remark, may be long."""
+    cells = [list(lines[0])] + [[_cell(value) for value in line.values()] for line in lines]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(lines[0]) - 1)]
+    for name, *numbers, remark in cells:
+        print("  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(numbers, widths[1:])), remark]).rstrip())
+    print()
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3f}"
+    return "-" if value is None else str(value)
+
+
+def environment(model: Model, name: str) -> dict[str, Any]:
+    """Return, and print, what the numbers depend on."""
+    parameter = next(model.parameters())
+    cuda = parameter.device.type == "cuda"
+    found = {
+        "model": name,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(parameter.device) if cuda else _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
+    print(", ".join(f"{key} {value}" for key, value in found.items()))
+    return found
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+# What is read --------------------------------------------------------------------------------------------------------
+
+
+def load(name: str, shape: str | None, device: str | None) -> tuple[Model, Any]:
+    """Return a model and its tokenizer, or a random one of a known shape and None."""
+    if shape is None:
+        return load_model(name, device=device)
+    if shape not in SHAPES:
+        raise InputError(f"no shape {shape!r}: give one of {', '.join(SHAPES)}")
+    if not torch.cuda.is_available():
+        raise InputError(f"--shape {shape} needs a CUDA GPU, and this machine has none: leave it out, or give --model")
+    return random_model(shape, device or "cuda"), None
+
+
+def random_model(shape: str, device: str) -> Model:
+    """Build a model of a known shape with random bfloat16 weights."""
+    config = AutoConfig.for_model(**SHAPES[shape])
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def make_prompts(tokenizer: Any, count: int, vocabulary: int) -> list[list[int]]:
+    """Return a trait's first prompts, as extraction makes them, or random ones of such lengths without a tokenizer."""
+    if tokenizer is None:
+        rng = random.Random(0)
+        return [random_tokens(rng, rng.randint(50, 90), vocabulary) for _ in range(count)]
+    tasks = plan(tokenizer, load_trait("optimistic"), questions=None, samples=1)
+    if count > len(tasks):
+        raise InputError(f"--prompts is {count}, and the trait has {len(tasks)}: give at most that")
+    return [list(task["prompt_ids"]) for task in tasks[:count]]
+
+
+def make_rows(prompts: Sequence[list[int]], samples: int, answer_tokens: int, vocabulary: int) -> list[Row]:
+    """Return rows of unequal lengths: random answers, log-normal in length, at most 4 times the mean."""
+    rng, sigma = random.Random(1), 0.5
+    rows: list[Row] = []
+    for prompt in prompts:
+        for _ in range(samples):
+            length = round(rng.lognormvariate(math.log(answer_tokens) - sigma**2 / 2, sigma))
+            rows.append((prompt, random_tokens(rng, min(max(length, 1), 4 * answer_tokens), vocabulary)))
+    return rows
+
+
+def random_tokens(rng: random.Random, count: int, vocabulary: int) -> list[int]:
+    return [rng.randrange(vocabulary) for _ in range(count)]
+
+
+def unshared(rows: Sequence[Row]) -> list[Row]:
+    """Return the same rows with a prompt of its own each: only the first token differs."""
+    return [([index, *prompt[1:]], answer) for index, (prompt, answer) in enumerate(rows)]
+
+
+def even(rows: Sequence[Row]) -> list[Row]:
+    """Return as many rows, all of the mean length, so that batches of them need no padding."""
+    whole = [token for prompt, answer in rows for token in (*prompt, *answer)]
+    length = round(len(whole) / len(rows))
+    return [(whole[:length], []) for _ in rows]
+
+
+# Ways to read it -----------------------------------------------------------------------------------------------------
+
+
+def bare(model: Model, rows: Sequence[Row], *, batch_tokens: int) -> None:
+    """Run the decoder, without head, on rows of one length in full batches: the least that reading can cost."""
+    ids = torch.tensor([[*prompt, *answer] for prompt, answer in rows], device=model.device)
+    with torch.inference_mode():
+        for batch in ids.split(max(1, batch_tokens // ids.shape[1])):
+            model.get_decoder()(input_ids=batch, use_cache=False)
+
+
+def official(model: Model, rows: Sequence[Row]) -> dict[str, list[list[Tensor]]]:
+    """Run the paper's procedure: batch 1, all hidden states, all logits, and the autograd graph.
+
+    Returns, for each pooling and each entry of `hidden_states`, a list of one [1, hidden] CPU tensor a row.
+    """
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers + 1
+    pooled: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(layers)] for name in POOLINGS}
+    for prompt, answer in rows:
+        ids, n = torch.tensor([[*prompt, *answer]], device=model.device), len(prompt)
+        outputs = model(input_ids=ids, output_hidden_states=True)
+        for layer in range(layers):  # no names for the states, which would keep this row's graph during the next
+            pooled["response_mean"][layer].append(outputs.hidden_states[layer][:, n:].mean(dim=1).detach().cpu())
+            pooled["prompt_mean"][layer].append(outputs.hidden_states[layer][:, :n].mean(dim=1).detach().cpu())
+            pooled["prompt_last"][layer].append(outputs.hidden_states[layer][:, n - 1].detach().cpu())
+        del outputs
+    return pooled
+
+
+class Pretokenized:
+    """Stands in for the tokenizer of libraries that want texts: the text "7" is row 7, padded on the right."""
+
+    pad_token_id = 0
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = [torch.tensor([*prompt, *answer]) for prompt, answer in rows]
+        self.texts = [str(index) for index in range(len(rows))]
+
+    def __call__(self, texts: Sequence[str], **_: Any) -> BatchEncoding:
+        rows = [self.rows[int(text)] for text in texts]
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        return BatchEncoding({"input_ids": pad_sequence(rows, batch_first=True), "attention_mask": mask})
+
+
+def repeng(model: Model, rows: Sequence[Row]) -> Method:
+    """Return repeng's reading of hidden states, with its own batch size and its own choice of layers."""
+    name, does = "repeng 0.4.0", "the last token's state only; batches of 32, all hidden states, all logits"
+    import numpy
+
+    if not hasattr(numpy, "float_"):
+        numpy.float_ = numpy.float64  # type: ignore  # its annotations name what NumPy 2 dropped
+    try:
+        from repeng.extract import batched_get_hiddens
+    except ImportError:
+        return Method(name, f"{INSTALL} repeng==0.4.0", rows)
+    layers = list(range(-1, -model.config.get_text_config(decoder=True).num_hidden_layers, -1))
+
+    def run(rows: Sequence[Row]) -> None:
+        tokenizer = Pretokenized(rows)
+        with torch.inference_mode(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+            batched_get_hiddens(model, tokenizer, tokenizer.texts, layers, 32)
+
+    return Method(name, does, rows, run, theirs=True)
+
+
+def steering_vectors(model: Model, rows: Sequence[Row]) -> Method:
+    """Return steering-vectors' training: rows in turn stand for positive and negative texts."""
+    name, does = (
+        "steering-vectors 0.12.2",
+        "the last token's state only; batches of 1, a copy of every state, all logits",
+    )
+    try:
+        from steering_vectors import train_steering_vector
+    except ImportError:
+        return Method(name, f"{INSTALL} steering-vectors==0.12.2", rows)
+
+    def run(rows: Sequence[Row]) -> None:
+        tokenizer: Any = Pretokenized(rows)
+        train_steering_vector(model, tokenizer, list(zip(tokenizer.texts[::2], tokenizer.texts[1::2])))
+
+    return Method(name, does, rows[: len(rows) // 2 * 2], run, theirs=True)
+
+
+def extraction_methods(model: Model, rows: Sequence[Row], batch_tokens: int) -> list[Method]:
+    """Return every way to read finished rows; the first is the bare forward pass, the fourth the official one."""
+
+    def ours(rows: Sequence[Row]) -> object:
+        return pool(model, rows, poolings=POOLINGS, batch_tokens=batch_tokens)
+
+    return [
+        Method(
+            "bare forward", "no reading, no padding", even(rows), lambda r: bare(model, r, batch_tokens=batch_tokens)
+        ),
+        Method("ours", "three poolings and norms, all layers; each prompt read once", rows, ours),
+        Method("ours, nothing shared", "the same, a prompt of its own for each answer", unshared(rows), ours),
+        Method("official procedure", "three poolings, all layers; batches of 1", rows, lambda r: official(model, r)),
+        repeng(model, rows),
+        steering_vectors(model, rows),
+    ]
+
+
+def generation_methods(model: Model, tokenizer: Any, prompts: Sequence[list[int]], new_tokens: int) -> list[Method]:
+    """Return generation without and with reading. Reading samples one token more: the model reads all but the last."""
+    tokenizer = tokenizer or Endless()
+
+    def plain(rows: Sequence[Row], extra: int = 0) -> None:
+        ids = [prompt for prompt, _ in rows]
+        generate_tokens(model, tokenizer, ids, max_new_tokens=new_tokens + extra)
+
+    def reading(rows: Sequence[Row]) -> None:
+        with pool_while_generating(model, stops=stop_tokens(model, tokenizer), poolings=POOLINGS) as pooled:
+            plain(rows, extra=1)
+        pooled()
+
+    rows: list[Row] = [(prompt, []) for prompt in prompts]
+    return [
+        Method("generate", f"{len(rows)} answers of {new_tokens} tokens at most", rows, plain),
+        Method("generate, one token more", "", rows, lambda r: plain(r, extra=1)),
+        Method("generate + reading", "one token more, three poolings and norms, all layers", rows, reading),
+    ]
+
+
+class Endless:
+    """Stands in for the tokenizer of a random model: no token ends an answer."""
+
+    pad_token_id = eos_token_id = None
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+ModelName = Annotated[str, typer.Option("--model", help="smollm2-135m, a Hub id, a folder or a .gguf file")]
+Shape = Annotated[str | None, typer.Option(help=f"random weights of this shape instead: {', '.join(SHAPES)}")]
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu [default: the best there is]")]
+Rounds = Annotated[int, typer.Option(help="rounds to take medians over", min=1)]
+Out = Annotated[Path | None, typer.Option(help="write all numbers to this JSON file")]
+
+
+@app.callback()
+def _main() -> None:
+    """Benchmarks of persona_vectors."""
+
+
+@app.command()
+def extraction(
+    model_name: ModelName = EMBEDDED,
+    shape: Shape = None,
+    device: Device = None,
+    prompts: Annotated[int, typer.Option(help="different prompts", min=1)] = 4,
+    samples: Annotated[int, typer.Option(help="answers to each prompt", min=1)] = 10,
+    answer_tokens: Annotated[int, typer.Option(help="mean length of an answer", min=1)] = 100,
+    batch_tokens: Annotated[int | None, typer.Option(help="tokens a batch [default: as in extraction]")] = None,
+    rounds: Rounds = 3,
+    out: Out = None,
+) -> None:
+    """Measure extraction: from finished answers, and while they are generated."""
+    logging.disable_progress_bar()
+    model, tokenizer = load(model_name, shape, device)
+    found = environment(model, shape or model_name)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    distinct = make_prompts(tokenizer, prompts, vocabulary)
+    rows = make_rows(distinct, samples, answer_tokens, vocabulary)
+    budget = batch_tokens or batch_tokens_for(model)
+    found |= {"prompts": prompts, "samples": samples, "batch_tokens": budget, "rounds": rounds}
+    lengths = [f"{statistics.mean(map(len, side)):.0f}" for side in zip(*rows)]
+    print(
+        f"{prompts} prompts x {samples} answers, {lengths[0]} + {lengths[1]} tokens on average; "
+        f"{budget} tokens a batch; medians of {rounds} rounds, ratios taken within a round\n"
+    )
+
+    reading = extraction_methods(model, rows, budget)
+    run_rounds(reading, rounds, model.device)
+    found["extraction"] = report_extraction(reading)
+
+    asked = [distinct[i % prompts] for i in range(prompts * samples)]
+    chosen = length_batches(asked, answer_tokens, 8 * budget)[0]
+    generating = generation_methods(model, tokenizer, [asked[i] for i in chosen], answer_tokens)
+    run_rounds(generating, rounds, model.device)
+    found["generation"] = report_generation(generating)
+    if out:
+        with atomic_path(out) as temporary:
+            temporary.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def report_extraction(methods: Sequence[Method]) -> list[dict[str, Any]]:
+    """Print the table of extraction, and return it with each round's numbers."""
+    lines = []
+    for method in methods:
+        seconds = median(method.seconds)
+        lines.append(
+            {
+                "method": method.name,
+                "tokens/s": method.tokens / seconds if seconds else None,
+                "x bare": ratio(method, methods[0]),
+                "x official": ratio(method, methods[3]),
+                "peak MB": median(method.megabytes),
+                "": method.does,
+            }
+        )
+    show(lines)
+    return [line | {"seconds": m.seconds, "megabytes": m.megabytes} for line, m in zip(lines, methods)]
+
+
+def report_generation(methods: Sequence[Method]) -> list[dict[str, Any]]:
+    """Print the table of generation, and return it with each round's numbers."""
+    lines = [
+        {
+            "method": method.name,
+            "seconds": median(method.seconds),
+            "time x generate": ratio(method, methods[0], speed=False),
+            "time x one token more": ratio(method, methods[1], speed=False),
+            "": method.does,
+        }
+        for method in methods
+    ]
+    show(lines)
+    return [line | {"seconds": m.seconds} for line, m in zip(lines, methods)]
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,69 @@
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+
+from persona_vectors.activations import POOLINGS, pool
+
+PATH = Path(__file__).parent.parent / "scripts" / "bench.py"
+SPEC = importlib.util.spec_from_file_location("bench", PATH)
+assert SPEC is not None and SPEC.loader is not None
+bench = sys.modules["bench"] = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(bench)
+
+ROWS = bench.make_rows([[5, 6, 7], [8, 9, 10, 11, 12]], samples=3, answer_tokens=8, vocabulary=zoo.VOCAB)
+
+
+def test_every_method_has_its_row(model, capsys):
+    methods = bench.extraction_methods(model, ROWS, batch_tokens=64)
+    bench.run_rounds(methods, 2, model.device)
+    table = bench.report_extraction(methods)
+    names = [line["method"] for line in table]
+    ours = ["bare forward", "ours", "ours, nothing shared", "official procedure"]
+    assert names == [*ours, "repeng 0.4.0", "steering-vectors 0.12.2"]
+    printed = capsys.readouterr().out
+    for line in table:
+        assert line["method"] in printed
+        if "not installed" in line[""]:
+            assert line["tokens/s"] is None and "pip install" in line[""]
+        else:
+            assert "failed" not in line[""]
+            assert len(line["seconds"]) == 2 and line["tokens/s"] > 0
+    assert table[0]["x bare"] == table[3]["x official"] == 1
+
+
+def test_the_official_baseline_equals_ours_at_every_layer_but_the_last(model):
+    theirs = bench.official(model, ROWS)
+    means = torch.stack([torch.stack([torch.cat(layer) for layer in theirs[name]], dim=1) for name in POOLINGS], dim=1)
+    found = pool(model, ROWS, poolings=POOLINGS).means
+    torch.testing.assert_close(found[:, :, :-1], means[:, :, 1:-1], rtol=2e-4, atol=2e-5)
+    assert not torch.allclose(found[:, :, -1], means[:, :, -1], atol=1e-2)  # theirs is taken after the final norm
+
+
+def test_every_method_reads_as_many_tokens(model):
+    rows, total = bench.extraction_methods(model, ROWS, batch_tokens=64), sum(len(p) + len(a) for p, a in ROWS)
+    assert all(abs(method.tokens - total) <= len(ROWS) / 2 for method in rows)
+    assert len({len(prompt) for prompt, _ in bench.even(ROWS)}) == 1
+    assert len({tuple(prompt) for prompt, _ in bench.unshared(ROWS)}) == len(ROWS)
+
+
+def test_generation_is_measured_with_and_without_reading(model, tokenizer, capsys):
+    methods = bench.generation_methods(model, tokenizer, [[5, 6, 7], [8, 9]], new_tokens=3)
+    bench.run_rounds(methods, 1, model.device)
+    table = bench.report_generation(methods)
+    assert [line["method"] for line in table] == ["generate", "generate, one token more", "generate + reading"]
+    assert table[2]["time x one token more"] > 0
+
+
+def test_an_error_in_other_peoples_code_is_their_result_and_in_ours_it_is_raised(model):
+    def broken(_: object) -> None:
+        raise RuntimeError("no such layer")
+
+    theirs = bench.Method("theirs", "", ROWS, broken, theirs=True)
+    bench.run_rounds([theirs], 1, model.device)
+    assert theirs.does == "failed: RuntimeError: no such layer" and not theirs.seconds
+    with pytest.raises(RuntimeError, match="no such layer"):
+        bench.run_rounds([bench.Method("ours", "", ROWS, broken)], 1, model.device)
