@@ -93,7 +93,7 @@ def run_demo(
     )
     vector.save(out / f"{trait.name}.safetensors")
     count = len(vector.directions)
-    layers = range(count // 3, count - count // 6, max(1, count // 8))
+    layers = range(count // 3, count - count // 6, max(1, count // 7))
     questions = trait.questions.extract[:10]
     layer, _ = choose_layer(
         model, tokenizer, vector, questions, layers=layers, coef=max(COEFS), max_new_tokens=extract_tokens
