@@ -168,7 +168,12 @@ def test_a_killed_run_goes_on_and_loses_and_doubles_nothing(tiny, trait_file, tm
 def test_an_interrupt_exits_with_130(tiny, trait_file, tmp_path):
     path = tmp_path / "r.jsonl"
     options = [*SMALL, "--samples", 50, "--max-new-tokens", 50, "--batch-tokens", 200, "--rollouts", path]
-    process = subprocess.Popen(command("extract", tiny, trait_file, *options), env=ENVIRONMENT, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command("extract", tiny, trait_file, *options),
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background shell ignores it
+    )
     while not path.exists() or path.read_bytes().count(b"\n") < 5:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
