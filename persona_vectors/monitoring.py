@@ -11,7 +11,7 @@ from persona_vectors.files import InputError
 from persona_vectors.hooks import Tokens, edit_blocks, pause_edits
 from persona_vectors.models import Model, model_shape
 from persona_vectors.readings import Key, Readings, vector_keys
-from persona_vectors.steering import _layers
+from persona_vectors.steering import chosen_layers
 from persona_vectors.vectors import PersonaVector
 
 
@@ -161,13 +161,13 @@ def unit_directions(
         raise InputError("no vectors: give one PersonaVector or more")
     for index, vector in enumerate(vectors):
         vector.check_fits(*model_shape(model))
-        vectors[0]._check_same_model(vector)
+        vectors[0].check_same_model(vector)
         if vector.trait in [other.trait for other in vectors[:index]]:
             raise InputError(
                 f"two vectors are called {vector.trait!r}: rename one, dataclasses.replace(vector, trait='...')"
             )
     units = {}
-    for chosen in _layers(vectors[0], layer):
+    for chosen in chosen_layers(vectors[0], layer):
         stacked = torch.stack([vector.direction(chosen).float() for vector in vectors])
         zero = (stacked.norm(dim=1) == 0).nonzero()
         if len(zero):

@@ -41,7 +41,7 @@ def steer(
         raise InputError(f"positions is {positions!r}: give one of {', '.join(POSITIONS)}, or a mask [batch, token]")
     edits: dict[int, Edit] = {}
     before: Tensor | float = 0.0
-    for index in _layers(vector, layer):
+    for index in chosen_layers(vector, layer):
         shift = torch.as_tensor(coef if dose is None else dose * _per_dose(vector, index), dtype=torch.float32)
         shift = shift[..., None] * vector.direction(index).to(shift.device)
         edits[index] = _add(shift - before, positions)
@@ -50,7 +50,8 @@ def steer(
         yield
 
 
-def _layers(vector: PersonaVector, layer: int | Sequence[int] | str) -> list[int]:
+def chosen_layers(vector: PersonaVector, layer: int | Sequence[int] | str) -> list[int]:
+    """Return the layers that `layer` names: a number, several numbers, or "all"."""
     if layer == "all":
         return list(range(len(vector.directions)))
     if isinstance(layer, str):

@@ -66,7 +66,7 @@ class PersonaVector:
 
     def cosine(self, other: "PersonaVector") -> Float[Tensor, " layer"]:
         """Return the cosine with another vector of the same model, layer by layer."""
-        self._check_same_model(other)
+        self.check_same_model(other)
         return torch.nn.functional.cosine_similarity(self.directions, other.directions, dim=1)
 
     def project(self, hidden: Float[Tensor, "*any hidden"], *, layer: int) -> Float[Tensor, "*any"]:
@@ -75,11 +75,11 @@ class PersonaVector:
         return hidden.float() @ (direction / direction.norm())
 
     def __add__(self, other: "PersonaVector") -> "PersonaVector":
-        self._check_same_model(other)
+        self.check_same_model(other)
         return self._derived(f"{self.trait} + {other.trait}", self.directions + other.directions)
 
     def __sub__(self, other: "PersonaVector") -> "PersonaVector":
-        self._check_same_model(other)
+        self.check_same_model(other)
         return self._derived(f"{self.trait} - {other.trait}", self.directions - other.directions)
 
     def __mul__(self, factor: float) -> "PersonaVector":
@@ -97,7 +97,8 @@ class PersonaVector:
         kept = {key: self.info[key] for key in ("config_hash", "revision") if key in self.info}
         return PersonaVector(trait, self.model, directions, self.residual_norms, pooling=self.pooling, info=kept)
 
-    def _check_same_model(self, other: "PersonaVector") -> None:
+    def check_same_model(self, other: "PersonaVector") -> None:
+        """Raise InputError where another vector is of a different model."""
         mine, theirs = self.info.get("config_hash"), other.info.get("config_hash")
         same = mine == theirs if mine and theirs else self.model == other.model
         if not same or self.directions.shape != other.directions.shape:
