@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from persona_vectors.hooks import Tokens, edit_blocks
 from persona_vectors.models import Model, batch_tokens_for, left_pad, length_batches, model_shape
+from persona_vectors.wrappers import keeps_cache
 
 POOLINGS = ("response_mean", "prompt_mean", "prompt_last")
 Row = tuple[Sequence[int], Sequence[int]]
@@ -63,7 +64,7 @@ def _cache_argument(model: Model) -> str | None:
     """Return the name of the decoder's cache argument where answers can share their prompt's cache, else None."""
     parameters = inspect.signature(model.get_decoder().forward).parameters
     name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
-    if name is None or "position_ids" not in parameters or model.config.is_encoder_decoder:
+    if name is None or "position_ids" not in parameters or model.config.is_encoder_decoder or not keeps_cache(model):
         return None
     layers = DynamicCache(config=model.config).layers
     attends = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)

@@ -24,6 +24,7 @@ from persona_vectors.models import (
 )
 from persona_vectors.monitoring import monitor
 from persona_vectors.vectors import PersonaVector
+from persona_vectors.wrappers import unwrap
 
 FORMAT = 1
 PERCENTILES = (1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0)
@@ -106,6 +107,7 @@ def calibrate(
     """
     if not prompts or not percentiles or not all(0 <= p <= 100 for p in percentiles):
         raise InputError("calibrate needs one prompt or more, and percentiles from 0 to 100")
+    model = unwrap(model)
     encoded = [encode(tokenizer, chat_prompt(tokenizer, prompt)) for prompt in prompts]
     found: list[Tensor] = []
     layers: list[int] = []

@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,7 @@ from persona_vectors.models import Model, batch_tokens_for, model_name, model_sh
 from persona_vectors.rollouts import Rollout, RolloutFile, generate_batch, plan, rollout_batches
 from persona_vectors.traits import Trait
 from persona_vectors.vectors import PersonaVector
+from persona_vectors.wrappers import keeps_cache, unwrap
 
 MIN_PAIRS = 10
 
@@ -62,7 +64,7 @@ def extract(
 
     Raises InputError where fewer than `min_pairs` pairs are kept, saying what was dropped.
     """
-    _check(model, pooling)
+    model = _checked(model, pooling)
     tasks = plan(tokenizer, trait, questions=questions, samples=samples)
     budget = batch_tokens or 8 * batch_tokens_for(model)
     batches = rollout_batches(tasks, max_new_tokens=max_new_tokens, batch_tokens=budget)
@@ -84,14 +86,15 @@ def extract(
     found = list(file.rollouts) if file else []
     reads: dict[int, _Read] = {}
     limit = None if judge is None else threshold
-    stops = stop_tokens(model, tokenizer)
+    stops, cached = stop_tokens(model, tokenizer), keeps_cache(model)
     start = len(found)
     with tqdm(total=len(tasks), initial=start, desc=f"{trait.name}: answers", unit="answer") as bar:
         for number, batch in enumerate(batches):
             if start > 0:
                 start -= len(batch)
                 continue
-            with pool_while_generating(model, stops=stops, poolings=[pooling]) as pooled:
+            reading = pool_while_generating(model, stops=stops, poolings=[pooling]) if cached else nullcontext()
+            with reading as pooled:
                 answers = generate_batch(
                     model,
                     tokenizer,
@@ -101,12 +104,12 @@ def extract(
                     seed=seed,
                     number=number,
                 )
-            means = pooled()
+            means = pooled() if pooled else None
             answers = judge_rollouts(model, tokenizer, trait, judge, answers)
             if file:
                 file.append(answers)
             for index, answer in enumerate(answers):
-                if _passes(answer, limit):
+                if means and _passes(answer, limit):
                     mean = means.means[index, 0].clone()
                     reads[len(found) + index] = _Read(mean, means.norms[index].clone())
             found += answers
@@ -132,7 +135,7 @@ def extract_from(
 
     Scores that the rollouts carry are used; a judge scores those that have none. See `extract` for the filter.
     """
-    _check(model, pooling)
+    model = _checked(model, pooling)
     scored = any(rollout.trait_score is not None for rollout in rollouts)
     if judge is not None and not scored:
         rollouts = judge_rollouts(model, tokenizer, trait, judge, rollouts)
@@ -145,11 +148,13 @@ def extract_from(
     return _difference(model, trait, list(rollouts), {}, pooling=pooling, limit=limit, min_pairs=min_pairs, info=info)
 
 
-def _check(model: Model, pooling: str) -> None:
+def _checked(model: Model, pooling: str) -> Model:
+    model = unwrap(model)
     if pooling not in POOLINGS:
         raise InputError(f"pooling is {pooling!r}: give one of {', '.join(POOLINGS)}")
     if model.config.is_encoder_decoder:
         raise InputError("this is an encoder-decoder model: vectors are extracted from decoder-only language models")
+    return model
 
 
 def judge_rollouts(

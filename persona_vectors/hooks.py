@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from persona_vectors.files import InputError
 from persona_vectors.models import Model, decoder_layers
+from persona_vectors.wrappers import unwrap
 
 POSITIONS = ("all", "prompt", "response")
 
@@ -140,6 +141,7 @@ def edit_blocks(model: Model, edits: Mapping[int, Edit]) -> Iterator[Tokens]:
 
     Raises InputError for a layer that the model lacks, and RuntimeError where a block never ran.
     """
+    model = unwrap(model)
     layers = decoder_layers(model)
     for layer in edits:
         if not isinstance(layer, int) or not 0 <= layer < len(layers):

@@ -15,6 +15,7 @@ from persona_vectors.files import InputError
 from persona_vectors.hooks import pause_edits
 from persona_vectors.models import Model, batch_tokens_for, chat_prompt, encode, encode_answer
 from persona_vectors.traits import Trait
+from persona_vectors.wrappers import unwrap
 
 COHERENCE_RUBRIC = """\
 Rate how coherent the answer below is, whatever it says and however pleasant or true it is.
@@ -112,7 +113,7 @@ class ContrastJudge:
     ) -> None:
         if len(trait.instruction) < 2:
             raise InputError(f"trait {trait.name!r} has one instruction pair: ContrastJudge needs two or more")
-        self.model, self.tokenizer, self.trait, self.scale = model, tokenizer, trait, scale
+        self.model, self.tokenizer, self.trait, self.scale = unwrap(model), tokenizer, trait, scale
         self.pairs = pairs or len(trait.instruction)
         self.name = f"contrast (likeness to prompted behaviour; {self.pairs} pairs, scale {scale:g} nats)"
 
@@ -153,7 +154,7 @@ class PerplexityJudge:
     reads_rubric = False
 
     def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, *, limit: float = 100.0) -> None:
-        self.model, self.tokenizer, self.limit = model, tokenizer, limit
+        self.model, self.tokenizer, self.limit = unwrap(model), tokenizer, limit
         self.name = f"perplexity gate (limit {limit:g})"
 
     def __call__(self, question: str, answer: str, rubric: str) -> float | None:
@@ -194,8 +195,8 @@ class LocalJudge:
     """
 
     def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, *, min_mass: float = 0.25) -> None:
-        self.model, self.tokenizer, self.min_mass = model, tokenizer, min_mass
-        self.name = f"local:{model.config._name_or_path}"
+        self.model, self.tokenizer, self.min_mass = unwrap(model), tokenizer, min_mass
+        self.name = f"local:{self.model.config._name_or_path}"
         self.numbers = {n: tuple(encode(tokenizer, str(n))) for n in range(101)}
 
     def __call__(self, question: str, answer: str, rubric: str) -> float | None:

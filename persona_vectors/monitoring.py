@@ -13,6 +13,7 @@ from persona_vectors.models import Model, model_shape
 from persona_vectors.readings import Key, Readings, vector_keys
 from persona_vectors.steering import chosen_layers
 from persona_vectors.vectors import PersonaVector
+from persona_vectors.wrappers import unwrap
 
 
 class _Columns:
@@ -211,6 +212,7 @@ def monitor(
 
     Raises InputError for vectors or a layer that do not fit, and where the model was not called.
     """
+    model = unwrap(model)
     chosen = [vectors] if isinstance(vectors, PersonaVector) else list(vectors)
     units = unit_directions(model, chosen, layer)
     if every < 1:

@@ -17,6 +17,7 @@ from persona_vectors.models import Model, chat_text, encode_answer
 from persona_vectors.monitoring import projections, unit_directions
 from persona_vectors.readings import Key, vector_keys
 from persona_vectors.vectors import PersonaVector
+from persona_vectors.wrappers import unwrap
 
 Conversation = Sequence[dict[str, str]] | tuple[str, str]
 """Chat messages, each with a role and a content; or a question and its answer."""
@@ -87,6 +88,7 @@ def project(
 
     Raises InputError for a conversation without an answer, and for vectors or a layer that do not fit.
     """
+    model = unwrap(model)
     chosen = [vectors] if isinstance(vectors, PersonaVector) else list(vectors)
     units = unit_directions(model, chosen, layer)
     unknown = [name for name in poolings if name not in POOLINGS]

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from persona_vectors.files import InputError
@@ -35,19 +36,31 @@ def steer(
     Raises InputError for a vector or a layer that does not fit, and RuntimeError where the hook never fired.
     """
     vector.check_fits(*model_shape(model))
-    if (coef is None) == (dose is None):
-        raise InputError("give either coef= (times the vector) or dose= (a fraction of the residual norm)")
     if not isinstance(positions, Tensor) and positions not in POSITIONS:
         raise InputError(f"positions is {positions!r}: give one of {', '.join(POSITIONS)}, or a mask [batch, token]")
-    edits: dict[int, Edit] = {}
+    shifts = incremental_shifts(vector, layer=layer, coef=coef, dose=dose)
+    with edit_blocks(model, {index: _add(shift, positions) for index, shift in shifts.items()}):
+        yield
+
+
+def incremental_shifts(
+    vector: PersonaVector,
+    *,
+    layer: int | Sequence[int] | str,
+    coef: float | Tensor | None = None,
+    dose: float | Tensor | None = None,
+) -> dict[int, Float[Tensor, "*batch hidden"]]:
+    """Return what `steer` adds to the output of each block: at several layers, what the lower ones have not added."""
+    if (coef is None) == (dose is None):
+        raise InputError("give either coef= (times the vector) or dose= (a fraction of the residual norm)")
+    shifts: dict[int, Tensor] = {}
     before: Tensor | float = 0.0
     for index in chosen_layers(vector, layer):
         shift = torch.as_tensor(coef if dose is None else dose * _per_dose(vector, index), dtype=torch.float32)
         shift = shift[..., None] * vector.direction(index).to(shift.device)
-        edits[index] = _add(shift - before, positions)
+        shifts[index] = shift - before
         before = shift
-    with edit_blocks(model, edits):
-        yield
+    return shifts
 
 
 def chosen_layers(vector: PersonaVector, layer: int | Sequence[int] | str) -> list[int]:
