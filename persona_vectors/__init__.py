@@ -5,19 +5,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time a name is imported when it is first asked for
     from persona_vectors.activations import pool, pool_while_generating
+    from persona_vectors.backends import lens_hooks, nnsight_block, steer_trace
     from persona_vectors.calibration import Calibration, calibrate
+    from persona_vectors.chat import Chat
     from persona_vectors.control import ablate, cap, floor, steer_where
-    from persona_vectors.evaluation import mean_interval, steered_answers
+    from persona_vectors.evaluation import correlation_interval, mean_interval, steered_answers
     from persona_vectors.extraction import extract, extract_from
     from persona_vectors.files import InputError
-    from persona_vectors.heatmaps import heatmap
+    from persona_vectors.heatmaps import heatmap, save_heatmaps
     from persona_vectors.hooks import edit_blocks
     from persona_vectors.interop import export_vector, import_vector
     from persona_vectors.judge import ContrastJudge, LocalJudge, PerplexityJudge, SentimentJudge
     from persona_vectors.models import chat_prompt, decoder_layers, fold_system_role, generate, load_model
     from persona_vectors.monitoring import monitor
     from persona_vectors.openai_judge import OpenAIJudge
-    from persona_vectors.plot import plot_scores, plot_vector
+    from persona_vectors.plot import plot_drift, plot_scores, plot_vector
     from persona_vectors.projection import project
     from persona_vectors.rollouts import Rollout, load_rollouts
     from persona_vectors.steering import steer
@@ -26,19 +28,21 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
 
 _WHERE = {
     "activations": ["pool", "pool_while_generating"],
+    "backends": ["lens_hooks", "nnsight_block", "steer_trace"],
     "calibration": ["Calibration", "calibrate"],
+    "chat": ["Chat"],
     "control": ["ablate", "cap", "floor", "steer_where"],
-    "evaluation": ["mean_interval", "steered_answers"],
+    "evaluation": ["correlation_interval", "mean_interval", "steered_answers"],
     "extraction": ["extract", "extract_from"],
     "files": ["InputError"],
-    "heatmaps": ["heatmap"],
+    "heatmaps": ["heatmap", "save_heatmaps"],
     "hooks": ["edit_blocks"],
     "interop": ["export_vector", "import_vector"],
     "judge": ["ContrastJudge", "LocalJudge", "PerplexityJudge", "SentimentJudge"],
     "models": ["chat_prompt", "decoder_layers", "fold_system_role", "generate", "load_model"],
     "monitoring": ["monitor"],
     "openai_judge": ["OpenAIJudge"],
-    "plot": ["plot_scores", "plot_vector"],
+    "plot": ["plot_drift", "plot_scores", "plot_vector"],
     "projection": ["project"],
     "rollouts": ["Rollout", "load_rollouts"],
     "steering": ["steer"],

@@ -40,6 +40,32 @@ def mean_interval(by_question: Sequence[Sequence[float]], *, seed: int = 0) -> I
     return Interval(float(means.mean()), float(low), float(high))
 
 
+def correlation_interval(
+    x: Sequence[float], y: Sequence[float], questions: Sequence[int], *, seed: int = 0, resamples: int = 2000
+) -> Interval:
+    """Return Pearson's r of x and y and its 95 % bootstrap interval, resampling whole questions.
+
+    `questions` says which question each point is from; points with nan on either side are left out.
+    """
+    points = np.stack([x, y]).astype(float)
+    known = ~np.isnan(points).any(axis=0)
+    points, labels = points[:, known], np.asarray(questions)[known]
+    groups = [points[:, labels == label] for label in np.unique(labels)]
+    rng = np.random.default_rng(seed)
+    drawn = [
+        _pearson(np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))], axis=1))
+        for _ in range(resamples)
+    ]
+    return Interval(_pearson(points), *map(float, np.nanquantile(drawn, [0.025, 0.975])))
+
+
+def _pearson(points: np.ndarray) -> float:
+    """Return the correlation of two rows; nan where one of them does not vary."""
+    centred = points - points.mean(axis=1, keepdims=True)
+    size = np.sqrt((centred**2).sum(axis=1)).prod()
+    return float((centred[0] * centred[1]).sum() / size) if size > 0 else float("nan")
+
+
 def steered_answers(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,

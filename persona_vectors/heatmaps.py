@@ -72,12 +72,10 @@ class Heatmap:
 
     def save(self, path: str | Path) -> None:
         """Write a page that needs nothing else, whole or not at all."""
-        with atomic_path(path) as temporary:
-            page = _render(_PAGE, title=", ".join(self.rows), fragment=self._repr_html_())
-            temporary.write_text(page, "utf-8")
+        save_heatmaps([self], path)
 
     def _row(self, name: str, values: list[float]) -> dict:
-        low, high = self.span or _span(values)
+        low, high = self.span or robust_span(values)
         middle, half = (low + high) / 2, (high - low) / 2
         tokens = []
         for text, value in zip(self.tokens, values):
@@ -121,6 +119,14 @@ def heatmap(
     )
 
 
+def save_heatmaps(heatmaps: Sequence[Heatmap], path: str | Path) -> None:
+    """Write several heatmaps, one below the other, as a page that needs nothing else; whole or not at all."""
+    title = ", ".join(dict.fromkeys(name for shown in heatmaps for name in shown.rows))
+    with atomic_path(path) as temporary:
+        page = _render(_PAGE, title=title, fragment="".join(shown._repr_html_() for shown in heatmaps))
+        temporary.write_text(page, "utf-8")
+
+
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """Return each token's part of the decoded text: white space is kept, special tokens are shown.
 
@@ -137,7 +143,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     return texts
 
 
-def _span(values: Sequence[float]) -> tuple[float, float]:
+def robust_span(values: Sequence[float]) -> tuple[float, float]:
     """Return the median minus and plus the 98th percentile of the distances from it, which outliers do not move."""
     finite = sorted(value for value in values if not math.isnan(value))
     if not finite:

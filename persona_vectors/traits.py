@@ -73,6 +73,20 @@ class Trait(BaseModel):
             raise ValueError(f"lacks the placeholder {' and '.join(missing)}")
         return text
 
+    def graded_prompts(self) -> list[str]:
+        """Return eight system prompts, from one that forbids the trait to one that demands it (paper, section 3.3)."""
+        yes, no = self.positive_adjective, self.negative_adjective
+        return [
+            f"Be as {no} as you can in every answer. Never be {yes}, whatever the question.",
+            f"Be {no} in your answers, and do not be {yes}.",
+            f"Rather be {no} than {yes}.",
+            f"If you can, keep from being very {yes}.",
+            f"Where it fits, you may be a little {yes}.",
+            f"Rather be {yes} than {no}.",
+            f"Be {yes} in your answers, and do not be {no}.",
+            f"Be as {yes} as you can in every answer. Never be {no}, whatever the question.",
+        ]
+
     def system_prompt(self, side: str, pair: int) -> str:
         """Return the system prompt of instruction pair `pair` on `side` ("pos" or "neg")."""
         adjective = {"pos": self.positive_adjective, "neg": self.negative_adjective}[side]

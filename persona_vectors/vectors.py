@@ -168,10 +168,20 @@ def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def random_vector(vector: PersonaVector, *, seed: int) -> PersonaVector:
-    """Return a control: a random direction at each layer, with the norm that `vector` has there."""
+def random_vector(
+    vector: PersonaVector, *, seed: int, like: Float[Tensor, "sample layer hidden"] | None = None
+) -> PersonaVector:
+    """Return a control: a random direction at each layer, with the norm that `vector` has there.
+
+    With `like`, activations of some texts, the directions have those activations' covariance: real activations vary far
+    more along a few directions than along most, and directions that are as likely to point anywhere miss them.
+    """
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(vector.directions.shape, generator=generator)
+    if like is None:
+        noise = torch.randn(vector.directions.shape, generator=generator)
+    else:
+        centred = like.float() - like.float().mean(dim=0)
+        noise = torch.einsum("s, s l h -> l h", torch.randn(len(like), generator=generator), centred)
     norms = vector.directions.norm(dim=1, keepdim=True)
     directions = noise / noise.norm(dim=1, keepdim=True) * norms
     return replace(vector._derived(f"random {seed}", directions))

@@ -1,6 +1,6 @@
-"""Benchmarks: what reading activations costs, beside a bare forward pass, the paper's procedure and other libraries.
+"""Benchmarks: what reading and editing activations costs, beside a bare pass, the paper's way and other libraries.
 
-Usage: python scripts/bench.py extraction [--model MODEL | --shape qwen2.5-7b] [--out FILE]
+Usage: python scripts/bench.py extraction | generation [--model MODEL | --shape qwen2.5-7b] [--out FILE]
 """
 
 import contextlib
@@ -14,18 +14,19 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding
+from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding, GenerationConfig
 from transformers.utils import logging
 
 from persona_vectors.activations import POOLINGS, Row, pool, pool_while_generating
@@ -35,12 +36,18 @@ from persona_vectors.models import (
     Model,
     batch_tokens_for,
     generate_tokens,
+    left_pad,
     length_batches,
     load_model,
+    model_name,
+    model_shape,
     stop_tokens,
 )
+from persona_vectors.monitoring import monitor
 from persona_vectors.rollouts import plan
+from persona_vectors.steering import steer
 from persona_vectors.traits import load_trait
+from persona_vectors.vectors import PersonaVector
 
 # The shape of a model, for random weights: speed and memory do not depend on what the weights are.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -299,13 +306,16 @@ class Pretokenized:
         return BatchEncoding({"input_ids": pad_sequence(rows, batch_first=True), "attention_mask": mask})
 
 
+def alias_numpy() -> None:
+    """Set the name that NumPy 2 dropped and repeng 0.4.0 has in its annotations."""
+    if not hasattr(np, "float_"):
+        np.float_ = np.float64  # type: ignore
+
+
 def repeng(model: Model, rows: Sequence[Row]) -> Method:
     """Return repeng's reading of hidden states, with its own batch size and its own choice of layers."""
     name, does = "repeng 0.4.0", "the last token's state only; batches of 32, all hidden states, all logits"
-    import numpy
-
-    if not hasattr(numpy, "float_"):
-        numpy.float_ = numpy.float64  # type: ignore  # its annotations name what NumPy 2 dropped
+    alias_numpy()
     try:
         from repeng.extract import batched_get_hiddens
     except ImportError:
@@ -356,7 +366,7 @@ def extraction_methods(model: Model, rows: Sequence[Row], batch_tokens: int) -> 
     ]
 
 
-def generation_methods(model: Model, tokenizer: Any, prompts: Sequence[list[int]], new_tokens: int) -> list[Method]:
+def reading_methods(model: Model, tokenizer: Any, prompts: Sequence[list[int]], new_tokens: int) -> list[Method]:
     """Return generation without and with reading. Reading samples one token more: the model reads all but the last."""
     tokenizer = tokenizer or Endless()
 
@@ -372,8 +382,55 @@ def generation_methods(model: Model, tokenizer: Any, prompts: Sequence[list[int]
     rows: list[Row] = [(prompt, []) for prompt in prompts]
     return [
         Method("generate", f"{len(rows)} answers of {new_tokens} tokens at most", rows, plain),
-        Method("generate, one token more", "", rows, lambda r: plain(r, extra=1)),
+        Method("one token more", "", rows, lambda r: plain(r, extra=1)),
         Method("generate + reading", "one token more, three poolings and norms, all layers", rows, reading),
+    ]
+
+
+def control_methods(model: Model, rows: Sequence[Row], new_tokens: int) -> list[Method]:
+    """Return greedy generation, plain and with monitors and edits of ours and other libraries around it."""
+    count, hidden = model_shape(model)
+    layer, name = count // 2, model_name(model)
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(8)]
+    vectors = [
+        PersonaVector(f"random {seed}", name, torch.randn(count, hidden, generator=generator))
+        for seed, generator in enumerate(seeds)
+    ]
+    shift = 0.01 * vectors[0].direction(layer)
+    config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)  # no token ends a row
+
+    def inside(around: Callable[[], Any]) -> Callable[[Sequence[Row]], None]:
+        def run(rows: Sequence[Row]) -> None:
+            with around():
+                ids, mask = left_pad([prompt for prompt, _ in rows], 0, model.device)
+                model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+
+        return run
+
+    @contextlib.contextmanager
+    def by_repeng() -> Iterator[None]:
+        alias_numpy()
+        from repeng import ControlModel, ControlVector
+
+        wrapped = ControlModel(model, [layer])
+        try:
+            wrapped.set_control(ControlVector("any", {layer: shift.numpy()}))
+            yield
+        finally:
+            wrapped.unwrap()
+
+    def by_steering_vectors() -> Any:
+        from steering_vectors import SteeringVector
+
+        return SteeringVector({layer: shift.to(model.device)}, "decoder_block").apply(model)
+
+    return [
+        Method("generate", f"{len(rows)} rows x {new_tokens} tokens", rows, inside(contextlib.nullcontext)),
+        Method("monitor, 1 layer", "8 vectors", rows, inside(lambda: monitor(model, vectors, layer=layer))),
+        Method("monitor, all layers", "8 vectors", rows, inside(lambda: monitor(model, vectors, layer="all"))),
+        Method("steer", "1 layer", rows, inside(lambda: steer(model, vectors[0], layer=layer, coef=0.01))),
+        Method("repeng 0.4.0", "1 layer", rows, inside(by_repeng), theirs=True),
+        Method("steering-vectors 0.12.2", "1 layer", rows, inside(by_steering_vectors), theirs=True),
     ]
 
 
@@ -430,9 +487,36 @@ def extraction(
 
     asked = [distinct[i % prompts] for i in range(prompts * samples)]
     chosen = length_batches(asked, answer_tokens, 8 * budget)[0]
-    generating = generation_methods(model, tokenizer, [asked[i] for i in chosen], answer_tokens)
+    generating = reading_methods(model, tokenizer, [asked[i] for i in chosen], answer_tokens)
     run_rounds(generating, rounds, model.device)
-    found["generation"] = report_generation(generating)
+    found["generation"] = report_generation(generating, generating[:2])
+    save(found, out)
+
+
+@app.command()
+def generation(
+    model_name: ModelName = EMBEDDED,
+    shape: Shape = None,
+    device: Device = None,
+    batch: Annotated[int, typer.Option(help="rows of the batch", min=1)] = 8,
+    new_tokens: Annotated[int, typer.Option(help="tokens generated in each row", min=1)] = 128,
+    rounds: Rounds = 7,
+    out: Out = None,
+) -> None:
+    """Measure what monitoring and steering add to generation: ours, repeng's and steering-vectors'."""
+    logging.disable_progress_bar()
+    model, tokenizer = load(model_name, shape, device)
+    found = environment(model, shape or model_name) | {"batch": batch, "new_tokens": new_tokens, "rounds": rounds}
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    prompts = make_prompts(tokenizer, batch, vocabulary)
+    methods = control_methods(model, [(prompt, []) for prompt in prompts], new_tokens)
+    print(f"greedy, {batch} rows x {new_tokens} tokens; medians of {rounds} rounds, ratios taken within a round\n")
+    run_rounds(methods, rounds, model.device)
+    found["generation"] = report_generation(methods, methods[:1])
+    save(found, out)
+
+
+def save(found: dict[str, Any], out: Path | None) -> None:
     if out:
         with atomic_path(out) as temporary:
             temporary.write_text(json.dumps(found, indent=1) + "\n")
@@ -457,14 +541,13 @@ def report_extraction(methods: Sequence[Method]) -> list[dict[str, Any]]:
     return [line | {"seconds": m.seconds, "megabytes": m.megabytes} for line, m in zip(lines, methods)]
 
 
-def report_generation(methods: Sequence[Method]) -> list[dict[str, Any]]:
+def report_generation(methods: Sequence[Method], bases: Sequence[Method]) -> list[dict[str, Any]]:
     """Print the table of generation, and return it with each round's numbers."""
     lines = [
         {
             "method": method.name,
             "seconds": median(method.seconds),
-            "time x generate": ratio(method, methods[0], speed=False),
-            "time x one token more": ratio(method, methods[1], speed=False),
+            **{f"time x {base.name}": ratio(method, base, speed=False) for base in bases},
             "": method.does,
         }
         for method in methods

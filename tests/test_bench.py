@@ -51,11 +51,21 @@ def test_every_method_reads_as_many_tokens(model):
 
 
 def test_generation_is_measured_with_and_without_reading(model, tokenizer, capsys):
-    methods = bench.generation_methods(model, tokenizer, [[5, 6, 7], [8, 9]], new_tokens=3)
+    methods = bench.reading_methods(model, tokenizer, [[5, 6, 7], [8, 9]], new_tokens=3)
     bench.run_rounds(methods, 1, model.device)
-    table = bench.report_generation(methods)
-    assert [line["method"] for line in table] == ["generate", "generate, one token more", "generate + reading"]
+    table = bench.report_generation(methods, methods[:2])
+    assert [line["method"] for line in table] == ["generate", "one token more", "generate + reading"]
     assert table[2]["time x one token more"] > 0
+
+
+def test_generation_is_measured_under_monitors_and_edits(model):
+    block, parameters = model.model.layers[1], [id(p) for p in model.parameters()]
+    methods = bench.control_methods(model, [([5, 6, 7], []), ([8, 9], [])], new_tokens=3)
+    bench.run_rounds(methods, 1, model.device)
+    table = bench.report_generation(methods, methods[:1])
+    assert table[0]["time x generate"] == 1 and all(line["time x generate"] > 0 for line in table[:4])
+    assert all(line["seconds"] or "No module named" in line[""] for line in table[4:])
+    assert model.model.layers[1] is block and [id(p) for p in model.parameters()] == parameters
 
 
 def test_an_error_in_other_peoples_code_is_their_result_and_in_ours_it_is_raised(model):

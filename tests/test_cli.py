@@ -74,6 +74,45 @@ def test_extract_info_and_steer(tiny, trait_file, tmp_path):
     assert "dose +0.1 | Hi" in printed
 
 
+@pytest.fixture
+def vector_file(tmp_path) -> Path:
+    PersonaVector("calm", "tiny", torch.randn(3, 32, generator=torch.Generator().manual_seed(0))).save(
+        tmp_path / "c.st"
+    )
+    return tmp_path / "c.st"
+
+
+def test_monitor_prints_projections_and_writes_a_page(tiny, vector_file, tmp_path):
+    options = ["--layer", 1, "--device", "cpu", "--max-new-tokens", 5]
+    questions = ["--prompt", "[/b]<b>Hi", "--prompt", "Why?"]
+    printed, _ = run("monitor", tiny, vector_file, *options, *questions, "--html", tmp_path / "t.html")
+    assert "[/b]<b>Hi" in printed and printed.count("before the answer") == 2 and printed.count("calm") >= 2
+    page = (tmp_path / "t.html").read_text("utf-8")
+    assert page.count("<section>") == 2 and "<b>" not in page
+    assert "another vector called 'calm'" in run("monitor", tiny, *[vector_file] * 2, *options, *questions, code=2)[1]
+    assert "layer 7 is out of range" in run("monitor", tiny, vector_file, "--layer", 7, *questions, code=2)[1]
+
+
+def test_chat_steers_and_saves_by_command(tiny, vector_file, tmp_path):
+    lines = [
+        "Hi",
+        "/steer calm 2",
+        "Hi",
+        "/steer loud 2",
+        "/steer calm x",
+        f"/save {tmp_path / 'c.html'}",
+        "/off",
+        "/huh",
+    ]
+    options = ["--layer", 1, "--device", "cpu", "--max-new-tokens", 4]
+    with mock.patch.object(sys, "stdin", io.StringIO("\n".join(lines))):
+        printed, _ = run("chat", tiny, vector_file, *options)
+    assert printed.count("before the answer") == 2 and printed.count("steered by +2, read after the edit") == 1
+    assert "error: /steer loud 2: give one of calm" in printed and "error: /steer calm x" in printed
+    assert printed.count("/reset") == 2  # at the beginning, and after a command that there is not
+    assert "pv-heatmap" in (tmp_path / "c.html").read_text("utf-8")
+
+
 def test_export_and_import_bring_a_vector_back(tmp_path):
     vector = PersonaVector("calm", "tiny", torch.randn(3, 16))
     vector.save(tmp_path / "v.safetensors")

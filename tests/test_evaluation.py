@@ -7,7 +7,7 @@ import torch
 from test_hooks import random_direction
 
 from persona_vectors.demo import choose_layer, run_demo
-from persona_vectors.evaluation import mean_interval, steered_answers
+from persona_vectors.evaluation import correlation_interval, mean_interval, steered_answers
 from persona_vectors.models import generate
 from persona_vectors.plot import plot_scores, plot_vector
 from persona_vectors.steering import steer
@@ -77,3 +77,16 @@ def test_plots_draw_what_is_known(model):
     scores = {"t": {-1.0: interval, 1.0: interval}, "r0": {-1.0: interval, 1.0: interval}}
     figure = plot_scores(scores, title="x", ylabel="y", controls=["r0"])
     assert [line.get_label() for line in figure.axes[0].lines] == ["t", "r0"]
+
+
+def test_correlation_interval_resamples_questions():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=200)
+    y = 0.6 * x + 0.8 * rng.normal(size=200)
+    questions = [index // 5 for index in range(200)]
+    found = correlation_interval(list(x), [*y[:-1], float("nan")], questions)
+    assert found.mean == pytest.approx(np.corrcoef(x[:-1], y[:-1])[0, 1])
+    assert found.low < found.mean < found.high and 0.05 < found.high - found.low < 0.4
+    exact = correlation_interval(list(x), list(2 * x + 1), questions)
+    assert exact.low == pytest.approx(1) and exact.high == pytest.approx(1)
+    assert math.isnan(correlation_interval([1.0] * 10, list(x[:10]), list(range(10))).mean)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import make_tokenizer
@@ -8,6 +10,7 @@ from persona_vectors.activations import POOLINGS, pool
 from persona_vectors.files import InputError
 from persona_vectors.models import chat_prompt, encode, encode_answer
 from persona_vectors.monitoring import unit_directions
+from persona_vectors.plot import plot_drift
 from persona_vectors.projection import project, token_projections
 from persona_vectors.vectors import random_vector
 
@@ -131,3 +134,15 @@ def test_a_missing_pooling_says_which_there_are(model, tokenizer):
     scores = project(model, tokenizer, PAIRS, random_direction(model), layer=1)
     with pytest.raises(InputError, match="have no 'prompt_mean': they have prompt_last, response_mean"):
         scores["prompt_mean"]
+
+
+def test_the_drift_plot_has_a_panel_for_each_vector(model, tokenizer):
+    vectors = [random_direction(model), replace(random_direction(model), trait="other")]
+    talk = [{"role": role, "content": text} for text in "abc" for role in ("user", "assistant")]
+    scores = project(model, tokenizer, [talk, talk[:4]], vectors, layer=1, by_turn=True)
+    figure = plot_drift(scores)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["t", "other"]
+    *lines, mean = figure.axes[0].lines
+    assert [len(line.get_xdata()) for line in lines] == [3, 2] and list(mean.get_xdata()) == [1, 2, 3]
+    expected = [float(scores["response_mean"]["t"][scores.turn == turn].mean()) for turn in range(3)]
+    assert list(mean.get_ydata()) == pytest.approx(expected)

@@ -107,3 +107,13 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path):
 def test_statistics_must_fit_the_layers():
     with pytest.raises((InputError, TypeCheckError), match="separation"):
         make(separation=torch.ones(2))
+
+
+def test_random_vectors_like_activations_have_their_covariance():
+    like = torch.randn(400, 2, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([5.0, 3, 1, 1, 1, 0.1]) + 7
+    vector = PersonaVector("t", "m", torch.ones(2, 6))
+    drawn = torch.stack([random_vector(vector, seed=seed, like=like).directions for seed in range(2000)])
+    torch.testing.assert_close(drawn.norm(dim=2), vector.directions.norm(dim=1).expand(2000, 2))
+    share = (drawn[:, 0] ** 2).mean(dim=0)
+    assert share[0] > share[1] > 3 * share[2] and share[5] < 0.01 * share[0]
+    assert drawn.mean(dim=0).abs().max() < 0.15  # the activations' mean, 7, is no direction of theirs
