@@ -50,6 +50,19 @@ def test_a_cap_and_a_floor_bound_every_token_and_leave_the_others_bit_identical(
     assert hooks(model) == 0
 
 
+@pytest.mark.parametrize("name", ["llama", "bloom", "gemma3"])
+def test_caps_and_floors_in_bfloat16(name: str):
+    model = zoo.build(name, torch.bfloat16)
+    inputs, plain, projection = before(model)
+    vector, limit = random_direction(model), between(projection)
+    tolerance = 2 * torch.finfo(torch.bfloat16).eps * float(plain.float().norm(dim=-1).max())
+    for verb, sign, inside in ((cap, 1, projection <= limit), (floor, -1, projection >= limit)):
+        with verb(model, vector, layer=1, limit=limit):
+            edited = block_output(model, 1, inputs)
+        assert edited.dtype == plain.dtype and torch.equal(edited[inside], plain[inside])
+        assert (sign * (vector.project(edited, layer=1) - limit)).max() <= tolerance
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["llama", "bloom", "mixtral", "mamba", "gemma3"])
 def test_ablation_leaves_a_projection_of_zero(name: str, dtype: torch.dtype):

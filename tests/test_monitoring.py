@@ -4,6 +4,7 @@ import zoo
 from test_activations import DECODERS, block_outputs
 from test_hooks import hooks, random_direction
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from persona_vectors.files import InputError
 from persona_vectors.models import left_pad
@@ -188,6 +189,21 @@ def test_memory_grows_with_the_text(model):
     column.add(parts)
     torch.testing.assert_close(column.read(), torch.cat([parts, parts], dim=1))
     assert column.fresh == []
+
+
+def test_fifty_turns_on_one_cache_keep_one_number_a_token_and_vector(model):
+    vectors, cache, text = two_vectors(model), DynamicCache(), []
+    turns = torch.randint(6, zoo.VOCAB, (50, 9), generator=torch.Generator().manual_seed(0)).tolist()
+    with monitor(model, vectors, layer=1, stops=[]) as trace, torch.no_grad():
+        for turn in turns:  # each turn's new tokens in one pass, and one more as if it were generated
+            for tokens in (turn[:-1], turn[-1:]):
+                text += tokens
+                model(torch.tensor([tokens]), past_key_values=cache, attention_mask=torch.ones(1, len(text)))
+    assert len(trace.calls) == 50
+    kept = [column.read().numel() for call in trace._calls for column in call.columns.values()]
+    assert sum(kept) == 50 * 9 * 2
+    values = torch.cat([call["t"] for call in trace.calls], dim=1)
+    torch.testing.assert_close(values[0], expected(model, vectors[0], 1, text), rtol=2e-4, atol=2e-4)
 
 
 def test_a_monitor_inside_a_steer_reads_after_the_edit_and_outside_it_before(model):

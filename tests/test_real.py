@@ -1,5 +1,6 @@
 """The embedded model: what the tiny random ones cannot show."""
 
+import copy
 import csv
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 import persona_vectors as pv
 from persona_vectors.evaluation import steered_answers
-from persona_vectors.models import chat_prompt, encode
+from persona_vectors.models import chat_prompt, encode, generate_tokens
 from persona_vectors.rollouts import load_rollouts
 
 pytestmark = pytest.mark.real
@@ -97,3 +98,53 @@ def test_extraction_while_generating_equals_the_second_pass(embedded, tmp_path):
     second = pv.extract_from(model, tokenizer, trait, ready)
     torch.testing.assert_close(direct.directions, second.directions, rtol=1e-3, atol=2e-3)
     assert json.loads(path.read_text().splitlines()[0])["model"] == "smollm2-135m"
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+def test_monitored_values_are_those_of_the_finished_text(embedded, temperature: float, use_cache: bool):
+    model, tokenizer = embedded
+    vectors = [pv.PersonaVector.load(VECTORS / f"{name}.safetensors") for name in ("optimistic", "humorous")]
+    prompts = [encode(tokenizer, pv.chat_prompt(tokenizer, text)) for text in ("Hi!", "How will my exam go tomorrow?")]
+    options = {"max_new_tokens": 12, "temperature": temperature, "use_cache": use_cache}
+    with pv.monitor(model, vectors, layer=[4, 19, 28]) as trace:
+        rows = generate_tokens(model, tokenizer, prompts, **options)
+    for line, (prompt, (answer, _)) in enumerate(zip(prompts, rows)):
+        text = torch.tensor([[*prompt, *answer]])[:, : len(prompt) + 11]  # the last token sampled is never read
+        with torch.no_grad():
+            states = model(text, output_hidden_states=True).hidden_states
+        for (name, layer), vector in zip(trace.last.keys, vectors * 3):
+            assert vector.trait == name
+            found = trace[name, layer][line]
+            expected = vector.project(states[layer + 1][0], layer=layer)
+            torch.testing.assert_close(found[~found.isnan()][: len(expected)], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_nnsight_and_transformer_lens_give_the_same_steered_logits_and_vector(embedded, tmp_path):
+    from nnsight.modeling.transformers import TransformersModel
+    from transformer_lens.model_bridge import TransformerBridge
+
+    model, tokenizer = embedded
+    vector = pv.PersonaVector.load(VECTORS / "optimistic.safetensors")
+    trait = pv.load_trait("optimistic")
+    ids = torch.tensor([encode(tokenizer, pv.chat_prompt(tokenizer, "How will my exam go?"))])
+    options = {"samples": 1, "questions": 2, "max_new_tokens": 12, "min_pairs": 2, "judge": None}
+
+    def extracted(wrapped: object, name: str) -> pv.PersonaVector:
+        return pv.extract(wrapped, tokenizer, trait, rollouts=tmp_path / f"{name}.jsonl", **options)
+
+    plain = extracted(model, "plain")
+    with pv.steer(model, vector, layer=19, coef=2.0), torch.no_grad():
+        steered = model(ids).logits
+    wrapped = TransformersModel(model, tokenizer=tokenizer)
+    with wrapped.trace(ids):
+        pv.steer_trace(wrapped, vector, layer=19, coef=2.0)
+        logits = wrapped.output.logits.save()
+    torch.testing.assert_close(logits, steered, rtol=1e-4, atol=1e-4)
+    assert extracted(wrapped, "nnsight").cosine(plain).min() >= 0.99999
+    bridge = TransformerBridge.boot_transformers(  # the bridge changes the model that it is given
+        "smollm2-135m", hf_model=copy.deepcopy(model), tokenizer=tokenizer, device="cpu"
+    )
+    with pv.steer(bridge, vector, layer=19, coef=2.0), torch.no_grad():
+        torch.testing.assert_close(bridge(ids), steered, rtol=1e-4, atol=1e-4)
+    assert extracted(bridge, "lens").cosine(plain).min() >= 0.99999
