@@ -147,6 +147,15 @@ Edit = Callable[[Float[Tensor, "batch token hidden"], Tokens], "Float[Tensor, 'b
 _active: list[Tokens] = []
 
 
+class EnoughRead(Exception):
+    """Raised by an edit to end the forward pass at its block, and caught around the call: nothing above it is run."""
+
+
+def edits_are_active() -> bool:
+    """Say whether any edit is active now, paused ones left out."""
+    return any(not tokens.paused for tokens in _active)
+
+
 @contextmanager
 def pause_edits() -> Iterator[None]:
     """Suspend every edit that is active now, so that a judge reads the plain model inside a steered evaluation."""
