@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.projection import project
     from persona_vectors.rollouts import Rollout, load_rollouts
     from persona_vectors.steering import steer
+    from persona_vectors.training_sets import make_training_sets
     from persona_vectors.traits import Trait, list_traits, load_trait
     from persona_vectors.vectors import PersonaVector, random_vector
 
@@ -46,6 +47,7 @@ _WHERE = {
     "projection": ["project"],
     "rollouts": ["Rollout", "load_rollouts"],
     "steering": ["steer"],
+    "training_sets": ["make_training_sets"],
     "traits": ["Trait", "list_traits", "load_trait"],
     "vectors": ["PersonaVector", "random_vector"],
 }

@@ -86,19 +86,22 @@ def forward_passes(
     prefixes: dict[tuple[int, ...], list[int]] = {}
     for index, (prompt, _) in enumerate(rows):
         prefixes.setdefault(tuple(prompt[: len(prompt) - held_back]), []).append(index)
-    if cache_name is None or len(prefixes) == len(rows):
-        prefixes = {(): list(range(len(rows)))}
-    keys = list(prefixes)
-    for group in length_batches(keys, 0, budget):
-        chosen = [keys[i] for i in group]
-        prefix_mask, layers = torch.zeros(len(group), 0, dtype=torch.long, device=device), None
+    shared_by = {key: members for key, members in prefixes.items() if len(members) > 1 and key and cache_name}
+    keys = list(shared_by)
+    groups = [[keys[i] for i in group] for group in length_batches(keys, 0, budget)]
+    alone = [row for key, members in prefixes.items() if key not in shared_by for row in members]
+    if alone:
+        shared_by[()] = alone
+        groups.append([()])
+    for chosen in groups:
+        prefix_mask, layers = torch.zeros(len(chosen), 0, dtype=torch.long, device=device), None
         if chosen[0]:
             assert cache_name is not None
             ids, prefix_mask = left_pad(chosen, 0, device)
             cache = DynamicCache()
-            yield _pass(ids, prefix_mask, prefix_mask, [prefixes[key] for key in chosen], {cache_name: cache}, False)
+            yield _pass(ids, prefix_mask, prefix_mask, [shared_by[key] for key in chosen], {cache_name: cache}, False)
             layers = cache.layers
-        members = [(line, row) for line, key in enumerate(chosen) for row in prefixes[key]]
+        members = [(line, row) for line, key in enumerate(chosen) for row in shared_by[key]]
         members = [(line, row) for line, row in members if len(rows[row][0]) + len(rows[row][1]) > len(chosen[line])]
         rest = [[*rows[row][0], *rows[row][1]][len(chosen[line]) :] for line, row in members]
         for batch in length_batches(rest, 0, budget):

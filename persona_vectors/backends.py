@@ -7,7 +7,7 @@ from torch import Tensor
 
 from persona_vectors.files import InputError
 from persona_vectors.models import decoder_layers, model_shape
-from persona_vectors.steering import incremental_shifts
+from persona_vectors.steering import incremental
 from persona_vectors.vectors import PersonaVector
 from persona_vectors.wrappers import unwrap
 
@@ -20,11 +20,12 @@ def lens_hooks(
     They add to the residual stream after each block, at every token. See `steer` for `coef`, `dose` and several layers.
     """
 
-    def adds(shift: Tensor) -> Callable[..., Tensor]:
-        return lambda hidden, hook=None: hidden + shift.to(hidden.device, hidden.dtype)
+    strength, directions = incremental(vector, layer=layer, coef=coef, dose=dose)
 
-    shifts = incremental_shifts(vector, layer=layer, coef=coef, dose=dose)
-    return [(f"blocks.{index}.hook_out", adds(shift)) for index, shift in shifts.items()]
+    def adds(direction: Tensor) -> Callable[..., Tensor]:
+        return lambda hidden, hook=None: hidden + (strength * direction).to(hidden.device, hidden.dtype)
+
+    return [(f"blocks.{index}.hook_out", adds(direction)) for index, direction in directions.items()]
 
 
 def steer_trace(
@@ -40,11 +41,12 @@ def steer_trace(
     Call it before anything in the trace reads a later block. See `steer` for `coef`, `dose` and several layers.
     """
     vector.check_fits(*model_shape(model))
-    for index, shift in incremental_shifts(vector, layer=layer, coef=coef, dose=dose).items():
+    strength, directions = incremental(vector, layer=layer, coef=coef, dose=dose)
+    for index, direction in directions.items():
         block = nnsight_block(model, index)
         output = block.output
         hidden = output[0] if isinstance(output, tuple) else output
-        steered = hidden + shift.to(hidden.device, hidden.dtype)
+        steered = hidden + (strength * direction).to(hidden.device, hidden.dtype)
         block.output = (steered, *output[1:]) if isinstance(output, tuple) else steered
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_vectors.files import InputError
-from persona_vectors.hooks import POSITIONS, Edit, Tokens, edit_blocks
+from persona_vectors.hooks import Edit, Tokens, check_positions, edit_blocks
 from persona_vectors.models import Model, model_shape
 from persona_vectors.monitoring import projections, unit_directions
 from persona_vectors.vectors import PersonaVector
@@ -21,13 +21,15 @@ Change = Callable[[Float[Tensor, "batch token"]], Float[Tensor, "batch token"]]
 
 
 @contextmanager
-def ablate(model: Model, vector: PersonaVector, *, layer: Layers, positions: str | Tensor = "all") -> Iterator[None]:
+def ablate(
+    model: Model, vector: PersonaVector, *, layer: Layers, positions: str | Tensor = "all", during: str = "auto"
+) -> Iterator[None]:
     """Project the vector out of the output of block `layer` in every forward pass inside the `with`.
 
     h <- h - <h, u> u with u = v/|v|. In training this is CAFT (paper, section 5); gradients flow through it.
-    `layer` and `positions` are as in `steer`, but each layer has its own whole direction.
+    `layer`, `positions` and `during` are as in `steer`, but each layer has its own whole direction.
     """
-    with _set_projections(model, vector, layer, positions, lambda _: torch.zeros_like):
+    with _set_projections(model, vector, layer, positions, during, lambda _: torch.zeros_like):
         yield
 
 
@@ -39,13 +41,14 @@ def cap(
     layer: Layers,
     limit: Limit | None = None,
     positions: str | Tensor = "all",
+    during: str = "auto",
 ) -> Iterator[None]:
     """Keep each token's projection at or below `limit`; tokens that are below stay bit-identical at that block.
 
     h <- h - max(<h, u> - limit, 0) u with u = v/|v|. `limit` is a number, a tensor [batch] with one value a row, or a
     mapping with one value a layer, such as `calibrate(...).at(95)`.
     """
-    with _set_projections(model, vector, layer, positions, _clamp("cap", limit, torch.minimum)):
+    with _set_projections(model, vector, layer, positions, during, _clamp("cap", limit, torch.minimum)):
         yield
 
 
@@ -57,12 +60,13 @@ def floor(
     layer: Layers,
     limit: Limit | None = None,
     positions: str | Tensor = "all",
+    during: str = "auto",
 ) -> Iterator[None]:
     """Keep each token's projection at or above `limit`; tokens that are above stay bit-identical at that block.
 
     h <- h - min(<h, u> - limit, 0) u with u = v/|v|: the Assistant Axis's "activation capping". See `cap`.
     """
-    with _set_projections(model, vector, layer, positions, _clamp("floor", limit, torch.maximum)):
+    with _set_projections(model, vector, layer, positions, during, _clamp("floor", limit, torch.maximum)):
         yield
 
 
@@ -76,6 +80,7 @@ def steer_where(
     when: Callable[[Float[Tensor, "batch token"]], Tensor],
     watch: PersonaVector | None = None,
     positions: str | Tensor = "all",
+    during: str = "auto",
 ) -> Iterator[None]:
     """Add `coef` times the vector only at tokens whose projection meets a condition, read before the edit.
 
@@ -93,8 +98,8 @@ def steer_where(
         moved = hidden + shift.to(hidden.device, hidden.dtype)
         return torch.where(_and(where, tokens, positions)[..., None], moved, hidden)
 
-    _check_positions(positions)
-    with edit_blocks(model, {layer: edit}):
+    check_positions(positions)
+    with edit_blocks(model, {layer: edit}, during=during):
         yield
 
 
@@ -120,6 +125,7 @@ def _set_projections(
     vector: PersonaVector,
     layer: Layers,
     positions: str | Tensor,
+    during: str,
     change: Callable[[int], Change],
 ) -> Iterator[None]:
     """Give every token the projection that `change(layer)` asks for; tokens that have it already are not touched."""
@@ -134,17 +140,12 @@ def _set_projections(
 
         return edit
 
-    _check_positions(positions)
+    check_positions(positions)
     units = unit_directions(model, [vector], layer)
-    with edit_blocks(model, {index: editor(change(index), unit) for index, unit in units.items()}):
+    with edit_blocks(model, {index: editor(change(index), unit) for index, unit in units.items()}, during=during):
         yield
 
 
 def _and(where: Tensor, tokens: Tokens, positions: str | Tensor) -> Tensor:
     selected = tokens.select(positions)
     return where if selected is None else where & selected.to(where.device)
-
-
-def _check_positions(positions: str | Tensor) -> None:
-    if not isinstance(positions, Tensor) and positions not in POSITIONS:
-        raise InputError(f"positions is {positions!r}: give one of {', '.join(POSITIONS)}, or a mask [batch, token]")

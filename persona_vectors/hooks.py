@@ -1,5 +1,6 @@
 """The one hook primitive: edits of the decoder blocks' outputs, told which tokens they see."""
 
+import copy
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -9,12 +10,14 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from persona_vectors.files import InputError
 from persona_vectors.models import Model, decoder_layers
 from persona_vectors.wrappers import unwrap
 
-POSITIONS = ("all", "prompt", "response")
+POSITIONS = ("all", "prompt", "response", "labels")
+DURING = ("auto", "training", "always")
 
 
 class Tokens:
@@ -26,8 +29,12 @@ class Tokens:
 
     def __init__(self) -> None:
         self.input_ids: Tensor | None = None
+        self.labels: Tensor | None = None
+        """[batch, token], -100 where the loss counts no token; None where the pass was given none."""
         self.mask: Tensor | None = None
         """[batch, token], True for real tokens; None where all are."""
+        self.training = False
+        """True where the decoder is in training mode and gradients are recorded: a pass of a training step."""
         self.batch = self.width = 0
         self.device = torch.device("cpu")
         self.decoding = False
@@ -36,6 +43,8 @@ class Tokens:
         """True where the pass begins with a prompt; False where it continues the last one, with a cache or without."""
         self.edited: set[int] = set()
         """The blocks whose output has been replaced by these edits."""
+        self.fired: set[int] = set()
+        """The blocks that have run in this pass."""
         self._prompt: Tensor | None = None
         self._prompt_width = 0
         self._cache: Callable[[], Any] = lambda: None
@@ -48,7 +57,8 @@ class Tokens:
         ids: Tensor | None = given.get("input_ids")
         read: Tensor = ids if ids is not None else given["inputs_embeds"]
         (self.batch, self.width), self.device = read.shape[:2], read.device
-        self.input_ids = ids
+        self.input_ids, self.labels = ids, given.get("labels")
+        self.training, self.fired = bool(given.get("training")), set()
         mask = given.get("attention_mask")
         self.mask = None
         if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= self.width:
@@ -89,6 +99,8 @@ class Tokens:
         return same[: same.index(self)], same[same.index(self) + 1 :]
 
     def _find(self, positions: str) -> Tensor | None:
+        if positions == "labels":
+            return self._find_labels()
         if self.decoding:
             zeros = torch.zeros(self.batch, 1, dtype=torch.bool, device=self.device)
             return zeros if positions == "prompt" else None
@@ -104,6 +116,18 @@ class Tokens:
         last = in_prompt & (column == torch.where(in_prompt, column, -1).amax(dim=1, keepdim=True))
         return last | (real & (column >= self._prompt_width))
 
+    def _find_labels(self) -> Tensor:
+        """Return the tokens that the loss counts, and those that predict them."""
+        if self.labels is None or self.labels.shape != (self.batch, self.width):
+            found = "none" if self.labels is None else list(self.labels.shape)
+            raise InputError(
+                f"positions='labels' needs the call to have labels [{self.batch}, {self.width}], and it has {found}: "
+                "pass labels to the model (label smoothing and a compute_loss_func take them away), or give a mask"
+            )
+        counted = self.labels != -100
+        counted = counted | nn.functional.pad(counted[:, 1:], (0, 1))
+        return counted if self.mask is None else counted & self.mask
+
 
 def _holds_tokens(cache: Any) -> bool:
     try:
@@ -112,10 +136,25 @@ def _holds_tokens(cache: Any) -> bool:
         return False
 
 
+def check_positions(positions: str | Tensor) -> None:
+    """Raise InputError where an edit cannot be limited to `positions`."""
+    if not isinstance(positions, Tensor) and positions not in POSITIONS:
+        raise InputError(f"positions is {positions!r}: give one of {', '.join(POSITIONS)}, or a mask [batch, token]")
+
+
 Edit = Callable[[Float[Tensor, "batch token hidden"], Tokens], "Float[Tensor, 'batch token hidden'] | None"]
 
 
 _active: list[Tokens] = []
+
+
+class EnoughRead(Exception):
+    """Raised by an edit to end the forward pass at its block, and caught around the call: nothing above it is run."""
+
+
+def edits_are_active() -> bool:
+    """Say whether any edit is active now, paused ones left out."""
+    return any(not tokens.paused for tokens in _active)
 
 
 @contextmanager
@@ -132,43 +171,109 @@ def pause_edits() -> Iterator[None]:
 
 
 @contextmanager
-def edit_blocks(model: Model, edits: Mapping[int, Edit]) -> Iterator[Tokens]:
+def edit_blocks(model: Model, edits: Mapping[int, Edit], *, during: str = "always") -> Iterator[Tokens]:
     """Run `edits[k]` on the raw output of decoder block k in every forward pass inside the `with`.
 
     An edit is given the hidden states [batch, token, hidden] and the pass's `Tokens`; it returns new hidden states, or
     None where it only reads. The hooks are gone afterwards, also after an error. Works the same for blocks that return
-    tensors or tuples, with and without a cache, in training, and when nested.
+    tensors or tuples, with and without a cache, in training with and without checkpointing, and when nested.
 
-    Raises InputError for a layer that the model lacks, and RuntimeError where a block never ran.
+    `during`: "always"; "training", only passes in training mode with gradients; "auto", those alone as soon as there
+    has been one, so that evaluation and generation inside a training run are left alone, and until then every pass.
+
+    Raises InputError for a layer that the model lacks, and RuntimeError where a block never ran: at the end of the
+    `with`, at the end of a training pass, or before an optimizer's step that no pass led to.
     """
     model = unwrap(model)
+    if during not in DURING:
+        raise InputError(f"during is {during!r}: give one of {', '.join(DURING)}")
     layers = decoder_layers(model)
     for layer in edits:
         if not isinstance(layer, int) or not 0 <= layer < len(layers):
             raise InputError(f"layer {layer} is out of range: this model has layers 0 to {len(layers) - 1}")
-    tokens, fired = Tokens(), set[int]()
+    run = _Run(model, Tokens(), frozenset(edits), during)
     with ExitStack() as stack:
-        _active.append(tokens)
-        stack.callback(_active.remove, tokens)
-        for handle in _follow_tokens(model, tokens):
+        _active.append(run.tokens)
+        stack.callback(_active.remove, run.tokens)
+        for handle in _follow_tokens(model, run):
             stack.callback(handle.remove)
         for layer, edit in edits.items():
-            hook = _block_hook(layer, edit, tokens, fired)
-            stack.callback(layers[layer].register_forward_hook(hook).remove)
-        yield tokens
-        silent = sorted(set(edits) - fired)
+            stack.callback(layers[layer].register_forward_hook(_block_hook(layer, edit, run)).remove)
+        stack.callback(model.get_decoder().register_forward_hook(run.end_pass).remove)
+        stack.callback(register_optimizer_step_pre_hook(run.before_step).remove)
+        yield run.tokens
+        run.end()
+
+
+class _Run:
+    """What one `edit_blocks` knows over its passes: where it applies, and that its hooks fire."""
+
+    def __init__(self, model: Model, tokens: Tokens, layers: frozenset[int], during: str) -> None:
+        self.model, self.tokens, self.layers, self.during = model, tokens, layers, during
+        self.fired: set[int] = set()
+        """The blocks that have been hooked to some effect inside the `with`."""
+        self.since_step: set[int] = set()
+        """The same since the last optimizer step."""
+        self.trained: Tokens | None = None
+        """The last training pass's tokens."""
+        self.read: dict[tuple[int, int], Tokens] = {}
+        """The tokens of the training passes since the last step, by block and by the address of the block's input."""
+
+    def start_pass(self, given: Mapping[str, Any]) -> None:
+        self.tokens.start(given)
+        if not self.tokens.training:
+            return
+        if self.during == "auto" and self.trained is None and self.fired:
+            raise InputError(
+                "this `with` has edited passes before its first training pass, and would leave such passes alone from "
+                "now on: give during='training' to leave evaluation and generation alone, or during='always'"
+            )
+        self.trained = copy.copy(self.tokens)
+
+    def start_block(self, layer: int, args: tuple) -> Tokens | None:
+        """Return the tokens of the pass that a block runs in, or None where it is not to be edited."""
+        tokens, address = self.tokens, args[0].data_ptr() if args and isinstance(args[0], Tensor) else 0
+        if layer in tokens.fired and self.trained is not None:  # checkpointing runs the block again, in `backward`
+            tokens = self.read.get((layer, address), self.trained)
+        elif tokens.training:
+            self.read[layer, address] = self.trained or tokens
+        tokens.fired.add(layer)
+        if not (tokens.training or self.during == "always" or (self.during == "auto" and self.trained is None)):
+            return None
+        self.fired.add(layer)
+        self.since_step.add(layer)
+        return tokens
+
+    def end_pass(self, *_: Any) -> None:
+        if self.tokens.training and not self.tokens.paused:
+            self._check(self.tokens.fired, "in this training step")
+
+    def before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        own = {id(parameter) for parameter in self.model.parameters()}
+        if not self.fired or any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            self._check(self.since_step, "before this optimizer step")
+            self.since_step.clear()
+            self.read.clear()
+
+    def end(self) -> None:
+        self._check(self.fired, "inside the `with`")
+
+    def _check(self, fired: set[int], when: str) -> None:
+        silent = sorted(self.layers - fired)
         if silent:
             raise RuntimeError(
-                f"block {silent[0]} never ran inside the `with`, so nothing was done there: "
+                f"block {silent[0]} never ran {when}, so nothing was done there: "
                 "call this same model object inside it, and not a compiled or copied one"
             )
 
 
-def _block_hook(layer: int, edit: Edit, tokens: Tokens, fired: set[int]) -> Callable:
-    def hook(_block: nn.Module, _args: Any, output: Any) -> Any:
-        if tokens.paused:
+def _block_hook(layer: int, edit: Edit, run: _Run) -> Callable:
+    def hook(_block: nn.Module, args: tuple, output: Any) -> Any:
+        if run.tokens.paused:
             return None
-        fired.add(layer)
+        tokens = run.start_block(layer, args)
+        if tokens is None:
+            return None
         hidden = output[0] if isinstance(output, tuple) else output
         if hidden.ndim != 3:
             raise InputError(f"block {layer} returns {list(hidden.shape)}, not [batch, token, hidden]: not supported")
@@ -181,11 +286,12 @@ def _block_hook(layer: int, edit: Edit, tokens: Tokens, fired: set[int]) -> Call
     return hook
 
 
-def _follow_tokens(model: Model, tokens: Tokens) -> Iterator[Any]:
-    """Hook the decoder, and the modules around it, so that `tokens` knows what each forward pass reads.
+def _follow_tokens(model: Model, run: _Run) -> Iterator[Any]:
+    """Hook the decoder, and the modules around it, so that `run.tokens` knows what each forward pass reads.
 
     A module around the decoder may turn a 2-D attention mask into another form, so the outermost one's counts.
     """
+    tokens = run.tokens
     decoder = model.get_decoder()
     path = next(name for name, module in model.named_modules() if module is decoder)
     around = [module for name, module in model.named_modules() if name == "" or f"{path}.".startswith(f"{name}.")]
@@ -209,6 +315,7 @@ def _follow_tokens(model: Model, tokens: Tokens) -> Iterator[Any]:
             "input_ids": given.get("input_ids"),
             "inputs_embeds": given.get("inputs_embeds"),
             "attention_mask": given.get("attention_mask"),
+            "labels": given.get("labels"),
             "cache": given.get("cache", given.get("past_key_values", given.get("cache_params"))),
         }
         if module is not decoder:
@@ -220,8 +327,10 @@ def _follow_tokens(model: Model, tokens: Tokens) -> Iterator[Any]:
             found["attention_mask"] = outer.get("attention_mask")
         if found["input_ids"] is None:
             found["input_ids"] = outer.get("input_ids")
+        found["labels"] = outer.get("labels")
+        found["training"] = module.training and torch.is_grad_enabled()
         outer.clear()
-        tokens.start(found)
+        run.start_pass(found)
 
     for module in around:
         yield module.register_forward_pre_hook(before, with_kwargs=True)

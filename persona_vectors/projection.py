@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.activations import POOLINGS, Row, forward_passes
 from persona_vectors.files import InputError
-from persona_vectors.hooks import Tokens, edit_blocks
+from persona_vectors.hooks import EnoughRead, Tokens, edit_blocks, edits_are_active
 from persona_vectors.models import Model, chat_text, encode_answer
 from persona_vectors.monitoring import projections, unit_directions
 from persona_vectors.readings import Key, vector_keys
@@ -130,13 +131,17 @@ def token_projections(
 ) -> list[Float[Tensor, "token key"]]:
     """Return every token's projections for each finished row, prompt and answer, in as few passes as can be.
 
+    Nothing is computed above the deepest layer asked for, unless other edits are active.
     `units` holds the stacked unit directions of each layer; a key is a vector at a layer, in the order of both.
     """
     read: dict[int, Tensor] = {}
+    deepest = -1 if edits_are_active() else max(units)  # an edit further up would never run, and say so
 
     def reader(layer: int) -> Callable[[Tensor, Tokens], None]:
         def take(hidden: Tensor, _: Tokens) -> None:
             read[layer] = projections(hidden, units[layer].to(hidden.device)).cpu()
+            if layer == deepest:
+                raise EnoughRead
 
         return take
 
@@ -144,7 +149,8 @@ def token_projections(
     found = [torch.zeros(len(prompt) + len(answer), keys) for prompt, answer in rows]
     with edit_blocks(model, {layer: reader(layer) for layer in units}), torch.inference_mode():
         for step in forward_passes(model, rows, batch_tokens=batch_tokens, held_back=1):
-            model.get_decoder()(**step.inputs)
+            with suppress(EnoughRead):
+                model.get_decoder()(**step.inputs)
             values = torch.cat([read[layer] for layer in units], dim=2)
             position = step.position.cpu()
             for line, members in enumerate(step.rows):

@@ -1,6 +1,6 @@
 """Steering: add a persona vector to the residual stream inside a `with` (paper, section 3.2)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -8,9 +8,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_vectors.files import InputError
-from persona_vectors.hooks import POSITIONS, Edit, Tokens, edit_blocks
+from persona_vectors.hooks import Edit, Tokens, check_positions, edit_blocks
 from persona_vectors.models import Model, model_shape
 from persona_vectors.vectors import PersonaVector
+
+Strength = float | Tensor | Callable[[], float]
+"""A number, one for each row [batch], or a function that is asked in every forward pass."""
 
 
 @contextmanager
@@ -19,48 +22,56 @@ def steer(
     vector: PersonaVector,
     *,
     layer: int | Sequence[int] | str,
-    coef: float | Tensor | None = None,
-    dose: float | Tensor | None = None,
+    coef: Strength | None = None,
+    dose: Strength | None = None,
     positions: str | Tensor = "all",
+    during: str = "auto",
 ) -> Iterator[None]:
     """Add `coef` times the vector to the output of block `layer` in every forward pass inside the `with`.
 
     h <- h + coef * v, in the block's own dtype, out of place. `dose` is the alternative to `coef`: a fraction of the
-    mean residual norm at that layer. Either may be a tensor [batch], one value a row. Several layers, or "all", get
-    incremental vectors, v_l - v_k with k the steered layer before l, so that the sum is never counted twice.
+    mean residual norm at that layer. Either may be a tensor [batch], one value a row; `coef` may be a function that is
+    called in every pass, for a schedule: `lambda: 5 * trainer.state.global_step / trainer.state.max_steps`. Several
+    layers, or "all", get incremental vectors, v_l - v_k with k the steered layer before l, so that the sum is never
+    counted twice.
 
     `positions`: "all"; "prompt"; "response" (the prompt's last token, which predicts the answer's first, and all that
-    follow); or a mask [batch, token]. Padding is never edited. The edit is the same with and without a KV cache,
-    nested steers add up, and the model is as before afterwards, also after an error.
+    follow); "labels" (in training, the tokens that the loss counts and those that predict them); or a mask
+    [batch, token]. Padding is never edited. The edit is the same with and without a KV cache, nested steers add up,
+    and the model is as before afterwards, also after an error.
 
-    Raises InputError for a vector or a layer that does not fit, and RuntimeError where the hook never fired.
+    `with pv.steer(...): trainer.train()` is preventative steering (paper, section 5.2). `during`: "auto" leaves
+    evaluation, generation and DPO's reference alone once a training step has begun; "training" always does; "always"
+    edits them too.
+
+    Raises InputError for a vector or a layer that does not fit, and RuntimeError where the hook never fired, in
+    training at the first step.
     """
     vector.check_fits(*model_shape(model))
-    if not isinstance(positions, Tensor) and positions not in POSITIONS:
-        raise InputError(f"positions is {positions!r}: give one of {', '.join(POSITIONS)}, or a mask [batch, token]")
-    shifts = incremental_shifts(vector, layer=layer, coef=coef, dose=dose)
-    with edit_blocks(model, {index: _add(shift, positions) for index, shift in shifts.items()}):
+    check_positions(positions)
+    strength, directions = incremental(vector, layer=layer, coef=coef, dose=dose)
+    edits = {index: _add(strength, direction, positions) for index, direction in directions.items()}
+    with edit_blocks(model, edits, during=during):
         yield
 
 
-def incremental_shifts(
-    vector: PersonaVector,
-    *,
-    layer: int | Sequence[int] | str,
-    coef: float | Tensor | None = None,
-    dose: float | Tensor | None = None,
-) -> dict[int, Float[Tensor, "*batch hidden"]]:
-    """Return what `steer` adds to the output of each block: at several layers, what the lower ones have not added."""
-    if (coef is None) == (dose is None):
+def incremental(
+    vector: PersonaVector, *, layer: int | Sequence[int] | str, coef: Strength | None, dose: Strength | None
+) -> tuple[Strength, dict[int, Float[Tensor, " hidden"]]]:
+    """Return the strength of an edit, and the direction that it multiplies at each block.
+
+    At several layers that is what the lower ones have not added yet: v_l - v_k, with k the steered layer before l.
+    """
+    strength = dose if coef is None else coef
+    if strength is None or (coef is not None and dose is not None):
         raise InputError("give either coef= (times the vector) or dose= (a fraction of the residual norm)")
-    shifts: dict[int, Tensor] = {}
+    directions: dict[int, Tensor] = {}
     before: Tensor | float = 0.0
     for index in chosen_layers(vector, layer):
-        shift = torch.as_tensor(coef if dose is None else dose * _per_dose(vector, index), dtype=torch.float32)
-        shift = shift[..., None] * vector.direction(index).to(shift.device)
-        shifts[index] = shift - before
-        before = shift
-    return shifts
+        direction = vector.direction(index).float() * (1.0 if dose is None else _per_dose(vector, index))
+        directions[index] = direction - before
+        before = direction
+    return strength, directions
 
 
 def chosen_layers(vector: PersonaVector, layer: int | Sequence[int] | str) -> list[int]:
@@ -80,17 +91,21 @@ def _per_dose(vector: PersonaVector, layer: int) -> float:
     return float(norms[layer] / vector.direction(layer).norm())
 
 
-def _add(shift: Tensor, positions: str | Tensor) -> Edit:
-    """Return an edit that adds `shift`, [hidden] or [batch, hidden]."""
+def _add(strength: Strength, direction: Tensor, positions: str | Tensor) -> Edit:
+    """Return an edit that adds `strength` times the direction [hidden]."""
     ready: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
+    def shift(device: torch.device, dtype: torch.dtype) -> Tensor:
+        if callable(strength):
+            return (strength() * direction).to(device, dtype)
+        if (device, dtype) not in ready:
+            times = torch.as_tensor(strength, dtype=torch.float32)
+            ready[device, dtype] = (times[..., None, None] * direction.to(times.device)).to(device, dtype)
+        return ready[device, dtype]
+
     def edit(hidden: Tensor, tokens: Tokens) -> Tensor:
-        place = (hidden.device, hidden.dtype)
-        if place not in ready:
-            ready[place] = shift.to(*place) if shift.ndim == 1 else shift[:, None].to(*place)
         where = tokens.select(positions)
-        if where is None:
-            return hidden + ready[place]
-        return torch.where(where[..., None].to(hidden.device), hidden + ready[place], hidden)
+        moved = hidden + shift(hidden.device, hidden.dtype)
+        return moved if where is None else torch.where(where[..., None].to(hidden.device), moved, hidden)
 
     return edit
