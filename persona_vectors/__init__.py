@@ -5,15 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time a name is imported when it is first asked for
     from persona_vectors.activations import pool, pool_while_generating
+    from persona_vectors.baselines import assistant_prompts, covariance_vectors, random_vectors
     from persona_vectors.calibration import Calibration, calibrate
+    from persona_vectors.contrast_table import contrast_effect, effect_matrix
     from persona_vectors.control import ablate, cap, floor, steer_where
-    from persona_vectors.evaluation import mean_interval, steered_answers
+    from persona_vectors.evaluation import Evaluation, evaluate, mean_interval, steered_answers
     from persona_vectors.extraction import extract, extract_from
     from persona_vectors.files import InputError
     from persona_vectors.heatmaps import heatmap
     from persona_vectors.hooks import edit_blocks
     from persona_vectors.interop import export_vector, import_vector
     from persona_vectors.judge import ContrastJudge, LocalJudge, PerplexityJudge, SentimentJudge
+    from persona_vectors.likelihood import likelihood_contrast, load_statements
     from persona_vectors.models import chat_prompt, decoder_layers, fold_system_role, generate, load_model
     from persona_vectors.monitoring import monitor
     from persona_vectors.openai_judge import OpenAIJudge
@@ -26,15 +29,18 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
 
 _WHERE = {
     "activations": ["pool", "pool_while_generating"],
+    "baselines": ["assistant_prompts", "covariance_vectors", "random_vectors"],
     "calibration": ["Calibration", "calibrate"],
+    "contrast_table": ["contrast_effect", "effect_matrix"],
     "control": ["ablate", "cap", "floor", "steer_where"],
-    "evaluation": ["mean_interval", "steered_answers"],
+    "evaluation": ["Evaluation", "evaluate", "mean_interval", "steered_answers"],
     "extraction": ["extract", "extract_from"],
     "files": ["InputError"],
     "heatmaps": ["heatmap"],
     "hooks": ["edit_blocks"],
     "interop": ["export_vector", "import_vector"],
     "judge": ["ContrastJudge", "LocalJudge", "PerplexityJudge", "SentimentJudge"],
+    "likelihood": ["likelihood_contrast", "load_statements"],
     "models": ["chat_prompt", "decoder_layers", "fold_system_role", "generate", "load_model"],
     "monitoring": ["monitor"],
     "openai_judge": ["OpenAIJudge"],

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,11 +43,36 @@ def steer(
     edits: dict[int, Edit] = {}
     before: Tensor | float = 0.0
     for index in chosen_layers(vector, layer):
-        shift = torch.as_tensor(coef if dose is None else dose * _per_dose(vector, index), dtype=torch.float32)
+        shift = torch.as_tensor(coef if dose is None else dose * per_dose(vector, index), dtype=torch.float32)
         shift = shift[..., None] * vector.direction(index).to(shift.device)
         edits[index] = _add(shift - before, positions)
         before = shift
     with edit_blocks(model, edits):
+        yield
+
+
+class RowEdit(NamedTuple):
+    """What `steer_rows` adds to one row of a batch: `coef` times the vector, at one layer."""
+
+    vector: PersonaVector
+    layer: int
+    coef: float
+
+
+@contextmanager
+def steer_rows(model: Model, rows: Sequence[RowEdit | None], *, positions: str | Tensor = "all") -> Iterator[None]:
+    """Steer each row of a batch with a vector, layer and coefficient of its own; None leaves a row as it is.
+
+    Many vectors, such as random controls, so share one forward pass. See `steer` for `positions` and the errors.
+    """
+    layers, hidden = model_shape(model)
+    shifts: dict[int, Tensor] = {}
+    for index, row in enumerate(rows):
+        if row is not None:
+            row.vector.check_fits(layers, hidden)
+            shift = shifts.setdefault(row.layer, torch.zeros(len(rows), hidden))
+            shift[index] = row.coef * row.vector.direction(row.layer).float()
+    with edit_blocks(model, {layer: _add(shift, positions) for layer, shift in shifts.items()}):
         yield
 
 
@@ -59,7 +85,7 @@ def chosen_layers(vector: PersonaVector, layer: int | Sequence[int] | str) -> li
     return [layer] if isinstance(layer, int) else sorted(set(layer))
 
 
-def _per_dose(vector: PersonaVector, layer: int) -> float:
+def per_dose(vector: PersonaVector, layer: int) -> float:
     """Return the coefficient that makes the edit as long as the mean residual stream."""
     norms = vector.residual_norms
     if norms is None:
