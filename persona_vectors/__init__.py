@@ -20,10 +20,11 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.models import chat_prompt, decoder_layers, fold_system_role, generate, load_model
     from persona_vectors.monitoring import monitor
     from persona_vectors.openai_judge import OpenAIJudge
-    from persona_vectors.plot import plot_scores, plot_vector
+    from persona_vectors.plot import plot_scores, plot_sweep, plot_vector
     from persona_vectors.projection import project
     from persona_vectors.rollouts import Rollout, load_rollouts
     from persona_vectors.steering import steer
+    from persona_vectors.sweeping import Sweep, sweep
     from persona_vectors.traits import Trait, list_traits, load_trait
     from persona_vectors.vectors import PersonaVector, random_vector
 
@@ -44,10 +45,11 @@ _WHERE = {
     "models": ["chat_prompt", "decoder_layers", "fold_system_role", "generate", "load_model"],
     "monitoring": ["monitor"],
     "openai_judge": ["OpenAIJudge"],
-    "plot": ["plot_scores", "plot_vector"],
+    "plot": ["plot_scores", "plot_sweep", "plot_vector"],
     "projection": ["project"],
     "rollouts": ["Rollout", "load_rollouts"],
     "steering": ["steer"],
+    "sweeping": ["Sweep", "sweep"],
     "traits": ["Trait", "list_traits", "load_trait"],
     "vectors": ["PersonaVector", "random_vector"],
 }

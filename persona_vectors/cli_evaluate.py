@@ -91,6 +91,83 @@ def evaluate(
 
 
 @app.command()
+def sweep(
+    model: ModelArg,
+    trait: TraitArg,
+    vector: Annotated[Path, typer.Argument(metavar="VECTOR", help="a .safetensors file")],
+    layers: Annotated[str, typer.Option(help="layers to try, with commas: 10,13,16")],
+    coefs: Annotated[str | None, typer.Option(help="times the vector, with commas: -2,-1,1,2")] = None,
+    doses: Annotated[str | None, typer.Option(help="instead of --coefs: fractions of the residual norm")] = None,
+    judge: Annotated[str, typer.Option(help=JUDGES)] = "contrast:2",
+    controls: Annotated[int, typer.Option(help="random vectors of the same norm, half of each kind", min=0)] = 10,
+    samples: Annotated[int, typer.Option(help="answers to each question at each point", min=1)] = 1,
+    questions: Annotated[int | None, typer.Option(help="choose on the first N extraction questions", min=1)] = None,
+    gate: Annotated[float, typer.Option(help="least mean coherence of a point that may be chosen")] = 50.0,
+    max_new_tokens: MaxNewTokens = 128,
+    out: Annotated[Path | None, typer.Option(help="a folder [default: runs/sweep/MODEL/TRAIT]")] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: DType = None,
+    device_map: DeviceMap = None,
+    fold_system: Fold = False,
+) -> None:
+    """Steer at every layer and strength, choose on the extraction questions, report on the evaluation questions.
+
+    Random vectors, the flipped sign and the trait's own system prompt are steered with beside it. Writes sweep.csv,
+    sweep.png and answers.jsonl; interrupted, the same command goes on where it stopped.
+
+    Example: persona-vectors sweep smollm2-135m optimistic vectors/smollm2-135m/optimistic.safetensors
+    --layers 10,13,16,19,22 --coefs -2,-1,0,1,2 --max-new-tokens 40
+    """
+    from persona_vectors import sweeping
+    from persona_vectors.files import atomic_path
+    from persona_vectors.judge import make_judge
+    from persona_vectors.plot import plot_sweep
+    from persona_vectors.traits import load_trait
+    from persona_vectors.vectors import PersonaVector
+
+    loaded_trait, loaded_vector = load_trait(trait), PersonaVector.load(vector)
+    where = numbers(layers, int, "--layers")
+    strengths = {"coefs": numbers(coefs, float, "--coefs")} if coefs else {}
+    strengths |= {"doses": numbers(doses, float, "--doses")} if doses else {}
+    loaded, tokenizer = load(model, device, dtype, device_map, fold_system)
+    chosen = make_judge(judge, loaded, tokenizer, loaded_trait, lambda name: load(name, device, dtype, device_map))
+    if chosen is None:
+        raise InputError("sweep needs a judge; without one, persona-vectors contrast scores a vector")
+    folder = out or Path("runs") / "sweep" / Path(loaded_vector.model).name / loaded_trait.name
+    result = sweeping.sweep(
+        loaded,
+        tokenizer,
+        loaded_trait,
+        loaded_vector,
+        judge=chosen,
+        layers=where,
+        controls=controls,
+        samples=samples,
+        questions=questions,
+        gate=gate,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        out=folder / "answers.jsonl",
+        **strengths,
+    )
+    result.save_csv(folder / "sweep.csv")
+    with atomic_path(folder / "sweep.png") as temporary:
+        plot_sweep(result).savefig(temporary, dpi=150)
+    typer.echo(
+        f"chosen on {len(loaded_trait.questions.extract[:questions])} extraction questions: layer {result.layer},"
+    )
+    typer.echo(f"{result.unit} {result.strength:g}; below, the evaluation questions. Judge: {result.judge}")
+    typer.echo(f"{result.unit:>6}  {'':20}{'score [95 %]':24}{'effect [95 %]':24}wrong way  coherence  perplexity")
+    for point in result.stage("report"):
+        typer.echo(
+            f"{point.strength:+6g}  {point.name:20}{f'{point.score:.1f}':24}{f'{point.effect:.1f}':24}"
+            f"{point.wrong_way:9.0%}  {point.coherence.mean:9.1f}  {point.perplexity:10.1f}"
+        )
+    typer.echo(f"-> {folder}/sweep.csv, sweep.png, answers.jsonl")
+
+
+@app.command()
 def contrast(
     model: ModelArg,
     vectors: Annotated[list[Path], typer.Argument(metavar="VECTOR...", help="one or more .safetensors files")],

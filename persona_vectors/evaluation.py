@@ -196,8 +196,8 @@ def evaluate(
     return Evaluation(
         trait.name,
         judge_name(judge),
-        mean_interval([[_number(answer.score) for answer in group] for group in by_question]),
-        mean_interval([[_number(answer.coherence) for answer in group] for group in by_question]),
+        mean_interval([[number(answer.score) for answer in group] for group in by_question]),
+        mean_interval([[number(answer.coherence) for answer in group] for group in by_question]),
         scored,
     )
 
@@ -211,5 +211,6 @@ def check_abstentions(judge: Judge, scores: Sequence[float | None]) -> None:
         )
 
 
-def _number(value: float | None) -> float:
+def number(value: float | None) -> float:
+    """Return a score as `mean_interval` takes it: nan where the judge abstained."""
     return math.nan if value is None else value
