@@ -6,23 +6,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for editors and type checkers; at run time a name is imported when it is first asked for
     from persona_vectors.activations import pool, pool_while_generating
     from persona_vectors.backends import lens_hooks, nnsight_block, steer_trace
+    from persona_vectors.baselines import assistant_prompts, covariance_vectors, random_vectors
     from persona_vectors.calibration import Calibration, calibrate
     from persona_vectors.chat import Chat
+    from persona_vectors.contrast_table import contrast_effect, effect_matrix
     from persona_vectors.control import ablate, cap, floor, steer_where
-    from persona_vectors.evaluation import correlation_interval, mean_interval, steered_answers
+    from persona_vectors.evaluation import Evaluation, correlation_interval, evaluate, mean_interval, steered_answers
     from persona_vectors.extraction import extract, extract_from
     from persona_vectors.files import InputError
     from persona_vectors.heatmaps import heatmap, save_heatmaps
     from persona_vectors.hooks import edit_blocks
     from persona_vectors.interop import export_vector, import_vector
     from persona_vectors.judge import ContrastJudge, LocalJudge, PerplexityJudge, SentimentJudge
+    from persona_vectors.likelihood import likelihood_contrast, load_statements
     from persona_vectors.models import chat_prompt, decoder_layers, fold_system_role, generate, load_model
     from persona_vectors.monitoring import monitor
     from persona_vectors.openai_judge import OpenAIJudge
-    from persona_vectors.plot import plot_drift, plot_scores, plot_vector
+    from persona_vectors.plot import plot_drift, plot_scores, plot_sweep, plot_vector
     from persona_vectors.projection import project
     from persona_vectors.rollouts import Rollout, load_rollouts
     from persona_vectors.steering import steer
+    from persona_vectors.sweeping import Sweep, sweep
     from persona_vectors.training_sets import make_training_sets
     from persona_vectors.traits import Trait, list_traits, load_trait
     from persona_vectors.vectors import PersonaVector, random_vector
@@ -30,23 +34,27 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
 _WHERE = {
     "activations": ["pool", "pool_while_generating"],
     "backends": ["lens_hooks", "nnsight_block", "steer_trace"],
+    "baselines": ["assistant_prompts", "covariance_vectors", "random_vectors"],
     "calibration": ["Calibration", "calibrate"],
     "chat": ["Chat"],
+    "contrast_table": ["contrast_effect", "effect_matrix"],
     "control": ["ablate", "cap", "floor", "steer_where"],
-    "evaluation": ["correlation_interval", "mean_interval", "steered_answers"],
+    "evaluation": ["Evaluation", "correlation_interval", "evaluate", "mean_interval", "steered_answers"],
     "extraction": ["extract", "extract_from"],
     "files": ["InputError"],
     "heatmaps": ["heatmap", "save_heatmaps"],
     "hooks": ["edit_blocks"],
     "interop": ["export_vector", "import_vector"],
     "judge": ["ContrastJudge", "LocalJudge", "PerplexityJudge", "SentimentJudge"],
+    "likelihood": ["likelihood_contrast", "load_statements"],
     "models": ["chat_prompt", "decoder_layers", "fold_system_role", "generate", "load_model"],
     "monitoring": ["monitor"],
     "openai_judge": ["OpenAIJudge"],
-    "plot": ["plot_drift", "plot_scores", "plot_vector"],
+    "plot": ["plot_drift", "plot_scores", "plot_sweep", "plot_vector"],
     "projection": ["project"],
     "rollouts": ["Rollout", "load_rollouts"],
     "steering": ["steer"],
+    "sweeping": ["Sweep", "sweep"],
     "training_sets": ["make_training_sets"],
     "traits": ["Trait", "list_traits", "load_trait"],
     "vectors": ["PersonaVector", "random_vector"],

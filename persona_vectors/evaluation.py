@@ -1,14 +1,18 @@
-"""Evaluation: answers under steering, scored, with intervals clustered by question."""
+"""Evaluation: answers of a plain, steered or prompted model, scored, with intervals clustered by question."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
+from persona_vectors.files import InputError
+from persona_vectors.judge import Answer, Judge, judge_name, score_both
 from persona_vectors.models import Model, batch_tokens_for, chat_prompt, decode, encode, generate_tokens, length_batches
-from persona_vectors.steering import steer
+from persona_vectors.steering import RowEdit, steer_rows
+from persona_vectors.traits import Trait
 from persona_vectors.vectors import PersonaVector
 
 
@@ -20,7 +24,10 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+        return f"{self:.2f}"
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.mean:+{spec}} [{self.low:+{spec}}, {self.high:+{spec}}]"
 
 
 def mean_interval(by_question: Sequence[Sequence[float]], *, seed: int = 0) -> Interval:
@@ -66,6 +73,50 @@ def _pearson(points: np.ndarray) -> float:
     return float((centred[0] * centred[1]).sum() / size) if size > 0 else float("nan")
 
 
+class Ask(NamedTuple):
+    """A question to answer, under a system prompt and a row edit or none."""
+
+    question: str
+    system: str | None = None
+    edit: RowEdit | None = None
+    pair: int = -1
+    """The instruction pair that the system prompt is from, so that a judge can leave it out."""
+
+
+def answer_batches(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    asks: Sequence[Ask],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_tokens: int | None = None,
+    skip: Collection[int] = (),
+) -> Iterator[list[tuple[int, str]]]:
+    """Yield answers batch by batch, each with the index of what was asked. Different edits share batches.
+
+    `skip` holds indices that need no answer. Whatever is skipped, the batches and their seeds stay the same.
+    """
+    prompts = [encode(tokenizer, chat_prompt(tokenizer, ask.question, system=ask.system)) for ask in asks]
+    for number, whole in enumerate(
+        length_batches(prompts, max_new_tokens, batch_tokens or 8 * batch_tokens_for(model))
+    ):
+        batch = [i for i in whole if i not in skip]
+        if not batch:
+            continue
+        with steer_rows(model, [asks[i].edit for i in batch]):
+            rows = generate_tokens(
+                model,
+                tokenizer,
+                [prompts[i] for i in batch],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed + number,
+            )
+        yield [(i, decode(tokenizer, tokens)) for i, (tokens, _) in zip(batch, rows)]
+
+
 def steered_answers(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
@@ -84,22 +135,108 @@ def steered_answers(
 
     Coefficients share batches, one a row. `progress` is called with the number of answers made after each batch.
     """
-    tasks = [(coef, question) for coef in coefs for question in questions]
-    prompts = [encode(tokenizer, chat_prompt(tokenizer, question)) for _, question in tasks]
-    budget = batch_tokens or 8 * batch_tokens_for(model)
-    answers = [""] * len(tasks)
-    for number, batch in enumerate(length_batches(prompts, max_new_tokens, budget)):
-        with steer(model, vector, layer=layer, coef=torch.tensor([float(tasks[i][0]) for i in batch])):
-            rows = generate_tokens(
-                model,
-                tokenizer,
-                [prompts[i] for i in batch],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed + number,
-            )
-        for i, (tokens, _) in zip(batch, rows):
-            answers[i] = decode(tokenizer, tokens)
+    asks = [Ask(question, edit=RowEdit(vector, layer, coef)) for coef in coefs for question in questions]
+    answers = [""] * len(asks)
+    for batch in answer_batches(
+        model,
+        tokenizer,
+        asks,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        batch_tokens=batch_tokens,
+    ):
+        for i, answer in batch:
+            answers[i] = answer
         if progress:
             progress(len(batch))
-    return [answers[i : i + len(questions)] for i in range(0, len(tasks), len(questions))]
+    return [answers[i : i + len(questions)] for i in range(0, len(asks), len(questions))]
+
+
+class Scored(NamedTuple):
+    """An answer with its scores, 0 to 100; None where the judge abstained."""
+
+    question: str
+    answer: str
+    score: float | None
+    coherence: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a model answers a trait's evaluation questions: mean scores, 0 to 100, with intervals by question."""
+
+    trait: str
+    judge: str
+    score: Interval
+    coherence: Interval
+    answers: tuple[Scored, ...]
+    """Those to one question stand together."""
+
+    @property
+    def abstained(self) -> int:
+        """How many answers the judge did not score: refusals, or no clear number."""
+        return sum(answer.score is None for answer in self.answers)
+
+
+def evaluate(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    trait: Trait,
+    *,
+    judge: Judge,
+    questions: Sequence[str] | None = None,
+    samples: int = 1,
+    system: str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_tokens: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Evaluation:
+    """Answer the trait's evaluation questions and have the answers judged.
+
+    It is the model as it stands that answers: inside `with pv.steer(...)` or `pv.cap(...)` the edited one, while the
+    judge reads the plain one. `questions` replaces the trait's own. `progress` is called with the number of answers.
+
+    Raises InputError where there is no question, or the judge abstained on every answer.
+    """
+    asked = trait.questions.eval if questions is None else tuple(questions)
+    if not asked or samples < 1:
+        raise InputError(
+            f"trait {trait.name!r} has no questions to evaluate on: add questions.eval, or give questions="
+        )
+    asks = [Ask(question, system) for question in asked for _ in range(samples)]
+    answers = [""] * len(asks)
+    options = {"max_new_tokens": max_new_tokens, "seed": seed, "batch_tokens": batch_tokens}
+    for batch in answer_batches(model, tokenizer, asks, temperature=temperature, **options):
+        for i, answer in batch:
+            answers[i] = answer
+        if progress:
+            progress(len(batch))
+    to_judge = [Answer(ask.question, answer) for ask, answer in zip(asks, answers)]
+    both = score_both(model, tokenizer, judge, to_judge, trait.eval_prompt)
+    scored = tuple(Scored(*item[:2], *scores) for item, scores in zip(to_judge, both))
+    check_abstentions(judge, [answer.score for answer in scored])
+    by_question = [scored[i : i + samples] for i in range(0, len(scored), samples)]
+    return Evaluation(
+        trait.name,
+        judge_name(judge),
+        mean_interval([[number(answer.score) for answer in group] for group in by_question]),
+        mean_interval([[number(answer.coherence) for answer in group] for group in by_question]),
+        scored,
+    )
+
+
+def check_abstentions(judge: Judge, scores: Sequence[float | None]) -> None:
+    """Raise InputError where the judge scored nothing at all."""
+    if scores and all(value is None for value in scores):
+        raise InputError(
+            f"the judge {judge_name(judge)!r} abstained on all {len(scores)} answers: check its rubric on one answer "
+            "by hand, or take another judge"
+        )
+
+
+def number(value: float | None) -> float:
+    """Return a score as `mean_interval` takes it: nan where the judge abstained."""
+    return math.nan if value is None else value

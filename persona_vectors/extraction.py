@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.activations import POOLINGS, pool, pool_while_generating
 from persona_vectors.files import InputError
-from persona_vectors.judge import COHERENCE_RUBRIC, Answer, Judge, PerplexityJudge, judge_name, score
+from persona_vectors.judge import Answer, Judge, judge_name, score_both
 from persona_vectors.models import Model, batch_tokens_for, model_name, model_shape, stop_tokens
 from persona_vectors.rollouts import Rollout, RolloutFile, generate_batch, plan, rollout_batches
 from persona_vectors.traits import Trait
@@ -70,7 +70,7 @@ def extract(
     batches = rollout_batches(tasks, max_new_tokens=max_new_tokens, batch_tokens=budget)
     settings = {
         "trait": trait.name,
-        "trait_hash": _hash(trait.model_dump()),
+        "trait_hash": hash_of(trait.model_dump()),
         **identity(model, tokenizer),
         "samples": samples,
         "questions": len(tasks) // (2 * len(trait.instruction) * samples),
@@ -168,12 +168,10 @@ def judge_rollouts(
     if judge is None:
         return list(rollouts)
     answers = [Answer(rollout.question, rollout.answer, rollout.pair) for rollout in rollouts]
-    coherence_judge = judge if getattr(judge, "reads_rubric", True) else PerplexityJudge(model, tokenizer)
-    traits = score(judge, answers, trait.eval_prompt)
-    coherences = score(coherence_judge, answers, COHERENCE_RUBRIC)
+    scores = score_both(model, tokenizer, judge, answers, trait.eval_prompt)
     return [
         rollout.model_copy(update={"trait_score": value, "coherence": coherence})
-        for rollout, value, coherence in zip(rollouts, traits, coherences)
+        for rollout, (value, coherence) in zip(rollouts, scores)
     ]
 
 
@@ -301,11 +299,11 @@ def identity(model: Model, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]
     return {
         "model": model_name(model),
         "revision": getattr(model.config, "_commit_hash", None),
-        "config_hash": _hash(config),
-        "template_hash": _hash(tokenizer.chat_template),
+        "config_hash": hash_of(config),
+        "template_hash": hash_of(tokenizer.chat_template),
         "layers_x_hidden": list(model_shape(model)),
     }
 
 
-def _hash(value: Any) -> str:
+def hash_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -101,6 +101,10 @@ class Tokens:
     def _find(self, positions: str) -> Tensor | None:
         if positions == "labels":
             return self._find_labels()
+        if _places and positions != "all":
+            place = _places[-1].to(self.device)
+            wanted = place < 0 if positions == "prompt" else place >= -1
+            return wanted if self.mask is None else wanted & self.mask
         if self.decoding:
             zeros = torch.zeros(self.batch, 1, dtype=torch.bool, device=self.device)
             return zeros if positions == "prompt" else None
@@ -146,6 +150,21 @@ Edit = Callable[[Float[Tensor, "batch token hidden"], Tokens], "Float[Tensor, 'b
 
 
 _active: list[Tokens] = []
+_places: list[Tensor] = []
+
+
+@contextmanager
+def answers_at(place: Int[Tensor, "batch token"]) -> Iterator[None]:
+    """Tell the edits where the answers begin in the forward pass inside, which reads finished text.
+
+    `place` is each token's distance from its answer's first token: negative in the prompt. Without this a pass over
+    finished text is all prompt to the edits.
+    """
+    _places.append(place)
+    try:
+        yield
+    finally:
+        _places.pop()
 
 
 class EnoughRead(Exception):

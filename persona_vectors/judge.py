@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.activations import Row, forward_passes
 from persona_vectors.files import InputError
-from persona_vectors.hooks import pause_edits
+from persona_vectors.hooks import answers_at, pause_edits
 from persona_vectors.models import Model, batch_tokens_for, chat_prompt, encode, encode_answer
+from persona_vectors.steering import RowEdit, steer_rows
 from persona_vectors.traits import Trait
 from persona_vectors.wrappers import unwrap
 
@@ -61,6 +63,14 @@ def score(judge: Judge, answers: Sequence[Answer], rubric: str) -> list[float | 
     return [None if value is None else float(value) for value in scores]
 
 
+def score_both(
+    model: Model, tokenizer: PreTrainedTokenizerBase, judge: Judge, answers: Sequence[Answer], rubric: str
+) -> list[tuple[float | None, float | None]]:
+    """Return each answer's trait score and coherence; a perplexity gate stands in where the judge reads no rubric."""
+    coherence_judge = judge if getattr(judge, "reads_rubric", True) else PerplexityJudge(model, tokenizer)
+    return list(zip(score(judge, answers, rubric), score(coherence_judge, answers, COHERENCE_RUBRIC)))
+
+
 def judge_name(judge: Judge | None) -> str:
     """Return how a judge is named in a file."""
     return "none" if judge is None else str(getattr(judge, "name", getattr(judge, "__name__", type(judge).__name__)))
@@ -72,22 +82,37 @@ def fill(rubric: str, question: str, answer: str) -> str:
     return re.sub(r"\{question\}|\{answer\}", lambda match: slots[str(match.group())], rubric)
 
 
-def answer_logprobs(model: Model, rows: Sequence[Row]) -> Float[Tensor, " row"]:
-    """Return the mean log-probability of each row's answer tokens, in nats; nan for an empty answer."""
+def answer_logprobs(
+    model: Model,
+    rows: Sequence[Row],
+    *,
+    edits: Sequence[RowEdit | None] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Float[Tensor, " row"]:
+    """Return the mean log-probability of each row's answer tokens, in nats; nan for an empty answer.
+
+    Edits that are active apply, with their own positions; `edits` steers each row besides, at positions "response", so
+    that rows under different edits still share their prompts. `progress` is called with the number of answers read.
+    """
     total = torch.zeros(len(rows), dtype=torch.float64)
     budget = batch_tokens_for(model) // 2  # logits take more memory than hidden states
     with torch.inference_mode():
         for step in forward_passes(model, rows, batch_tokens=budget, held_back=1):
-            if not step.answers:
-                model.get_decoder()(**step.inputs)
-                continue
             index = torch.tensor([members[0] for members in step.rows])
-            prompt = torch.tensor([[len(rows[row][0])] for row in index], device=step.position.device)
-            counted = step.position[:, 1:] >= prompt
-            logits = model(**step.inputs).logits[:, :-1][counted].float()
+            place = step.position - torch.tensor([[len(rows[row][0])] for row in index], device=step.position.device)
+            if not step.answers:
+                with answers_at(place):
+                    model.get_decoder()(**step.inputs)
+                continue
+            own = steer_rows(model, [edits[row] for row in index], positions="response") if edits else nullcontext()
+            with answers_at(place), own:
+                logits = model(**step.inputs).logits[:, :-1]
+            counted = place[:, 1:] >= 0
             targets = step.inputs["input_ids"][:, 1:][counted]
-            losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+            losses = torch.nn.functional.cross_entropy(logits[counted].float(), targets, reduction="none")
             total.index_add_(0, index[counted.nonzero()[:, 0].cpu()], -losses.double().cpu())
+            if progress:
+                progress(len(step.rows))
     count = torch.tensor([len(answer) for _, answer in rows], dtype=torch.float64)
     return (total / count).float()
 

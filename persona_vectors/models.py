@@ -170,7 +170,7 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str, *, system: st
 
     Raises InputError where the tokenizer has no template, or its template refuses or drops the system prompt.
     """
-    messages = [{"role": "system", "content": system}] if system else []
+    messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": question})
     return chat_text(tokenizer, messages, add_generation_prompt=True)
 

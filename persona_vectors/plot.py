@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from persona_vectors.evaluation import Interval
 from persona_vectors.projection import Scores
+from persona_vectors.sweeping import PROMPTED, Point, Sweep
 from persona_vectors.vectors import PersonaVector
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"  # told apart by colour-blind readers too
@@ -96,6 +97,46 @@ def plot_drift(scores: Scores, *, pooling: str = "response_mean", title: str = "
     panels[0].legend(frameon=False, fontsize=9)
     panels[-1].set_xlabel(f"turn ({pooling}; each grey line is a conversation)")
     return figure
+
+
+def plot_sweep(sweep: Sweep) -> Figure:
+    """Plot what chose (the effect at each layer and strength), and what is reported (the score at each strength)."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    grid, response = figure.subplots(1, 2)
+    chosen = [point for point in sweep.stage("choose") if point.layer is not None]
+    layers = sorted({point.layer for point in chosen if point.layer is not None})
+    strengths = sorted({point.strength for point in chosen})
+    effect = {(point.layer, point.strength): point.effect.mean for point in chosen}
+    rows = [[effect[layer, strength] for layer in layers] for strength in strengths]
+    limit = max(abs(value) for row in rows for value in row) or 1.0
+    image = grid.imshow(rows, origin="lower", aspect="auto", cmap="PuOr", vmin=-limit, vmax=limit)
+    figure.colorbar(image, ax=grid, label="trait score less the plain model's")
+    grid.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+    grid.set_yticks(range(len(strengths)), [f"{strength:+g}" for strength in strengths])
+    grid.plot(layers.index(sweep.layer), strengths.index(sweep.strength), "s", color="black", fillstyle="none", ms=16)
+    grid.set(title=f"{sweep.trait}: extraction questions", xlabel="layer", ylabel=sweep.unit)
+    reported = sweep.stage("report")
+    own = sorted((p for p in reported if p.name == sweep.trait or (p.layer is None and p.coef == 0)), key=_strength)
+    own = [point for point in own if point.name != PROMPTED]
+    x = [point.strength for point in own]
+    response.plot(x, [p.score.mean for p in own], color=BLUE, marker="o", markersize=4, label=sweep.trait)
+    response.fill_between(x, [p.score.low for p in own], [p.score.high for p in own], color=BLUE, alpha=0.15, lw=0)
+    response.plot(x, [p.coherence.mean for p in own], color=ORANGE, linestyle="--", label="coherence")
+    controls = [point.score.mean for point in sweep.controls]
+    if controls:
+        label = f"{len(controls)} random vectors"
+        response.plot([sweep.strength] * len(controls), controls, "_", color=GREY, markersize=12, label=label)
+    for point in reported:
+        if point.name == PROMPTED:
+            response.axhline(point.score.mean, color=GREY, linestyle=":", label=PROMPTED)
+    response.set(title=f"layer {sweep.layer}: evaluation questions", xlabel=sweep.unit, ylabel="score, 0 to 100")
+    response.legend(frameon=False, fontsize=8)
+    _bare(response)
+    return figure
+
+
+def _strength(point: Point) -> float:
+    return point.strength
 
 
 def _bare(axes: Axes) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -68,10 +69,35 @@ def incremental(
     directions: dict[int, Tensor] = {}
     before: Tensor | float = 0.0
     for index in chosen_layers(vector, layer):
-        direction = vector.direction(index).float() * (1.0 if dose is None else _per_dose(vector, index))
+        direction = vector.direction(index).float() * (1.0 if dose is None else per_dose(vector, index))
         directions[index] = direction - before
         before = direction
     return strength, directions
+
+
+class RowEdit(NamedTuple):
+    """What `steer_rows` adds to one row of a batch: `coef` times the vector, at one layer."""
+
+    vector: PersonaVector
+    layer: int
+    coef: float
+
+
+@contextmanager
+def steer_rows(model: Model, rows: Sequence[RowEdit | None], *, positions: str | Tensor = "all") -> Iterator[None]:
+    """Steer each row of a batch with a vector, layer and coefficient of its own; None leaves a row as it is.
+
+    Many vectors, such as random controls, so share one forward pass. See `steer` for `positions` and the errors.
+    """
+    layers, hidden = model_shape(model)
+    shifts: dict[int, Tensor] = {}
+    for index, row in enumerate(rows):
+        if row is not None:
+            row.vector.check_fits(layers, hidden)
+            shift = shifts.setdefault(row.layer, torch.zeros(len(rows), hidden))
+            shift[index] = row.coef * row.vector.direction(row.layer).float()
+    with edit_blocks(model, {layer: _add(1.0, shift[:, None], positions) for layer, shift in shifts.items()}):
+        yield
 
 
 def chosen_layers(vector: PersonaVector, layer: int | Sequence[int] | str) -> list[int]:
@@ -83,7 +109,7 @@ def chosen_layers(vector: PersonaVector, layer: int | Sequence[int] | str) -> li
     return [layer] if isinstance(layer, int) else sorted(set(layer))
 
 
-def _per_dose(vector: PersonaVector, layer: int) -> float:
+def per_dose(vector: PersonaVector, layer: int) -> float:
     """Return the coefficient that makes the edit as long as the mean residual stream."""
     norms = vector.residual_norms
     if norms is None:
@@ -92,7 +118,7 @@ def _per_dose(vector: PersonaVector, layer: int) -> float:
 
 
 def _add(strength: Strength, direction: Tensor, positions: str | Tensor) -> Edit:
-    """Return an edit that adds `strength` times the direction [hidden]."""
+    """Return an edit that adds `strength` times the direction, [hidden] or [batch, 1, hidden]."""
     ready: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def shift(device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -6,11 +6,20 @@ import pytest
 import torch
 from test_hooks import random_direction
 
+from persona_vectors.control import cap
 from persona_vectors.demo import choose_layer, run_demo
-from persona_vectors.evaluation import correlation_interval, mean_interval, steered_answers
+from persona_vectors.evaluation import (
+    Ask,
+    answer_batches,
+    correlation_interval,
+    evaluate,
+    mean_interval,
+    steered_answers,
+)
+from persona_vectors.files import InputError
 from persona_vectors.models import generate
 from persona_vectors.plot import plot_scores, plot_vector
-from persona_vectors.steering import steer
+from persona_vectors.steering import RowEdit, steer
 from persona_vectors.vectors import PersonaVector
 
 
@@ -90,3 +99,47 @@ def test_correlation_interval_resamples_questions():
     exact = correlation_interval(list(x), list(2 * x + 1), questions)
     assert exact.low == pytest.approx(1) and exact.high == pytest.approx(1)
     assert math.isnan(correlation_interval([1.0] * 10, list(x[:10]), list(range(10))).mean)
+
+
+def fake_judge(question: str, answer: str, rubric: str) -> float | None:
+    return None if question == "What?" else 60.0 if "coherent" in rubric else 40.0
+
+
+def test_evaluate_scores_the_evaluation_questions(model, tokenizer, trait):
+    found = evaluate(model, tokenizer, trait, judge=fake_judge, samples=2, max_new_tokens=3)
+    assert [each.question for each in found.answers] == ["Who?", "Who?", "What?", "What?"]
+    assert (found.score.mean, found.coherence.mean, found.abstained) == (40.0, 60.0, 2)
+
+
+def test_evaluate_reads_the_model_as_it_stands(model, tokenizer, trait):
+    options = {"max_new_tokens": 5, "temperature": 0.0}
+    vector = random_direction(model)
+    with steer(model, vector, layer=1, coef=9.0):
+        steered = evaluate(model, tokenizer, trait, judge=fake_judge, **options)
+        assert [a.answer for a in steered.answers] == generate(model, tokenizer, ["Who?", "What?"], **options)
+    prompted = evaluate(model, tokenizer, trait, judge=fake_judge, system="Be loud.", **options)
+    expected = generate(model, tokenizer, ["Who?", "What?"], system="Be loud.", **options)
+    assert [a.answer for a in prompted.answers] == expected
+    with cap(model, vector, layer=1, limit=-50.0):
+        capped = evaluate(model, tokenizer, trait, judge=fake_judge, **options)
+    assert len({tuple(a.answer for a in each.answers) for each in (steered, prompted, capped)}) == 3
+
+
+def test_a_judge_that_always_abstains_is_named(model, tokenizer, trait):
+    def abstainer(question, answer, rubric):
+        return None
+
+    with pytest.raises(InputError, match="the judge 'abstainer' abstained on all 2 answers"):
+        evaluate(model, tokenizer, trait, judge=abstainer, max_new_tokens=2)
+    with pytest.raises(InputError, match="no questions to evaluate on"):
+        evaluate(model, tokenizer, trait, judge=fake_judge, questions=[])
+
+
+def test_what_is_skipped_changes_no_other_answer(model, tokenizer):
+    asks = [Ask(f"{'Why? ' * i}", edit=RowEdit(random_direction(model), i % 3, 3.0)) for i in range(4)]
+    options = {"max_new_tokens": 4, "temperature": 0.0, "batch_tokens": 60}
+    whole = dict(pair for batch in answer_batches(model, tokenizer, asks, **options) for pair in batch)
+    rest = dict(pair for batch in answer_batches(model, tokenizer, asks, skip={0, 3}, **options) for pair in batch)
+    assert set(whole) == {0, 1, 2, 3} and rest == {i: whole[i] for i in (1, 2)}
+    with steer(model, random_direction(model), layer=2, coef=3.0):
+        assert whole[2] == generate(model, tokenizer, asks[2].question, max_new_tokens=4, temperature=0.0)
