@@ -128,8 +128,6 @@ def sweep(
 
     loaded_trait, loaded_vector = load_trait(trait), PersonaVector.load(vector)
     where = numbers(layers, int, "--layers")
-    strengths = {"coefs": numbers(coefs, float, "--coefs")} if coefs else {}
-    strengths |= {"doses": numbers(doses, float, "--doses")} if doses else {}
     loaded, tokenizer = load(model, device, dtype, device_map, fold_system)
     chosen = make_judge(judge, loaded, tokenizer, loaded_trait, lambda name: load(name, device, dtype, device_map))
     if chosen is None:
@@ -142,6 +140,8 @@ def sweep(
         loaded_vector,
         judge=chosen,
         layers=where,
+        coefs=numbers(coefs, float, "--coefs") if coefs else None,
+        doses=numbers(doses, float, "--doses") if doses else None,
         controls=controls,
         samples=samples,
         questions=questions,
@@ -149,7 +149,6 @@ def sweep(
         max_new_tokens=max_new_tokens,
         seed=seed,
         out=folder / "answers.jsonl",
-        **strengths,
     )
     result.save_csv(folder / "sweep.csv")
     with atomic_path(folder / "sweep.png") as temporary:
