@@ -6,8 +6,8 @@ from test_hooks import hooks, random_direction
 from test_judge import plain_logprob
 
 from persona_vectors.files import InputError
+from persona_vectors.harness import side_effects
 from persona_vectors.models import encode
-from persona_vectors.side_effects import side_effects
 from persona_vectors.steering import steer
 
 ITEMS = [{"q": f"Is {word} good", "choices": ["yes it is", "no"], "gold": i % 2} for i, word in enumerate("abcdefgh")]
