@@ -72,8 +72,8 @@ def separation_indices(
             sides = [1] * len(held_out[0]) + [0] * len(held_out[1])
             areas.append(float(roc_auc_score(sides, (torch.cat(held_out) @ direction).numpy())))
         both = torch.cat(states).numpy()
-        indices = (silhouette_score(both, labels), calinski_harabasz_score(both, labels))
-        found.append(Separation(sum(areas) / 2, *map(float, indices), float(davies_bouldin_score(both, labels))))
+        scores = [f(both, labels) for f in (silhouette_score, calinski_harabasz_score, davies_bouldin_score)]
+        found.append(Separation(sum(areas) / 2, float(scores[0]), float(scores[1]), float(scores[2])))
     return found
 
 
@@ -120,7 +120,7 @@ def _final_gain(model: Model) -> Tensor | None:
     ]
     if not norms:
         return None
-    weight: Tensor = norms[-1].weight  # type: ignore[assignment]
+    weight: Tensor = norms[-1].weight
     probe = torch.ones(hidden, device=weight.device, dtype=weight.dtype)
     probe[::2] = -1  # of mean 0 and mean square 1: a norm gives it back times its gain, plus its bias
     with torch.inference_mode():

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from persona_vectors.files import InputError
 from persona_vectors.openai_client import Malformed, ask, connect
-from persona_vectors.traits import InstructionPair, Trait
+from persona_vectors.traits import InstructionPair, Questions, Trait
 
 PAIRS, QUESTIONS = 5, 40
 _PROMPT = """\
@@ -127,7 +127,7 @@ def check_reply(text: str, name: str, description: str) -> Trait:
         positive_adjective=data["positive_adjective"].strip(),
         negative_adjective=data["negative_adjective"].strip(),
         instruction=tuple(pairs[:PAIRS]),
-        questions={"extract": kept[::2], "eval": kept[1::2]},
+        questions=Questions(extract=tuple(kept[::2]), eval=tuple(kept[1::2])),
         eval_prompt=_JUDGE.format(rubric=rubric),
     )
 
