@@ -31,6 +31,9 @@ def evaluate(
     cap: Annotated[float | None, typer.Option(help="instead of steering: keep the projection at or below this")] = None,
     system: Annotated[str | None, typer.Option(help="a system prompt")] = None,
     judge: Annotated[str, typer.Option(help=JUDGES)] = "contrast",
+    check_judge: Annotated[
+        bool, typer.Option("--check-judge", help="refuse a judge that cannot tell the trait's exemplars apart")
+    ] = False,
     samples: Annotated[int, typer.Option(help="answers to each question", min=1)] = 1,
     max_new_tokens: MaxNewTokens = 128,
     seed: Seed = 0,
@@ -49,6 +52,7 @@ def evaluate(
     from persona_vectors import control, evaluation, likelihood, steering
     from persona_vectors.contrast_table import by_pair
     from persona_vectors.judge import make_judge
+    from persona_vectors.judge_check import require_valid_judge
     from persona_vectors.traits import load_trait
     from persona_vectors.vectors import PersonaVector
 
@@ -60,7 +64,11 @@ def evaluate(
     if chosen is None:
         raise InputError("evaluate needs a judge; without one, persona-vectors contrast scores a vector")
     statements = likelihood.load_statements(trait) if trait in likelihood.shipped_statements() else None
-    typer.echo(f"{'':24}{trait + ' [95 %]':24}{'coherence [95 %]':24}likelihood contrast, nats a token")
+    if check_judge:
+        if statements is None:
+            raise InputError(f"--check-judge needs statements, and none ship for {trait!r}: use pv.require_valid_judge")
+        typer.echo(str(require_valid_judge(chosen, loaded_trait, statements)))
+    typer.echo(f"{'':24}{loaded_trait.name + ' [95 %]':24}{'coherence [95 %]':24}likelihood contrast, nats a token")
     for edited in (False, True) if vector or system is not None else (False,):
         with ExitStack() as stack:
             if edited and loaded_vector is not None:

@@ -69,7 +69,9 @@ def write_trait(
     attempts: int = 4,
     timeout: float = 300.0,
 ) -> Trait:
-    """Have a chat model write a trait, on any OpenAI-compatible server: 5 instruction pairs, 40 questions, a rubric.
+    """Have a chat model write a trait: 5 instruction pairs, 40 questions, a rubric.
+
+    The server is any OpenAI-compatible one that takes `response_format` with a JSON schema.
 
     What can be mended is: surplus or repeated questions are dropped, and the rubric gets its placeholders from us.
     What cannot is sent back with the reason, up to `attempts` times in all. Read the result before you use it.

@@ -42,6 +42,10 @@ def test_evaluate_prints_plain_and_edited(tiny, trait_file, vector):
     assert "with the options" not in out and "20 answers to 20 questions" in out
     _, err = run("evaluate", tiny, trait_file, "--vector", vector, "--layer", 1, code=2)
     assert "one of --coef, --dose and --cap" in err
+    out, _ = run("evaluate", tiny, "optimistic", *small, "--judge", "sentiment", "--check-judge")
+    assert out.startswith("sentiment (VADER): AUROC 0.")
+    _, err = run("evaluate", tiny, "evil", *small, "--judge", "contrast", "--check-judge", code=2)
+    assert "this judge cannot be trusted with 'evil'" in err
     _, err = run("evaluate", tiny, trait_file, "--judge", "none", code=2)
     assert "evaluate needs a judge" in err
 
