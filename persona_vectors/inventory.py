@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.files import InputError
@@ -33,15 +35,16 @@ def big_five(model: Model, tokenizer: PreTrainedTokenizerBase, *, system: str | 
     items = [(factor, entry) for factor, entries in factors.items() for entry in entries]
     scores = item_scores(model, tokenizer, [entry["item"] for _, entry in items], system=system)
     found: dict[str, list[float]] = {factor: [] for factor in factors}
-    for (factor, entry), score in zip(items, scores):
-        found[factor].append(score if entry["key"] > 0 else 6 - score)
+    for (factor, entry), orders in zip(items, scores.tolist()):
+        agreement = sum(orders) / 2
+        found[factor].append(agreement if entry["key"] > 0 else 6 - agreement)
     return found
 
 
 def item_scores(
     model: Model, tokenizer: PreTrainedTokenizerBase, items: Sequence[str], *, system: str | None = None
-) -> list[float]:
-    """Return the expected agreement, 1 to 5, with each statement such as "Worry about things."."""
+) -> Float[Tensor, "item order"]:
+    """Return the expected agreement, 1 to 5, with statements such as "Worry about things.", in both option orders."""
     rows = []
     for item in items:
         for order in (OPTIONS, OPTIONS[::-1]):
@@ -57,4 +60,4 @@ def item_scores(
         )
     chances = answer_logprobs(model, rows).view(len(items), 2, len(LETTERS)).softmax(dim=-1)
     values = torch.tensor([[1.0, 2, 3, 4, 5], [5, 4, 3, 2, 1]])
-    return (chances * values).sum(dim=-1).mean(dim=1).tolist()
+    return (chances * values).sum(dim=-1)

@@ -60,5 +60,5 @@ def test_the_table_is_the_plain_and_the_steered_model_s_accuracy(model, tokenize
 
 
 def test_an_unknown_task_is_named(model, tokenizer):
-    with pytest.raises(InputError, match="lm-eval has no task 'mmmlu': give names such as 'mmlu'"):
-        side_effects(model, tokenizer, steer(model, random_direction(model), layer=1, coef=1.0), ["mmmlu"])
+    with pytest.raises(InputError, match="lm-eval has no task 'no_such_task': give names such as 'mmlu'"):
+        side_effects(model, tokenizer, steer(model, random_direction(model), layer=1, coef=1.0), ["no_such_task"])
