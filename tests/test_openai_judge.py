@@ -210,7 +210,6 @@ def test_llama_cpp_s_server_gives_the_expected_value_of_its_own_logits(embedded,
     params = xllamacpp.CommonParams()
     params.model.path = str(embedded_gguf())
     params.n_ctx, params.n_parallel, params.cpuparams.n_threads, params.verbosity = 2048, 1, 2, -1
-    params.hostname, params.port = "127.0.0.1", 0
     server = xllamacpp.Server(params)
     options = {"base_url": server.listening_address + "/v1", "concurrency": 2, "cache": tmp_path / "j.jsonl"}
     judge = OpenAIJudge("smollm2", min_mass=0.0, **options)
