@@ -238,7 +238,7 @@ def contrast(
         )
     if len(edits) > 1:
         matrix = effect_matrix(loaded, tokenizer, edits, statements)
-        typer.echo("\neffect of each vector (row) on each trait's contrast (column)")
-        typer.echo(f"{'':14}" + "".join(f"{name[:12]:>14}" for name in statements))
+        typer.echo("\nthe effect of each vector (row) on each trait's contrast (column)")
+        typer.echo(f"{'':14}" + "".join(f"{name:>14}" for name in statements))
         for vector, row in zip(loaded_vectors, matrix.tolist()):
             typer.echo(f"{vector.trait:14}" + "".join(f"{value:+14.3f}" for value in row))

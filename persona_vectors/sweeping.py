@@ -47,7 +47,7 @@ class Point:
     wrong_way: float
     """The share of questions that moved against the coefficient's sign."""
     perplexity: float
-    """On plain facts."""
+    """On plain facts, under the edit and without a system prompt."""
 
 
 @dataclass(frozen=True)
