@@ -14,20 +14,25 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.evaluation import Evaluation, correlation_interval, evaluate, mean_interval, steered_answers
     from persona_vectors.extraction import extract, extract_from
     from persona_vectors.files import InputError
+    from persona_vectors.geometry import cosine_matrix, layer_cosines, logit_lens, separation_indices
+    from persona_vectors.harness import side_effects
     from persona_vectors.heatmaps import heatmap, save_heatmaps
     from persona_vectors.hooks import edit_blocks
     from persona_vectors.interop import export_vector, import_vector
+    from persona_vectors.inventory import big_five
     from persona_vectors.judge import ContrastJudge, LocalJudge, PerplexityJudge, SentimentJudge
+    from persona_vectors.judge_check import check_judge, load_labels, require_valid_judge
     from persona_vectors.likelihood import likelihood_contrast, load_statements
     from persona_vectors.models import chat_prompt, decoder_layers, fold_system_role, generate, load_model
     from persona_vectors.monitoring import monitor
     from persona_vectors.openai_judge import OpenAIJudge
-    from persona_vectors.plot import plot_drift, plot_scores, plot_sweep, plot_vector
+    from persona_vectors.plot import plot_cosines, plot_drift, plot_scores, plot_separation, plot_sweep, plot_vector
     from persona_vectors.projection import project
     from persona_vectors.rollouts import Rollout, load_rollouts
     from persona_vectors.steering import steer
     from persona_vectors.sweeping import Sweep, sweep
     from persona_vectors.training_sets import make_training_sets
+    from persona_vectors.trait_writer import write_trait
     from persona_vectors.traits import Trait, list_traits, load_trait
     from persona_vectors.vectors import PersonaVector, random_vector
 
@@ -42,20 +47,25 @@ _WHERE = {
     "evaluation": ["Evaluation", "correlation_interval", "evaluate", "mean_interval", "steered_answers"],
     "extraction": ["extract", "extract_from"],
     "files": ["InputError"],
+    "geometry": ["cosine_matrix", "layer_cosines", "logit_lens", "separation_indices"],
     "heatmaps": ["heatmap", "save_heatmaps"],
     "hooks": ["edit_blocks"],
     "interop": ["export_vector", "import_vector"],
+    "inventory": ["big_five"],
     "judge": ["ContrastJudge", "LocalJudge", "PerplexityJudge", "SentimentJudge"],
+    "judge_check": ["check_judge", "load_labels", "require_valid_judge"],
     "likelihood": ["likelihood_contrast", "load_statements"],
     "models": ["chat_prompt", "decoder_layers", "fold_system_role", "generate", "load_model"],
     "monitoring": ["monitor"],
     "openai_judge": ["OpenAIJudge"],
-    "plot": ["plot_drift", "plot_scores", "plot_sweep", "plot_vector"],
+    "plot": ["plot_cosines", "plot_drift", "plot_scores", "plot_separation", "plot_sweep", "plot_vector"],
     "projection": ["project"],
     "rollouts": ["Rollout", "load_rollouts"],
+    "harness": ["side_effects"],
     "steering": ["steer"],
     "sweeping": ["Sweep", "sweep"],
     "training_sets": ["make_training_sets"],
+    "trait_writer": ["write_trait"],
     "traits": ["Trait", "list_traits", "load_trait"],
     "vectors": ["PersonaVector", "random_vector"],
 }

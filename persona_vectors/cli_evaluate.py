@@ -31,6 +31,9 @@ def evaluate(
     cap: Annotated[float | None, typer.Option(help="instead of steering: keep the projection at or below this")] = None,
     system: Annotated[str | None, typer.Option(help="a system prompt")] = None,
     judge: Annotated[str, typer.Option(help=JUDGES)] = "contrast",
+    check_judge: Annotated[
+        bool, typer.Option("--check-judge", help="refuse a judge that cannot tell the trait's exemplars apart")
+    ] = False,
     samples: Annotated[int, typer.Option(help="answers to each question", min=1)] = 1,
     max_new_tokens: MaxNewTokens = 128,
     seed: Seed = 0,
@@ -49,6 +52,7 @@ def evaluate(
     from persona_vectors import control, evaluation, likelihood, steering
     from persona_vectors.contrast_table import by_pair
     from persona_vectors.judge import make_judge
+    from persona_vectors.judge_check import require_valid_judge
     from persona_vectors.traits import load_trait
     from persona_vectors.vectors import PersonaVector
 
@@ -60,7 +64,11 @@ def evaluate(
     if chosen is None:
         raise InputError("evaluate needs a judge; without one, persona-vectors contrast scores a vector")
     statements = likelihood.load_statements(trait) if trait in likelihood.shipped_statements() else None
-    typer.echo(f"{'':24}{trait + ' [95 %]':24}{'coherence [95 %]':24}likelihood contrast, nats a token")
+    if check_judge:
+        if statements is None:
+            raise InputError(f"--check-judge needs statements, and none ship for {trait!r}: use pv.require_valid_judge")
+        typer.echo(str(require_valid_judge(chosen, loaded_trait, statements)))
+    typer.echo(f"{'':24}{loaded_trait.name + ' [95 %]':24}{'coherence [95 %]':24}likelihood contrast, nats a token")
     for edited in (False, True) if vector or system is not None else (False,):
         with ExitStack() as stack:
             if edited and loaded_vector is not None:
@@ -128,8 +136,6 @@ def sweep(
 
     loaded_trait, loaded_vector = load_trait(trait), PersonaVector.load(vector)
     where = numbers(layers, int, "--layers")
-    strengths = {"coefs": numbers(coefs, float, "--coefs")} if coefs else {}
-    strengths |= {"doses": numbers(doses, float, "--doses")} if doses else {}
     loaded, tokenizer = load(model, device, dtype, device_map, fold_system)
     chosen = make_judge(judge, loaded, tokenizer, loaded_trait, lambda name: load(name, device, dtype, device_map))
     if chosen is None:
@@ -142,6 +148,8 @@ def sweep(
         loaded_vector,
         judge=chosen,
         layers=where,
+        coefs=numbers(coefs, float, "--coefs") if coefs else None,
+        doses=numbers(doses, float, "--doses") if doses else None,
         controls=controls,
         samples=samples,
         questions=questions,
@@ -149,7 +157,6 @@ def sweep(
         max_new_tokens=max_new_tokens,
         seed=seed,
         out=folder / "answers.jsonl",
-        **strengths,
     )
     result.save_csv(folder / "sweep.csv")
     with atomic_path(folder / "sweep.png") as temporary:
@@ -231,7 +238,7 @@ def contrast(
         )
     if len(edits) > 1:
         matrix = effect_matrix(loaded, tokenizer, edits, statements)
-        typer.echo("\neffect of each vector (row) on each trait's contrast (column)")
-        typer.echo(f"{'':14}" + "".join(f"{name[:12]:>14}" for name in statements))
+        typer.echo("\nthe effect of each vector (row) on each trait's contrast (column)")
+        typer.echo(f"{'':14}" + "".join(f"{name:>14}" for name in statements))
         for vector, row in zip(loaded_vectors, matrix.tolist()):
             typer.echo(f"{vector.trait:14}" + "".join(f"{value:+14.3f}" for value in row))

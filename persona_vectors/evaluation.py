@@ -208,8 +208,15 @@ def evaluate(
         )
     asks = [Ask(question, system) for question in asked for _ in range(samples)]
     answers = [""] * len(asks)
-    options = {"max_new_tokens": max_new_tokens, "seed": seed, "batch_tokens": batch_tokens}
-    for batch in answer_batches(model, tokenizer, asks, temperature=temperature, **options):
+    for batch in answer_batches(
+        model,
+        tokenizer,
+        asks,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        batch_tokens=batch_tokens,
+    ):
         for i, answer in batch:
             answers[i] = answer
         if progress:

@@ -3,24 +3,48 @@
 import hashlib
 import json
 import math
-import os
+import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from persona_vectors.files import InputError
 from persona_vectors.judge import Answer, fill
+from persona_vectors.ledger import Ledger
 from persona_vectors.models import cache_dir
+from persona_vectors.openai_client import Malformed, ask, connect
+
+
+@dataclass
+class Usage:
+    """What a judge has asked for so far."""
+
+    requests: int = 0
+    """Answered ones; replies from the cache and failed attempts are not among them."""
+    retries: int = 0
+    cached: int = 0
+    refusals: int = 0
+    """Replies that say REFUSAL or decline, as the rubric allows: no failures."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
 
 
 class OpenAIJudge:
     """Score with a chat model's token probabilities, as the paper does (appendix B).
 
     One token at temperature 0 with the top 20 log-probabilities: the probability-weighted mean over the whole numbers
-    0 to 100 among them, or None where their mass is under `min_mass`. Requests run `concurrency` at a time and are sent
-    again after passing faults; every reply is kept in the file `cache`, keyed by the whole request.
+    0 to 100 among them, or None where their mass is under `min_mass`. That fits models that write a number as one
+    token. For those that write it digit by digit, and servers that give no log-probabilities, `samples=10` takes the
+    mean of ten sampled numbers instead, or None where under half of them are numbers.
+
+    Requests run `concurrency` at a time; each is sent at most `attempts` times (see `openai_client.ask`). Every reply
+    is kept in the file `cache`, keyed by the address and the whole request, so a run that broke off goes on.
+    `usage` counts requests and tokens.
 
     The key is read from OPENAI_API_KEY, and the address from OPENAI_BASE_URL where `base_url` is not given.
     """
@@ -31,75 +55,110 @@ class OpenAIJudge:
         *,
         base_url: str | None = None,
         concurrency: int = 16,
+        attempts: int = 8,
+        timeout: float = 60.0,
         min_mass: float = 0.25,
+        samples: int = 0,
         cache: str | Path | None = None,
     ) -> None:
-        try:
-            from openai import OpenAI
-        except ImportError:
-            raise InputError(
-                "OpenAIJudge needs the openai package: pip install 'persona-vectors-toolkit[openai]'"
-            ) from None
-        if not os.environ.get("OPENAI_API_KEY"):
-            raise InputError("OPENAI_API_KEY is not set: export your key (any text for a local server)")
-        self.client = OpenAI(base_url=base_url, max_retries=5, timeout=60)
-        self.model, self.concurrency, self.min_mass = model, concurrency, min_mass
-        self.name = f"openai:{model}"
-        self.cache = Path(cache) if cache else cache_dir() / "judge.jsonl"
+        self.client = connect(base_url, timeout=timeout)
+        self.model, self.concurrency, self.attempts = model, concurrency, attempts
+        self.min_mass, self.samples = min_mass, samples
+        self.name = f"openai:{model}" + (f" (mean of {samples} sampled numbers)" if samples else "")
+        self.usage = Usage()
+        self._cache = Ledger(cache or cache_dir() / "judge.jsonl")
         self._lock = threading.Lock()
-        self._known: dict[str, dict[str, float]] = {}
-        if self.cache.is_file():
-            lines = self.cache.read_text(encoding="utf-8").splitlines()
-            self._known = {entry["key"]: entry["top"] for entry in map(_read_entry, lines) if entry}
+        self._stopped = threading.Event()
 
     def __call__(self, question: str, answer: str, rubric: str) -> float | None:
-        top = self._top_logprobs(fill(rubric, question, answer))
-        chances = {int(t): math.exp(p) for t, p in top.items() if t.isascii() and t.isdigit() and int(t) <= 100}
+        return self.batch([Answer(question, answer)], rubric)[0]
+
+    def batch(self, answers: Sequence[Answer], rubric: str) -> list[float | None]:
+        """Score answers, `concurrency` requests at a time.
+
+        Raises InputError where one of them fails for good; the others are kept, and no new ones are sent.
+        """
+        self._stopped.clear()
+        prompts = [fill(rubric, item.question, item.answer) for item in answers]
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            waiting = pool.map(self._score_or_stop, prompts)
+            return list(tqdm(waiting, total=len(prompts), desc=self.name, unit="answer", disable=len(prompts) < 50))
+
+    def _score_or_stop(self, prompt: str) -> float | None:
+        if self._stopped.is_set():
+            raise InputError("the judge stopped after a failure")
+        try:
+            return self._sampled(prompt) if self.samples else self._expected(prompt)
+        except BaseException:
+            self._stopped.set()
+            raise
+
+    def _expected(self, prompt: str) -> float | None:
+        options = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20, "seed": 0}
+        chances: dict[int, float] = {}
+        for token, logprob in self._reply(prompt, options)["top"]:
+            if token.isascii() and token.isdigit() and int(token) <= 100:
+                chances[int(token)] = chances.get(int(token), 0.0) + math.exp(logprob)
         mass = sum(chances.values())
         return sum(number * p for number, p in chances.items()) / mass if mass >= self.min_mass else None
 
-    def batch(self, answers: Sequence[Answer], rubric: str) -> list[float | None]:
-        """Score answers, `concurrency` requests at a time."""
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(lambda item: self(item.question, item.answer, rubric), answers))
+    def _sampled(self, prompt: str) -> float | None:
+        texts = [self._reply(prompt, {"max_tokens": 8, "temperature": 1, "seed": i}) for i in range(self.samples)]
+        found = [re.fullmatch(r"\D{0,20}?(\d{1,3})\D*", text.get("text", "")) for text in texts]
+        numbers = [int(match[1]) for match in found if match and int(match[1]) <= 100]
+        return sum(numbers) / len(numbers) if 2 * len(numbers) >= self.samples else None
 
-    def _top_logprobs(self, prompt: str) -> dict[str, float]:
-        from openai import OpenAIError
-
-        request: dict[str, Any] = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "max_tokens": 1,
-            "temperature": 0,
-            "logprobs": True,
-            "top_logprobs": 20,
-            "seed": 0,
-        }
+    def _reply(self, prompt: str, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the cached or fetched reply to one request: "top" [token, logprob], "text", "refused"."""
+        request = {"model": self.model, "messages": [{"role": "user", "content": prompt}], **options}
         address = str(self.client.base_url)
         key = hashlib.sha256(json.dumps([address, request], sort_keys=True).encode()).hexdigest()
-        if key not in self._known:
-            try:
-                reply = self.client.chat.completions.create(**request)
-            except OpenAIError as error:
-                raise InputError(
-                    f"the judge at {address} failed ({type(error).__name__}: {error}): check the address, "
-                    "the model's name and the key; what was judged so far is kept"
-                ) from None
-            logprobs = reply.choices[0].logprobs if reply.choices else None
-            if logprobs is None or not logprobs.content:
-                raise InputError(f"the judge at {address} gives no logprobs: use a model or a server that does")
-            top = {item.token.strip(): item.logprob for item in logprobs.content[0].top_logprobs}
-            with self._lock:
-                self._known[key] = top
-                self.cache.parent.mkdir(parents=True, exist_ok=True)
-                with self.cache.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": key, "top": top}) + "\n")
-        return self._known[key]
+        with self._lock:
+            known = self._cache.found.get(key)
+            self.usage.cached += known is not None
+        if known is not None:
+            return known
+        entry = ask(
+            self.client,
+            request,
+            lambda reply: read_reply(reply, logprobs="logprobs" in request),
+            attempts=self.attempts,
+            on_retry=self._count_retry,
+            stopped=self._stopped.is_set,
+        )
+        with self._lock:
+            self.usage.requests += 1
+            self.usage.refusals += entry["refused"]
+            self.usage.prompt_tokens += entry["tokens"][0]
+            self.usage.completion_tokens += entry["tokens"][1]
+            self._cache.add([{"key": key, **entry}])
+        return entry
+
+    def _count_retry(self) -> None:
+        with self._lock:
+            self.usage.retries += 1
 
 
-def _read_entry(line: str) -> dict[str, Any] | None:
-    """Return a cached reply, or None for a line that a killed run left cut."""
+def read_reply(reply: dict[str, Any], *, logprobs: bool) -> dict[str, Any]:
+    """Return what a judge needs of a chat completion; raises Malformed where it is none.
+
+    Raises InputError where the server gave no log-probabilities, which repeating would not change.
+    """
     try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
+        choice = reply["choices"][0]
+        message, usage = choice["message"], reply.get("usage") or {}
+        text = message.get("content") or ""
+        content = (choice.get("logprobs") or {}).get("content")
+        declined = bool(message.get("refusal")) or choice.get("finish_reason") == "content_filter"
+        refused = declined or text.strip().upper().startswith("REF")
+        top = (
+            [[item["token"].strip(), float(item["logprob"])] for item in content[0]["top_logprobs"]] if content else []
+        )
+        tokens = [int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)]
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise Malformed(f"no chat completion ({error!r})") from None
+    if logprobs and not top and not refused:
+        raise InputError(
+            "the server gives no logprobs: use a model or a server that does, or samples=10 to average sampled numbers"
+        )
+    return {"top": top, "text": text, "refused": refused, "tokens": tokens}

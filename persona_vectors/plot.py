@@ -3,10 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from persona_vectors.evaluation import Interval
+from persona_vectors.geometry import Separation
 from persona_vectors.projection import Scores
 from persona_vectors.sweeping import PROMPTED, Point, Sweep
 from persona_vectors.vectors import PersonaVector
@@ -132,6 +136,31 @@ def plot_sweep(sweep: Sweep) -> Figure:
     response.set(title=f"layer {sweep.layer}: evaluation questions", xlabel=sweep.unit, ylabel="score, 0 to 100")
     response.legend(frameon=False, fontsize=8)
     _bare(response)
+    return figure
+
+
+def plot_cosines(matrix: Float[Tensor, "row column"], names: Sequence[str]) -> Figure:
+    """Plot a matrix with its numbers: cosines between traits or layers, or vectors' effects on traits."""
+    figure = Figure(figsize=(1.5 + 0.7 * len(names), 1.2 + 0.6 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    limit = float(matrix.abs().max()) or 1.0
+    image = axes.imshow(matrix.numpy(), cmap="PuOr", vmin=-limit, vmax=limit)
+    figure.colorbar(image, ax=axes)
+    axes.set_xticks(range(matrix.shape[1]), list(names), rotation=45, ha="right")
+    axes.set_yticks(range(matrix.shape[0]), list(names))
+    if len(names) <= 12:
+        for (row, column), value in np.ndenumerate(matrix.numpy()):
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
+    return figure
+
+
+def plot_separation(layers: Sequence[Separation]) -> Figure:
+    """Plot the four separation indices by layer."""
+    figure = Figure(figsize=(11, 2.8), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(Separation._fields)), Separation._fields):
+        axes.plot([getattr(each, name) for each in layers], color=BLUE, marker="o", markersize=3)
+        axes.set(title=name.replace("_", "-"), xlabel="layer")
+        _bare(axes)
     return figure
 
 

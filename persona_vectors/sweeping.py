@@ -22,6 +22,8 @@ from persona_vectors.steering import RowEdit, per_dose
 from persona_vectors.traits import Trait
 from persona_vectors.vectors import PersonaVector
 
+Case = tuple[str, int | None, float]
+"""A point's name, layer and strength."""
 PLAIN, PROMPTED = "plain", "own system prompt"
 
 
@@ -45,7 +47,7 @@ class Point:
     wrong_way: float
     """The share of questions that moved against the coefficient's sign."""
     perplexity: float
-    """On plain facts."""
+    """On plain facts, under the edit and without a system prompt."""
 
 
 @dataclass(frozen=True)
@@ -139,13 +141,15 @@ def sweep(
     }
     runner = _Runner(model, tokenizer, trait, judge, samples, seed, Ledger(out, settings))
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch_tokens": batch_tokens}
-    grid = {(trait.name, layer, s): edit(vector, layer, s) for layer in layers for s in strengths}
+    grid: dict[Case, RowEdit | None] = {
+        (trait.name, layer, s): edit(vector, layer, s) for layer in layers for s in strengths
+    }
     points = runner.run("choose", {(PLAIN, None, 0.0): None, **grid}, chooses, options)
     best = choose(points, trait.name, gate)
     assert best.layer is not None
     layer, strength = best.layer, best.strength
     noise = random_vectors(model, tokenizer, vector, layers=[layer], count=controls, seed=seed)
-    cases: dict[tuple[str, int | None, float], RowEdit | None] = {(PLAIN, None, 0.0): None, (PROMPTED, None, 0.0): None}
+    cases: dict[Case, RowEdit | None] = {(PLAIN, None, 0.0): None, (PROMPTED, None, 0.0): None}
     cases |= {(trait.name, layer, s): edit(vector, layer, s) for s in sorted({*strengths, -strength})}
     cases |= {(each.trait, layer, strength): RowEdit(each, layer, best.coef) for each in noise}
     points += runner.run("report", cases, reports, options)
@@ -163,10 +167,6 @@ def choose(points: Sequence[Point], name: str, gate: float) -> Point:
             f"{max(p.coherence.mean for p in positive):.1f}): give smaller strengths, or a lower gate"
         )
     return max(coherent, key=lambda p: p.score.mean)
-
-
-Case = tuple[str, int | None, float]
-"""A point's name, layer and strength."""
 
 
 @dataclass
@@ -226,18 +226,7 @@ class _Runner:
         with tqdm(total=len(asks), initial=len(known), desc=f"{self.trait.name}: {stage}", unit="answer") as bar:
             self._judge(unjudged, asks, keys)
             for batch in batches:
-                self.ledger.add(
-                    {
-                        "key": keys[i],
-                        "stage": stage,
-                        "vector": asks[i].edit.vector.trait if asks[i].edit else None,
-                        "layer": asks[i].edit.layer if asks[i].edit else None,
-                        "coef": asks[i].edit.coef if asks[i].edit else 0.0,
-                        "question": asks[i].question,
-                        "answer": answer,
-                    }
-                    for i, answer in batch
-                )
+                self.ledger.add({"key": keys[i], "stage": stage, **_describe(asks[i]), "answer": a} for i, a in batch)
                 self._judge([i for i, _ in batch], asks, keys)
                 bar.update(len(batch))
 
@@ -254,6 +243,13 @@ class _Runner:
         edit = ask.edit
         steered = (edit.vector.direction(edit.layer).tolist(), edit.layer, round(edit.coef, 6)) if edit else None
         return hash_of([steered, ask.system, ask.question, seed])
+
+
+def _describe(ask: Ask) -> dict[str, Any]:
+    """Return what a reader of the ledger wants to know of an answer."""
+    edit = ask.edit
+    steered = {"vector": edit.vector.trait, "layer": edit.layer, "coef": edit.coef} if edit else {}
+    return {**steered, "system": ask.system, "question": ask.question}
 
 
 def _by_question(entries: Sequence[dict[str, Any]], name: str, samples: int) -> list[list[float]]:

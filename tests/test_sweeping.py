@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_hooks import random_direction
 
+from persona_vectors import evaluation
 from persona_vectors.evaluation import steered_answers
 from persona_vectors.files import InputError
 from persona_vectors.ledger import Ledger
@@ -91,39 +92,29 @@ class Killed(Exception):
 
 
 def test_a_killed_sweep_goes_on_and_repeats_no_answer(model, tokenizer, trait, vector, tmp_path, monkeypatch):
-    path, generated = tmp_path / "answers.jsonl", []
-    from persona_vectors import evaluation
+    batches: list[int] = []
+    original, limit = evaluation.generate_tokens, 5
 
-    original = evaluation.generate_tokens
-
-    def counting(model, tokenizer, prompts, **options):
-        if len(generated) == 5:
+    def counted(model, tokenizer, prompts, **options):
+        if len(batches) == limit:
             raise Killed
-        generated.append(len(prompts))
+        batches.append(len(prompts))
         return original(model, tokenizer, prompts, **options)
 
-    monkeypatch.setattr(evaluation, "generate_tokens", counting)
-    options = {**OPTIONS, "batch_tokens": 60, "out": path}
+    monkeypatch.setattr(evaluation, "generate_tokens", counted)
+    path = tmp_path / "answers.jsonl"
+    options = {**OPTIONS, "batch_tokens": 60, "judge": letters}
     with pytest.raises(Killed):
-        sweep(model, tokenizer, trait, vector, judge=letters, **options)
-    done = sum(generated)
+        sweep(model, tokenizer, trait, vector, out=path, **options)
     with path.open("a") as file:
         file.write('{"key": "cut')
-    monkeypatch.setattr(evaluation, "generate_tokens", original)
-    rest: list[int] = []
-
-    def count(model, tokenizer, prompts, **options):
-        rest.append(len(prompts))
-        return original(model, tokenizer, prompts, **options)
-
-    monkeypatch.setattr(evaluation, "generate_tokens", count)
-    resumed = sweep(model, tokenizer, trait, vector, judge=letters, **options)
-    whole = sweep(model, tokenizer, trait, vector, judge=letters, **{**options, "out": None})
-    assert resumed == whole
-    asks = 7 * len(trait.questions.extract) + 8 * len(trait.questions.eval)
-    assert done > 0 and done + sum(rest) - asks == asks  # the second `asks` are those of the whole run
-    rest.clear()
-    assert sweep(model, tokenizer, trait, vector, judge=letters, **options) == whole and rest == []
+    limit = -1
+    resumed = sweep(model, tokenizer, trait, vector, out=path, **options)
+    assert sum(batches) == 7 * len(trait.questions.extract) + 8 * len(trait.questions.eval)
+    batches.clear()
+    assert sweep(model, tokenizer, trait, vector, out=path, **options) == resumed
+    assert batches == []
+    assert sweep(model, tokenizer, trait, vector, **options) == resumed  # as a run that nothing stopped
 
 
 def test_a_judge_that_fails_loses_no_answer(model, tokenizer, trait, vector, tmp_path):

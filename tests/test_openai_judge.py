@@ -1,0 +1,217 @@
+"""OpenAIJudge against a server that fails as real ones do, and against llama.cpp's."""
+
+import collections
+import hashlib
+import http.server
+import json
+import math
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from persona_vectors import openai_client
+from persona_vectors.files import InputError
+from persona_vectors.judge import Answer, fill, score
+from persona_vectors.models import chat_prompt, embedded_gguf, encode
+from persona_vectors.openai_judge import OpenAIJudge
+
+RUBRIC = "Score {question} {answer}"
+FAULTS = ["429", "500", "timeout", "cut", "malformed", "empty"]
+
+
+class FaultServer(http.server.ThreadingHTTPServer):
+    """Answers as an OpenAI-compatible server does; a share of the attempts fails, the same ones in every run."""
+
+    daemon_threads, request_queue_size = True, 128
+
+    def __init__(self, share: float, *, logprobs: bool = True, always: str | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.share, self.logprobs, self.always = share, logprobs, always
+        self.lock, self.running, self.most = threading.Lock(), 0, 0
+        self.attempts: collections.Counter[str] = collections.Counter()
+        self.faults: collections.Counter[str] = collections.Counter()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def handle_error(self, request, client_address):
+        pass
+
+    def fault_of(self, prompt: str, attempt: int) -> str | None:
+        digest = hashlib.sha256(f"{prompt}:{attempt}".encode()).digest()
+        return FAULTS[digest[4] % 6] if int.from_bytes(digest[:4], "big") / 2**32 < self.share else None
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: FaultServer
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server, prompt = self.server, body["messages"][0]["content"] + f"|{body.get('seed')}"
+        with server.lock:
+            server.attempts[prompt] += 1
+            fault = server.always or server.fault_of(prompt, server.attempts[prompt])
+            server.faults[fault or "none"] += 1
+            server.running += 1
+            server.most = max(server.most, server.running)
+        time.sleep(0.002)
+        with server.lock:
+            server.running -= 1  # before the answer: the client may send its next request at once
+        self.answer(fault, body)
+
+    def answer(self, fault: str | None, body: dict):
+        if fault == "timeout":
+            time.sleep(0.6)
+        if fault in ("cut", "timeout"):
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        text = body["messages"][0]["content"]
+        number = str(int(hashlib.sha256(text.encode()).hexdigest(), 16) % 101)
+        content = "REFUSAL" if "refuse" in text else number
+        top = [{"token": "REF" if "refuse" in text else number, "logprob": math.log(0.9), "bytes": None}]
+        logprobs = {"content": [{"token": number, "logprob": -0.1, "bytes": None, "top_logprobs": top}]}
+        choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
+        if self.server.logprobs:
+            choice["logprobs"] = logprobs
+        reply = {"choices": [] if fault == "empty" else [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 1}}
+        payload = json.dumps(reply).encode()[: 20 if fault == "malformed" else None]
+        self.send_response(int(fault) if fault in ("429", "500", "401") else 200)
+        if fault == "429":
+            self.send_header("Retry-After", "0.05")
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    monkeypatch.setattr(openai_client, "BACKOFF", 0.005)
+    running = []
+
+    def start(share: float = 0.0, **options) -> FaultServer:
+        running.append(FaultServer(share, **options))
+        threading.Thread(target=running[-1].serve_forever, daemon=True).start()
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.shutdown()
+        server.server_close()
+
+
+def expected(text: str) -> float:
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % 101
+
+
+def test_a_thousand_requests_with_faults_lose_no_item(serve, tmp_path):
+    server = serve(0.3)
+    options = {"base_url": server.url, "concurrency": 12, "attempts": 10, "timeout": 0.5, "cache": tmp_path / "j.jsonl"}
+    judge = OpenAIJudge("m", **options)
+    answers = [Answer("q", f"a{i}") for i in range(1000)]
+    found = score(judge, answers, RUBRIC)
+    assert found == [pytest.approx(expected(fill(RUBRIC, "q", f"a{i}"))) for i in range(1000)]
+    assert set(server.faults) == {*FAULTS, "none"}
+    failed = sum(server.faults.values()) - server.faults["none"]
+    assert 0.2 < failed / sum(server.faults.values()) < 0.4
+    assert 1 < server.most <= 12
+    assert max(server.attempts.values()) <= 10
+    usage = judge.usage
+    assert (usage.requests, usage.prompt_tokens, usage.completion_tokens) == (1000, 7000, 1000)
+    assert usage.retries == sum(server.attempts.values()) - 1000
+    again = OpenAIJudge("m", **options)
+    assert score(again, answers, RUBRIC) == found
+    assert (again.usage.requests, again.usage.cached) == (0, 1000)
+    assert "secret-key" not in (tmp_path / "j.jsonl").read_text()
+
+
+def test_a_server_that_goes_down_is_an_error_within_a_bound_and_loses_nothing(serve, tmp_path):
+    server = serve()
+    options = {"base_url": server.url, "attempts": 4, "timeout": 0.5, "cache": tmp_path / "j.jsonl"}
+    judge = OpenAIJudge("m", **options)
+    score(judge, [Answer("q", f"a{i}") for i in range(30)], RUBRIC)
+    server.shutdown()
+    server.server_close()
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"failed \d times in a row .* what came before is kept"):
+        score(judge, [Answer("q", f"a{i}") for i in range(400)], RUBRIC)
+    assert time.monotonic() - start < 10
+    assert len((tmp_path / "j.jsonl").read_text().splitlines()) == 30
+    again = OpenAIJudge("m", **options)
+    assert len(score(again, [Answer("q", f"a{i}") for i in range(30)], RUBRIC)) == 30
+
+
+def test_retry_after_is_respected(serve, tmp_path, monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr(openai_client.time, "sleep", waits.append)
+    server = serve(always="429")
+    judge = OpenAIJudge("m", base_url=server.url, attempts=3, cache=tmp_path / "j.jsonl")
+    with pytest.raises(InputError, match="failed 3 times in a row"):
+        judge("q", "a", RUBRIC)
+    waits = [wait for wait in waits if wait != 0.002]  # the server's own
+    assert len(waits) == 2 and all(wait >= 0.05 for wait in waits)  # the backoff alone would be under 0.01
+
+
+def test_what_cannot_be_mended_is_not_repeated(serve, tmp_path):
+    server = serve(always="401")
+    judge = OpenAIJudge("m", base_url=server.url, cache=tmp_path / "j.jsonl")
+    with pytest.raises(InputError, match="refused the request"):
+        judge("q", "a", RUBRIC)
+    assert sum(server.attempts.values()) == 1
+
+
+def test_a_refusal_is_no_failure(serve, tmp_path):
+    judge = OpenAIJudge("m", base_url=serve().url, cache=tmp_path / "j.jsonl")
+    assert score(judge, [Answer("q", "refuse"), Answer("q", "a")], RUBRIC)[0] is None
+    assert (judge.usage.refusals, judge.usage.retries, judge.usage.requests) == (1, 0, 2)
+
+
+def test_without_logprobs_numbers_are_sampled_where_that_was_asked_for(serve, tmp_path):
+    server = serve(logprobs=False)
+    judge = OpenAIJudge("m", base_url=server.url, cache=tmp_path / "j.jsonl")
+    with pytest.raises(InputError, match="or samples=10 to average"):
+        judge("q", "a", RUBRIC)
+    sampling = OpenAIJudge("m", base_url=server.url, samples=4, cache=tmp_path / "j.jsonl")
+    assert sampling("q", "a", RUBRIC) == expected("Score q a")
+    assert sampling.usage.requests == 4 and sampling.name == "openai:m (mean of 4 sampled numbers)"
+    assert sampling("q", "refuse", RUBRIC) is None
+
+
+@pytest.mark.parametrize("address", ["localhost:8000", "ftp://x/v1", "not a url", "http://", "http://x:99999/v1"])
+def test_a_base_url_that_is_none_is_named(address: str, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    with pytest.raises(InputError, match="is no address: give one such as http"):
+        OpenAIJudge("m", base_url=address)
+
+
+@pytest.mark.real
+def test_llama_cpp_s_server_gives_the_expected_value_of_its_own_logits(embedded, tmp_path, monkeypatch):
+    """The quantised model behind the server against the same file's logits, read without a server."""
+    from llama_cpp import LlamaCpp
+
+    xllamacpp = pytest.importorskip("xllamacpp")
+    monkeypatch.setenv("OPENAI_API_KEY", "local")
+    _, tokenizer = embedded
+    rubric = "Question: {question} Answer: {answer}. How good is it? Reply with one number from 0 to 9."
+    answers = [Answer("What is 2 + 2?", "4"), Answer("How are you?", "I hate it"), Answer("Is it late?", "Very.")]
+    raw, expectations = LlamaCpp(embedded_gguf()), []
+    for answer in answers:
+        ids = encode(tokenizer, chat_prompt(tokenizer, fill(rubric, answer.question, answer.answer)))
+        logits = raw.logits(ids).astype(np.float64)
+        chances = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        top = [(tokenizer.decode([int(i)]).strip(), chances[i]) for i in np.argsort(-chances)[:20]]
+        numbers = [(int(token), p) for token, p in top if token.isascii() and token.isdigit()]
+        expectations.append(sum(n * p for n, p in numbers) / sum(p for _, p in numbers))
+    params = xllamacpp.CommonParams()
+    params.model.path = str(embedded_gguf())
+    params.n_ctx, params.n_parallel, params.cpuparams.n_threads, params.verbosity = 2048, 1, 2, -1
+    server = xllamacpp.Server(params)
+    options = {"base_url": server.listening_address + "/v1", "concurrency": 2, "cache": tmp_path / "j.jsonl"}
+    judge = OpenAIJudge("smollm2", min_mass=0.0, **options)
+    assert score(judge, answers, rubric) == [pytest.approx(value, abs=1e-3) for value in expectations]
+    assert judge.usage.completion_tokens == len(answers) and judge.usage.prompt_tokens > 100
