@@ -10,6 +10,8 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.evaluation import mean_interval, steered_answers
     from persona_vectors.extraction import extract, extract_from
     from persona_vectors.files import InputError
+    from persona_vectors.flag_files import Flags, load_flags
+    from persona_vectors.flagging import flag
     from persona_vectors.heatmaps import heatmap
     from persona_vectors.hooks import edit_blocks
     from persona_vectors.interop import export_vector, import_vector
@@ -19,7 +21,10 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.openai_judge import OpenAIJudge
     from persona_vectors.plot import plot_scores, plot_vector
     from persona_vectors.projection import project
+    from persona_vectors.report import write_report
     from persona_vectors.rollouts import Rollout, load_rollouts
+    from persona_vectors.samples import read_samples
+    from persona_vectors.screening import add_scores, compare_datasets, split_dataset
     from persona_vectors.steering import steer
     from persona_vectors.training_sets import make_training_sets
     from persona_vectors.traits import Trait, list_traits, load_trait
@@ -32,6 +37,8 @@ _WHERE = {
     "evaluation": ["mean_interval", "steered_answers"],
     "extraction": ["extract", "extract_from"],
     "files": ["InputError"],
+    "flag_files": ["Flags", "load_flags"],
+    "flagging": ["flag"],
     "heatmaps": ["heatmap"],
     "hooks": ["edit_blocks"],
     "interop": ["export_vector", "import_vector"],
@@ -41,7 +48,10 @@ _WHERE = {
     "openai_judge": ["OpenAIJudge"],
     "plot": ["plot_scores", "plot_vector"],
     "projection": ["project"],
+    "report": ["write_report"],
     "rollouts": ["Rollout", "load_rollouts"],
+    "samples": ["read_samples"],
+    "screening": ["add_scores", "compare_datasets", "split_dataset"],
     "steering": ["steer"],
     "training_sets": ["make_training_sets"],
     "traits": ["Trait", "list_traits", "load_trait"],

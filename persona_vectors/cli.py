@@ -4,11 +4,11 @@ import sys
 
 import typer
 
-from persona_vectors import cli_steer, cli_vectors
+from persona_vectors import cli_flag, cli_steer, cli_vectors
 from persona_vectors.cli_options import app
 from persona_vectors.files import InputError
 
-COMMANDS = (cli_vectors, cli_steer)  # importing a module adds its commands, in this order
+COMMANDS = (cli_vectors, cli_steer, cli_flag)  # importing a module adds its commands, in this order
 
 
 def main() -> None:
@@ -27,5 +27,5 @@ def main() -> None:
         show()
         code = getattr(error, "exit_code", 1)
     if code == 130:
-        typer.echo("interrupted: the same command goes on where it stopped, if it was given --rollouts", err=True)
+        typer.echo("interrupted: the same command goes on where it stopped, if it was given --rollouts or --out", err=True)
     sys.exit(code or 0)
