@@ -27,5 +27,7 @@ def main() -> None:
         show()
         code = getattr(error, "exit_code", 1)
     if code == 130:
-        typer.echo("interrupted: the same command goes on where it stopped, if it was given --rollouts or --out", err=True)
+        typer.echo(
+            "interrupted: the same command goes on where it stopped, if it was given --rollouts or --out", err=True
+        )
     sys.exit(code or 0)

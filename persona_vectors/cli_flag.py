@@ -28,7 +28,9 @@ def flag(
         tuple[str, str] | None, typer.Option(metavar="PROMPT ANSWER", help="the two columns, where they are others")
     ] = None,
     split: Split = "train",
-    skip_broken: Annotated[bool, typer.Option(help="count and leave out what is no sample, instead of stopping")] = False,
+    skip_broken: Annotated[
+        bool, typer.Option(help="count and leave out what is no sample, instead of stopping")
+    ] = False,
     max_length: Annotated[int | None, typer.Option(help="cut longer samples [default: the model's context]")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="most tokens of a generated baseline")] = 256,
     reference: Annotated[str | None, typer.Option(help="neutral samples for the percentiles, or their flags")] = None,

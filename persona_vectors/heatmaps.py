@@ -77,7 +77,7 @@ class Heatmap:
             temporary.write_text(page, "utf-8")
 
     def _row(self, name: str, values: list[float]) -> dict:
-        low, high = self.span or _span(values)
+        low, high = self.span or strongest_span(values)
         middle, half = (low + high) / 2, (high - low) / 2
         tokens = []
         for text, value in zip(self.tokens, values):
@@ -137,7 +137,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     return texts
 
 
-def _span(values: Sequence[float]) -> tuple[float, float]:
+def strongest_span(values: Sequence[float]) -> tuple[float, float]:
     """Return the median minus and plus the 98th percentile of the distances from it, which outliers do not move."""
     finite = sorted(value for value in values if not math.isnan(value))
     if not finite:
