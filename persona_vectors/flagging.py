@@ -223,7 +223,7 @@ def answer_prompts(
     values = torch.full((len(prompts), len(vectors) * len(units)), torch.nan)
     if known:
         rows = [(prompts[i], answers[i]) for i in known]
-        values[known] = _means(model, rows, units, batch_tokens)[0]
+        values[known] = answer_means(model, rows, units, batch_tokens)[0]
     for batch in length_batches([prompts[i] for i in open_ones], max_new_tokens, 8 * batch_tokens):
         chosen = [open_ones[i] for i in batch]
         asked = [prompts[i] for i in chosen]
@@ -242,11 +242,11 @@ def project_rows(
 ) -> None:
     """Read one part of the samples, and write their mean projections, and those of the prompts' last tokens."""
     rows = read_table(part(folder, "rows", number))
-    read = _means(model, list(zip(rows["prompt_ids"], rows["answer_ids"])), units, batch_tokens)
+    read = answer_means(model, list(zip(rows["prompt_ids"], rows["answer_ids"])), units, batch_tokens)
     write_table(part(folder, "values", number), dict(zip(("projection", "prompt_last"), (v.tolist() for v in read))))
 
 
-def _means(
+def answer_means(
     model: Model, rows: Sequence[Any], units: dict[int, Tensor], batch_tokens: int
 ) -> tuple[Float[Tensor, "row key"], Float[Tensor, "row key"]]:
     """Return the mean over each answer's tokens, nan for an empty one, and the values at each prompt's last token."""
