@@ -481,7 +481,7 @@ def flagging_methods(
             with monitor(model, vector, layer=layer, stops=stops) as trace:
                 prompts = [rows[i][0] for i in batch]
                 generate_tokens(model, tokenizer, prompts, max_new_tokens=new_tokens + 1, temperature=0)
-            trace.mean
+            assert trace.mean
 
     return [
         Method("bare forward to the layer", "no reading, no padding", even(rows), bare_to),
@@ -556,24 +556,26 @@ def time_workers(model: Model, tokenizer: Any, rows: Sequence[Row], layer: int) 
     shape = model.config.get_text_config(decoder=True)
     vector = PersonaVector("random", "bench", torch.randn(shape.num_hidden_layers, shape.hidden_size))
     data = [{"question": f"Question {i}?", "answer": tokenizer.decode(row[1])} for i, row in enumerate(rows)]
-    speeds = {}
-    for count in (1, 2):
-        ray.init(num_cpus=count, include_dashboard=False, log_to_driver=False)
+    original = flag_ray.run_in_actors
+
+    def speed(count: int) -> float:
         times: list[float] = []
-        with tempfile.TemporaryDirectory() as folder:
-            original = flag_ray.run_in_actors
 
-            def timed(model: Any, work: Any, todo: Any, path: Any, _: int, progress: Any, count: int = count) -> None:
-                original(model, work, todo, path, count, lambda n: (times.append(time.perf_counter()), progress(n)))
+        def timed(model: Any, work: Any, todo: Any, path: Any, _: int, progress: Any) -> None:
+            original(model, work, todo, path, count, lambda n: (times.append(time.perf_counter()), progress(n)))
 
-            flag_ray.run_in_actors = timed
-            try:
+        ray.init(num_cpus=count, include_dashboard=False, log_to_driver=False)
+        flag_ray.run_in_actors = timed
+        try:
+            with tempfile.TemporaryDirectory() as folder:
                 options = {"layer": layer, "baseline": "none", "chunk": 4, "workers": 2}
                 flag(model, tokenizer, data, vector, out=f"{folder}/f.parquet", **options)
-            finally:
-                flag_ray.run_in_actors = original
-                ray.shutdown()
-        speeds[str(count)] = (len(times) - count) / (times[-1] - times[count - 1])
+        finally:
+            flag_ray.run_in_actors = original
+            ray.shutdown()
+        return (len(times) - count) / (times[-1] - times[count - 1])
+
+    speeds = {str(count): speed(count) for count in (1, 2)}
     return {**speeds, "ratio": speeds["2"] / speeds["1"]}
 
 
