@@ -21,12 +21,10 @@ from persona_vectors.samples import Sample, Source
 
 
 def source_name(source: Source) -> str:
-    """Return how a source is named in a file: never a path of the machine."""
-    return Path(source).name if isinstance(source, Path) or Path(str(source)).is_absolute() else _words(source)
-
-
-def _words(source: Source) -> str:
-    return source if isinstance(source, str) else f"a {type(source).__name__}"
+    """Return how a source is named in a file: a Hub id, or a file's name without its folder."""
+    if not isinstance(source, (str, Path)):
+        return f"a {type(source).__name__}"
+    return Path(source).name if Path(source).exists() else str(source)
 
 
 def fingerprint(model: Model) -> str:

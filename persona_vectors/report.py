@@ -133,11 +133,11 @@ def _histogram(flags: Flags, key: str) -> dict[str, Any]:
         return {"key": key, "bars": [], "low": "no values", "high": ""}
     low, high = min(v.min() for v in found), max(v.max() for v in found)
     edges = np.linspace(low, high if high > low else low + 1, BARS + 1)
-    counts = sum(np.histogram(values, edges)[0] for values in found)
+    counts = np.sum([np.histogram(values, edges)[0] for values in found], axis=0)
     limit, width = flags.summary[key].threshold, 360 / BARS
     bars = []
     for i, count in enumerate(counts):
-        height = 105 * count / max(counts)
+        height = 105 * count / counts.max()
         box = {"x": f"{i * width:.1f}", "y": f"{110 - height:.1f}", "width": f"{width - 1:.1f}"}
         title = f"{edges[i]:+.3f} to {edges[i + 1]:+.3f}: {count:,}"
         flagged = limit is not None and edges[i] >= limit

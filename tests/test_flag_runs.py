@@ -103,14 +103,16 @@ def test_ray_actors_give_the_same_numbers_and_one_that_is_killed_costs_nothing(m
     ray = pytest.importorskip("ray")
     options = {"layer": 1, "max_new_tokens": 8, "batch_tokens": 64, "chunk": 8, "baseline": baseline}
     tiny, tokens = pv.load_model(made / "tiny", device="cpu")
-    vector, original, marker = random_direction(model), flagging.project_rows, made / "killed"
+    vector, marker = random_direction(model), made / "killed"
     pv.flag(tiny, tokens, made / "d.jsonl", vector, out=made / "a.parquet", cache=made / "a.sqlite", **options)
 
     def dies_once(folder, units, batch_tokens, model, number):
         if number == 3 and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        original(folder, units, batch_tokens, model, number)
+        from persona_vectors.flagging import project_rows  # in the actor, where it is not replaced
+
+        project_rows(folder, units, batch_tokens, model, number)
 
     monkeypatch.setattr(flagging, "project_rows", dies_once)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
