@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.evaluation import Evaluation, correlation_interval, evaluate, mean_interval, steered_answers
     from persona_vectors.extraction import extract, extract_from
     from persona_vectors.files import InputError
+    from persona_vectors.flag_files import Flags, load_flags
+    from persona_vectors.flagging import flag
     from persona_vectors.geometry import cosine_matrix, layer_cosines, logit_lens, separation_indices
     from persona_vectors.harness import side_effects
     from persona_vectors.heatmaps import heatmap, save_heatmaps
@@ -28,7 +30,10 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.openai_judge import OpenAIJudge
     from persona_vectors.plot import plot_cosines, plot_drift, plot_scores, plot_separation, plot_sweep, plot_vector
     from persona_vectors.projection import project
+    from persona_vectors.report import write_report
     from persona_vectors.rollouts import Rollout, load_rollouts
+    from persona_vectors.samples import read_samples
+    from persona_vectors.screening import add_scores, compare_datasets, split_dataset
     from persona_vectors.steering import steer
     from persona_vectors.sweeping import Sweep, sweep
     from persona_vectors.training_sets import make_training_sets
@@ -47,6 +52,8 @@ _WHERE = {
     "evaluation": ["Evaluation", "correlation_interval", "evaluate", "mean_interval", "steered_answers"],
     "extraction": ["extract", "extract_from"],
     "files": ["InputError"],
+    "flag_files": ["Flags", "load_flags"],
+    "flagging": ["flag"],
     "geometry": ["cosine_matrix", "layer_cosines", "logit_lens", "separation_indices"],
     "heatmaps": ["heatmap", "save_heatmaps"],
     "hooks": ["edit_blocks"],
@@ -60,8 +67,11 @@ _WHERE = {
     "openai_judge": ["OpenAIJudge"],
     "plot": ["plot_cosines", "plot_drift", "plot_scores", "plot_separation", "plot_sweep", "plot_vector"],
     "projection": ["project"],
+    "report": ["write_report"],
     "rollouts": ["Rollout", "load_rollouts"],
     "harness": ["side_effects"],
+    "samples": ["read_samples"],
+    "screening": ["add_scores", "compare_datasets", "split_dataset"],
     "steering": ["steer"],
     "sweeping": ["Sweep", "sweep"],
     "training_sets": ["make_training_sets"],

@@ -1,6 +1,6 @@
 """Benchmarks: what reading and editing activations costs, beside a bare pass, the paper's way and other libraries.
 
-Usage: python scripts/bench.py extraction | generation [--model MODEL | --shape qwen2.5-7b] [--out FILE]
+Usage: python scripts/bench.py extraction | generation | flagging [--model MODEL | --shape qwen2.5-7b] [--out FILE]
 """
 
 import contextlib
@@ -9,10 +9,12 @@ import gc
 import io
 import json
 import math
+import os
 import platform
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,12 +31,15 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding, GenerationConfig
 from transformers.utils import logging
 
+from persona_vectors import flag_ray
 from persona_vectors.activations import POOLINGS, Row, pool, pool_while_generating
 from persona_vectors.files import InputError, atomic_path
+from persona_vectors.flagging import answer_means, flag
 from persona_vectors.models import (
     EMBEDDED,
     Model,
     batch_tokens_for,
+    decoder_layers,
     generate_tokens,
     left_pad,
     length_batches,
@@ -43,7 +48,7 @@ from persona_vectors.models import (
     model_shape,
     stop_tokens,
 )
-from persona_vectors.monitoring import monitor
+from persona_vectors.monitoring import monitor, unit_directions
 from persona_vectors.rollouts import plan
 from persona_vectors.steering import steer
 from persona_vectors.traits import load_trait
@@ -520,6 +525,139 @@ def save(found: dict[str, Any], out: Path | None) -> None:
     if out:
         with atomic_path(out) as temporary:
             temporary.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def flagging_methods(
+    model: Model, tokenizer: Any, rows: Sequence[Row], new_tokens: int, batch_tokens: int, layer: int
+) -> list[Method]:
+    """Return the bare pass up to `layer`, `prompt_last`, the official projection, and generation with and without."""
+    shape = model.config.get_text_config(decoder=True)
+    directions = torch.randn(shape.num_hidden_layers, shape.hidden_size, generator=torch.Generator().manual_seed(0))
+    vector = PersonaVector("random", "bench", directions)
+    units = unit_directions(model, [vector], layer)
+
+    def bare_to(rows: Sequence[Row]) -> None:
+        with stopped_after(model, layer):
+            bare(model, rows, batch_tokens=batch_tokens)
+
+    def prompt_last(rows: Sequence[Row]) -> None:
+        answer_means(model, rows, units, batch_tokens)
+
+    def theirs(rows: Sequence[Row]) -> None:
+        for prompt, answer in rows:  # eval/cal_projection.py: batch 1, all hidden states, all logits
+            ids = torch.tensor([[*prompt, *answer]], device=model.device)
+            hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[layer + 1]
+            mean, last = hidden[:, len(prompt) :].mean(dim=1).detach().cpu(), hidden[:, len(prompt) - 1].detach().cpu()
+            vector.project(mean, layer=layer), vector.project(last, layer=layer)
+            del hidden
+
+    def plain(rows: Sequence[Row]) -> None:
+        for batch in length_batches([p for p, _ in rows], new_tokens, 8 * batch_tokens):
+            prompts = [rows[i][0] for i in batch]
+            generate_tokens(model, tokenizer, prompts, max_new_tokens=new_tokens + 1, temperature=0)
+
+    def reading(rows: Sequence[Row]) -> None:
+        stops = stop_tokens(model, tokenizer)
+        for batch in length_batches([p for p, _ in rows], new_tokens, 8 * batch_tokens):
+            with monitor(model, vector, layer=layer, stops=stops) as trace:
+                prompts = [rows[i][0] for i in batch]
+                generate_tokens(model, tokenizer, prompts, max_new_tokens=new_tokens + 1, temperature=0)
+            assert trace.mean
+
+    return [
+        Method("bare forward to the layer", "no reading, no padding", even(rows), bare_to),
+        Method("prompt_last", "both means of each sample; nothing above the layer", unshared(rows), prompt_last),
+        Method("official projection", "batch 1, all hidden states, all logits", unshared(rows), theirs),
+        Method("generate", f"plain greedy generation, {new_tokens} tokens at most", rows, plain),
+        Method("generate baseline", "the same, projections read meanwhile", rows, reading),
+    ]
+
+
+@contextlib.contextmanager
+def stopped_after(model: Model, layer: int) -> Iterator[None]:
+    """Run no block above `layer` inside the `with`, by a list of fewer blocks."""
+    decoder, blocks = model.get_decoder(), decoder_layers(model)
+    name = next(name for name, module in decoder.named_children() if module is blocks)
+    setattr(decoder, name, blocks[: layer + 1])
+    try:
+        yield
+    finally:
+        setattr(decoder, name, blocks)
+
+
+@app.command()
+def flagging(
+    model_name: ModelName = EMBEDDED,
+    device: Device = None,
+    samples: Annotated[int, typer.Option(help="training samples, each with a prompt of its own", min=1)] = 64,
+    answer_tokens: Annotated[int, typer.Option(help="mean length of an answer", min=1)] = 100,
+    new_tokens: Annotated[int, typer.Option(help="length of a generated baseline", min=1)] = 64,
+    layer: Annotated[int | None, typer.Option(help="[default: the middle one]")] = None,
+    workers: Annotated[bool, typer.Option(help="also time two Ray actors against one, a thread each")] = False,
+    rounds: Rounds = 3,
+    out: Out = None,
+) -> None:
+    """Measure flagging: reading samples, generating baselines, and two workers against one."""
+    logging.disable_progress_bar()
+    model, tokenizer = load(model_name, None, device)
+    found = environment(model, model_name)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    middle = len(decoder_layers(model)) // 2 if layer is None else layer
+    prompts = make_prompts(tokenizer, 8, vocabulary)
+    rows = make_rows([prompts[i % 8] for i in range(samples)], 1, answer_tokens, vocabulary)
+    print(f"{samples} samples, layer {middle}; medians of {rounds} rounds, ratios taken within a round\n")
+    methods = flagging_methods(model, tokenizer, rows, new_tokens, batch_tokens_for(model), middle)
+    run_rounds(methods, rounds, model.device)
+    lines = [
+        {
+            "method": method.name,
+            "tokens/s": method.tokens / seconds if (seconds := median(method.seconds)) else None,
+            "x bare": ratio(method, methods[0]) if i < 3 else None,
+            "x official": ratio(method, methods[2]) if i < 3 else None,
+            "time x generate": ratio(method, methods[3], speed=False) if i >= 3 else None,
+            "": method.does,
+        }
+        for i, method in enumerate(methods)
+    ]
+    show(lines)
+    found["flagging"] = [line | {"seconds": m.seconds} for line, m in zip(lines, methods)]
+    if workers:
+        found["workers"] = time_workers(model, tokenizer, rows, middle)
+        print(f"two workers: {found['workers']['ratio']:.2f}x one, a thread each (the start of the actors left out)")
+    if out:
+        with atomic_path(out) as temporary:
+            temporary.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def time_workers(model: Model, tokenizer: Any, rows: Sequence[Row], layer: int) -> dict[str, float]:
+    """Time Ray actors from the first finished part to the last, so that loading Ray and the model is left out."""
+    import ray
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    shape = model.config.get_text_config(decoder=True)
+    vector = PersonaVector("random", "bench", torch.randn(shape.num_hidden_layers, shape.hidden_size))
+    data = [{"question": f"Question {i}?", "answer": tokenizer.decode(row[1])} for i, row in enumerate(rows)]
+    original = flag_ray.run_in_actors
+
+    def speed(count: int) -> float:
+        times: list[float] = []
+
+        def timed(model: Any, work: Any, todo: Any, path: Any, _: int, progress: Any) -> None:
+            original(model, work, todo, path, count, lambda n: (times.append(time.perf_counter()), progress(n)))
+
+        ray.init(num_cpus=count, include_dashboard=False, log_to_driver=False)
+        flag_ray.run_in_actors = timed
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                options = {"layer": layer, "baseline": "none", "chunk": 4, "workers": 2}
+                flag(model, tokenizer, data, vector, out=f"{folder}/f.parquet", **options)
+        finally:
+            flag_ray.run_in_actors = original
+            ray.shutdown()
+        return (len(times) - count) / (times[-1] - times[count - 1])
+
+    speeds = {str(count): speed(count) for count in (1, 2)}
+    return {**speeds, "ratio": speeds["2"] / speeds["1"]}
 
 
 def report_extraction(methods: Sequence[Method]) -> list[dict[str, Any]]:

@@ -79,9 +79,9 @@ def test_most_architectures_share_prefixes():
 def test_shared_prompts_are_read_once(model):
     passes = list_passes(model, ROWS, 1024)
     prompts = [step for step in passes if not step.answers]
-    assert sum(int((step.position >= 0).sum()) for step in prompts) == len(A) + len(B) + len(C)
+    assert sum(int((step.position >= 0).sum()) for step in prompts) == len(A) + len(B)
     answers = sum(int((step.position >= 0).sum()) for step in passes if step.answers)
-    assert answers == sum(len(answer) for _, answer in ROWS)
+    assert answers == sum(len(answer) for _, answer in ROWS) + len(C)  # no other row has this prompt
 
 
 def list_passes(model: nn.Module, rows: list[Row], budget: int):

@@ -68,6 +68,19 @@ def test_generation_is_measured_under_monitors_and_edits(model):
     assert model.model.layers[1] is block and [id(p) for p in model.parameters()] == parameters
 
 
+def test_flagging_is_measured_beside_the_bare_pass_and_the_official_projection(model, tokenizer):
+    methods = bench.flagging_methods(model, tokenizer, ROWS, new_tokens=3, batch_tokens=64, layer=1)
+    bench.run_rounds(methods, 1, model.device)
+    assert [method.name for method in methods][1:3] == ["prompt_last", "official projection"]
+    assert all(len(method.seconds) == 1 for method in methods)
+    blocks, ran = bench.decoder_layers(model), []
+    handles = [block.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, block in enumerate(blocks)]
+    methods[0].run(methods[0].rows)
+    assert set(ran) == {0, 1} and bench.decoder_layers(model) is blocks
+    for handle in handles:
+        handle.remove()
+
+
 def test_an_error_in_other_peoples_code_is_their_result_and_in_ours_it_is_raised(model):
     def broken(_: object) -> None:
         raise RuntimeError("no such layer")

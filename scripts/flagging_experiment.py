@@ -1,0 +1,168 @@
+"""How well projection difference finds the samples that show a trait, beside controls and simple rivals.
+
+The layer is chosen on the questions that the vector was extracted with, by the vector and by each random direction
+alike; every number is on the evaluation questions. Intervals resample whole questions.
+
+Usage: python scripts/flagging_experiment.py smollm2-135m optimistic vectors/smollm2-135m/optimistic.safetensors
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from scipy.stats import spearmanr
+from sklearn.metrics import roc_auc_score
+
+import persona_vectors as pv
+from persona_vectors.activations import pool
+from persona_vectors.cli_options import Device, MaxNewTokens, ModelArg, Seed, load
+from persona_vectors.files import atomic_path
+from persona_vectors.models import chat_prompt, encode_answer
+from persona_vectors.training_sets import FRACTIONS
+
+POOLINGS = ("response_mean", "prompt_last")
+BOOTSTRAPS = 1000
+
+
+def read_set(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def activations(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
+    """Return [sample, pooling, layer, hidden] for questions and answers."""
+    rows = [encode_answer(tokenizer, chat_prompt(tokenizer, question), answer) for question, answer in pairs]
+    return pool(model, rows, poolings=POOLINGS).means
+
+
+def measure(model: Any, tokenizer: Any, lines: list[dict], max_new_tokens: int) -> dict[str, np.ndarray]:
+    """Return the set's activations, those of the model's own greedy answers, and what the rivals go by."""
+    questions = list(dict.fromkeys(line["question"] for line in lines))
+    own = pv.generate(model, tokenizer, questions, max_new_tokens=max_new_tokens, temperature=0)
+    base = activations(model, tokenizer, list(zip(questions, own)))[:, 0]
+    answers = [line["messages"][-1]["content"] for line in lines]
+    read = activations(model, tokenizer, [(line["question"], answer) for line, answer in zip(lines, answers)])
+    place = [questions.index(line["question"]) for line in lines]
+    sentiment = pv.SentimentJudge()
+    return {
+        "question": np.array(place),
+        "label": np.array([line["label"] for line in lines]),
+        "answer": read[:, 0].numpy(),
+        "prompt_last": read[:, 1].numpy(),
+        "base": base[place].numpy(),
+        "length": np.array([len(answer.split()) for answer in answers]),
+        "vader": np.array([sentiment.compound(answer) for answer in answers]),
+    }
+
+
+def area(scores: np.ndarray, labels: np.ndarray) -> float:
+    return float(roc_auc_score(labels, scores)) if len(set(labels.tolist())) == 2 else float("nan")
+
+
+def interval(scores: np.ndarray, labels: np.ndarray, questions: np.ndarray) -> list[float]:
+    """Return the AUROC and its 95 % interval, resampling whole questions."""
+    rng, groups = np.random.default_rng(0), [np.flatnonzero(questions == q) for q in np.unique(questions)]
+    drawn = [
+        np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))]) for _ in range(BOOTSTRAPS)
+    ]
+    areas = [area(scores[rows], labels[rows]) for rows in drawn]
+    return [area(scores, labels), *np.nanpercentile(areas, [2.5, 97.5]).tolist()]
+
+
+def project(found: np.ndarray, directions: np.ndarray) -> np.ndarray:
+    """Return projections on v/|v|, [sample, layer]."""
+    units = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    return np.einsum("nlh,lh->nl", found, units)
+
+
+def scores(data: dict[str, np.ndarray], directions: np.ndarray) -> dict[str, np.ndarray]:
+    """Return each method's scores of a direction at every layer, [sample, layer]."""
+    raw = project(data["answer"], directions)
+    return {
+        "projection difference": raw - project(data["base"], directions),
+        "prompt_last": raw - project(data["prompt_last"], directions),
+        "raw projection": raw,
+    }
+
+
+def main(
+    model_name: ModelArg,
+    trait_name: Annotated[str, typer.Argument(metavar="TRAIT", help="a trait of valence, for VADER to judge")],
+    vector_file: Annotated[Path, typer.Argument(metavar="VECTOR", help="the trait's .safetensors file")],
+    out: Annotated[Path, typer.Option(help="folder for the sets, the flags and the numbers")] = Path("runs/flagging"),
+    samples: Annotated[int, typer.Option(help="answers to each evaluation question under each instruction")] = 4,
+    choice_samples: Annotated[int, typer.Option(help="the same for the questions that choose the layer")] = 2,
+    controls: Annotated[int, typer.Option(help="random directions")] = 100,
+    max_new_tokens: MaxNewTokens = 64,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Make the sets, choose the layer, and print AUROCs by method and labelling, and means by mixed fraction."""
+    model, tokenizer = load(model_name, device, None, None)
+    trait, vector = pv.load_trait(trait_name), pv.PersonaVector.load(vector_file)
+    common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
+    extract = trait.questions.extract
+    pv.make_training_sets(
+        model, tokenizer, trait, out / "choice", questions=extract, samples=choice_samples, fractions=[0.5], **common
+    )
+    pv.make_training_sets(model, tokenizer, trait, out / "test", samples=samples, **common)
+    choice = measure(model, tokenizer, read_set(out / "choice" / "mixed-050.jsonl"), max_new_tokens)
+    test = measure(model, tokenizer, read_set(out / "test" / "mixed-050.jsonl"), max_new_tokens)
+
+    labels = test["label"]
+    agrees = np.where(labels == 1, test["vader"] >= 0.05, test["vader"] <= -0.05)  # VADER's own thresholds
+    labellings = {"by system prompt": np.ones(len(labels), bool), "where VADER agrees": agrees}
+    directions = vector.directions.numpy()
+    chosen = {
+        method: int(np.argmax([area(values[:, k], choice["label"]) for k in range(values.shape[1])]))
+        for method, values in scores(choice, directions).items()
+    }
+    rivals = {"answer length": test["length"], "VADER": test["vader"]}
+    rivals |= {
+        f"{method}, layer {chosen[method]}": v[:, chosen[method]] for method, v in scores(test, directions).items()
+    }
+    table: dict[str, Any] = {}
+    for name, mask in labellings.items():
+        print(f"\n{name}: {mask.sum()} samples, {labels[mask].sum()} with the trait")
+        table[name] = {"samples": int(mask.sum()), "positive": int(labels[mask].sum())}
+        for method, values in rivals.items():
+            found = table[name][method] = interval(values[mask], labels[mask], test["question"][mask])
+            print(f"  {method:34} {found[0]:.3f} [{found[1]:.3f}, {found[2]:.3f}]")
+
+    # sums of real activations with random weights have exactly their covariance
+    centred = choice["answer"] - choice["answer"].mean(axis=0)
+    rng, areas = np.random.default_rng(seed), {name: [] for name in labellings}
+    for _ in range(controls):
+        control = np.einsum("n,nlh->lh", rng.standard_normal(len(centred)), centred)
+        own = scores(choice, control)["projection difference"]
+        layer = int(np.argmax([area(own[:, k], choice["label"]) for k in range(own.shape[1])]))
+        values = scores(test, control)["projection difference"][:, layer]
+        for name, mask in labellings.items():
+            areas[name].append(area(values[mask], labels[mask]))
+    for name, found in areas.items():
+        limit = table[name]["97.5th percentile of random directions"] = float(np.percentile(found, 97.5))
+        print(
+            f"\n{name}: {controls} random directions, each at its best layer on the extraction questions: "
+            f"median {np.median(found):.3f}, 97.5th percentile {limit:.3f}"
+        )
+
+    layer, means = chosen["projection difference"], {}
+    for fraction in FRACTIONS:
+        name = f"mixed-{round(100 * fraction):03d}"
+        data, flags = out / "test" / f"{name}.jsonl", out / f"{name}.parquet"
+        options = {"layer": layer, "max_new_tokens": max_new_tokens, "cache": out / "baselines.sqlite"}
+        found = pv.flag(model, tokenizer, data, vector, out=flags, **options).summary[vector.trait]
+        means[fraction] = [found.mean, found.standard_error]
+        print(f"fraction {fraction:4}: mean difference {found.mean:+.4f} +- {1.96 * found.standard_error:.4f}")
+    rank = float(spearmanr(list(means), [mean for mean, _ in means.values()]).statistic)
+    print(f"Spearman of fraction and mean: {rank:.3f}")
+    result = {"labellings": table, "layers": chosen, "fractions": means, "spearman": rank}
+    with atomic_path(out / "experiment.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
