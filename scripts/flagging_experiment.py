@@ -64,6 +64,8 @@ def area(scores: np.ndarray, labels: np.ndarray) -> float:
 
 def interval(scores: np.ndarray, labels: np.ndarray, questions: np.ndarray) -> list[float]:
     """Return the AUROC and its 95 % interval, resampling whole questions."""
+    if len(set(labels.tolist())) < 2:
+        return [float("nan")] * 3
     rng, groups = np.random.default_rng(0), [np.flatnonzero(questions == q) for q in np.unique(questions)]
     drawn = [
         np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))]) for _ in range(BOOTSTRAPS)
@@ -143,7 +145,7 @@ def main(
         for name, mask in labellings.items():
             areas[name].append(area(values[mask], labels[mask]))
     for name, found in areas.items():
-        limit = table[name]["97.5th percentile of random directions"] = float(np.percentile(found, 97.5))
+        limit = table[name]["97.5th percentile of random directions"] = float(np.nanpercentile(found, 97.5))
         print(
             f"\n{name}: {controls} random directions, each at its best layer on the extraction questions: "
             f"median {np.median(found):.3f}, 97.5th percentile {limit:.3f}"
