@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.evaluation import mean_interval, steered_answers
     from persona_vectors.extraction import extract, extract_from
     from persona_vectors.files import InputError
+    from persona_vectors.finetuning import FinetuneConfig, finetune
     from persona_vectors.heatmaps import heatmap
     from persona_vectors.hooks import edit_blocks
     from persona_vectors.interop import export_vector, import_vector
@@ -17,10 +18,12 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.models import chat_prompt, decoder_layers, fold_system_role, generate, load_model
     from persona_vectors.monitoring import monitor
     from persona_vectors.openai_judge import OpenAIJudge
-    from persona_vectors.plot import plot_scores, plot_vector
+    from persona_vectors.plot import plot_history, plot_scores, plot_shift, plot_vector
     from persona_vectors.projection import project
     from persona_vectors.rollouts import Rollout, load_rollouts
+    from persona_vectors.shifts import Shift, finetuning_shift
     from persona_vectors.steering import steer
+    from persona_vectors.training import ProjectionCallback, penalize
     from persona_vectors.training_sets import make_training_sets
     from persona_vectors.traits import Trait, list_traits, load_trait
     from persona_vectors.vectors import PersonaVector, random_vector
@@ -32,6 +35,7 @@ _WHERE = {
     "evaluation": ["mean_interval", "steered_answers"],
     "extraction": ["extract", "extract_from"],
     "files": ["InputError"],
+    "finetuning": ["FinetuneConfig", "finetune"],
     "heatmaps": ["heatmap"],
     "hooks": ["edit_blocks"],
     "interop": ["export_vector", "import_vector"],
@@ -39,10 +43,12 @@ _WHERE = {
     "models": ["chat_prompt", "decoder_layers", "fold_system_role", "generate", "load_model"],
     "monitoring": ["monitor"],
     "openai_judge": ["OpenAIJudge"],
-    "plot": ["plot_scores", "plot_vector"],
+    "plot": ["plot_history", "plot_scores", "plot_shift", "plot_vector"],
     "projection": ["project"],
     "rollouts": ["Rollout", "load_rollouts"],
+    "shifts": ["Shift", "finetuning_shift"],
     "steering": ["steer"],
+    "training": ["ProjectionCallback", "penalize"],
     "training_sets": ["make_training_sets"],
     "traits": ["Trait", "list_traits", "load_trait"],
     "vectors": ["PersonaVector", "random_vector"],

@@ -4,11 +4,11 @@ import sys
 
 import typer
 
-from persona_vectors import cli_steer, cli_vectors
+from persona_vectors import cli_steer, cli_training, cli_vectors
 from persona_vectors.cli_options import app
 from persona_vectors.files import InputError
 
-COMMANDS = (cli_vectors, cli_steer)  # importing a module adds its commands, in this order
+COMMANDS = (cli_vectors, cli_steer, cli_training)  # importing a module adds its commands, in this order
 
 
 def main() -> None:
