@@ -120,7 +120,6 @@ def _adapted(base: Model, folder: Path) -> Iterator[Model]:
     finally:
         model.unload()
         for attribute in ("peft_config", "_hf_peft_config_loaded"):
-            if hasattr(base, attribute):
-                delattr(base, attribute)
+            vars(base).pop(attribute, None)
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(name in trainable)
