@@ -177,6 +177,26 @@ def finetune(
     `model` and `tokenizer` are loaded by the config's name unless given; a given model is wrapped in the adapter.
     `resume` goes on from the last checkpoint in `output_dir`.
     """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if model is None or tokenizer is None:
+        model, tokenizer = load_model(config.model)
+    edit = _steering(model, config.steering_config)
+    trainer = make_trainer(config, model, tokenizer, callbacks=callbacks)
+    with edit:
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir) if resume else None)
+    trainer.save_model(config.output_dir)
+    return trainer
+
+
+def make_trainer(
+    config: FinetuneConfig,
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Any:
+    """Return the SFTTrainer of a config, the model wrapped in a new adapter; the config's steering is left to you."""
     try:
         from datasets import Dataset
         from peft import LoraConfig, get_peft_model
@@ -185,11 +205,7 @@ def finetune(
         raise InputError(f"{error.name} is missing: pip install 'persona-vectors-toolkit[train]'") from None
     import torch
     from transformers import DataCollatorForSeq2Seq, set_seed
-    from transformers.trainer_utils import get_last_checkpoint
 
-    if model is None or tokenizer is None:
-        model, tokenizer = load_model(config.model)
-    edit = _steering(model, config.steering_config)
     paths = [config.training_file] if isinstance(config.training_file, str) else list(config.training_file)
     rows = training_rows(tokenizer, paths, max_length=config.max_seq_length)
     set_seed(config.seed)
@@ -222,7 +238,7 @@ def finetune(
         report_to=list(config.report_to),
         gradient_checkpointing=False,
     )
-    trainer = SFTTrainer(
+    return SFTTrainer(
         model=get_peft_model(model, adapter),
         args=arguments,
         train_dataset=Dataset.from_list(rows),
@@ -230,10 +246,6 @@ def finetune(
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         callbacks=list(callbacks),
     )
-    with edit:
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir) if resume else None)
-    trainer.save_model(config.output_dir)
-    return trainer
 
 
 def _steering(model: Model, steering: Steering | None) -> AbstractContextManager[None]:

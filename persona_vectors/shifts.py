@@ -120,6 +120,6 @@ def _adapted(base: Model, folder: Path) -> Iterator[Model]:
     finally:
         model.unload()
         for attribute in ("peft_config", "_hf_peft_config_loaded"):
-            vars(base).pop(attribute, None)
+            base.__dict__.pop(attribute, None)
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(name in trainable)
