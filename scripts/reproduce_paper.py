@@ -195,7 +195,7 @@ def correlation_rows(
     null = [correlations(moved, scores, d) for d in torch.einsum("nr,rlh->nlh", noise, real - real.mean(dim=0))]
     at = np.percentile([abs(r[study.layer]) for r in null], [50, 97.5])
     best = np.percentile([np.abs(r).max() for r in null], [50, 97.5])
-    for index, name in enumerate(["median |r|", "97.5th percentile of |r|"]):
+    for index, name in enumerate(["median of absolute r", "97.5th percentile of absolute r"]):
         line = {"against": kind, "direction": f"{NULLS} random, covariance of real activations: {name}"}
         lines.append(line | {"r": at[index], "low": "", "high": "", "best of layers": best[index], "paper": ""})
     return lines
