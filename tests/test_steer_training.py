@@ -1,6 +1,7 @@
 """Steering inside training: gradients, what is left alone, and that nothing is silently unsteered."""
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -399,3 +400,28 @@ def test_torch_compile_in_the_trainer_is_steered(tmp_path):
             trainer.train()
         losses.append(logged(trainer, "loss") + logged(trainer, "eval_loss"))
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=1e-4)
+
+
+def test_dpo_trains_steered_and_its_reference_stays_plain(tokenizer, tmp_path):
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    pairs = [{"prompt": f"How {i}?", "chosen": " Well.", "rejected": " Ill."} for i in range(4)]
+    options = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": [], "use_cpu": True, "learning_rate": 0.0}
+    first, left = [], []
+    for coef in (None, 0.0, 8.0):
+        set_seed(3)
+        model = get_peft_model(zoo.build("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+        args = DPOConfig(output_dir=str(tmp_path), logging_steps=1, bf16=False, save_strategy="no", beta=5.0, **options)
+        data = Dataset.from_list(pairs)
+        trainer = DPOTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
+        edit = (
+            steer(model, random_direction(model), layer=1, coef=coef, during="training") if coef is not None else None
+        )
+        with edit or nullcontext():
+            trainer.train()
+        first.append(logged(trainer, "loss")[0])
+        left.append(hooks(model))
+    # an untrained adapter is the reference, so that the loss is log 2 but for the steering of the policy alone
+    assert first[0] == first[1] == pytest.approx(0.69315, abs=1e-5) and abs(first[2] - first[0]) > 1e-4
+    assert left[0] == left[1] == left[2]  # checkpointing's own
