@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.evaluation import Evaluation, correlation_interval, evaluate, mean_interval, steered_answers
     from persona_vectors.extraction import extract, extract_from
     from persona_vectors.files import InputError
+    from persona_vectors.finetuning import FinetuneConfig, finetune
     from persona_vectors.flag_files import Flags, load_flags
     from persona_vectors.flagging import flag
     from persona_vectors.geometry import cosine_matrix, layer_cosines, logit_lens, separation_indices
@@ -28,14 +29,25 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.models import chat_prompt, decoder_layers, fold_system_role, generate, load_model
     from persona_vectors.monitoring import monitor
     from persona_vectors.openai_judge import OpenAIJudge
-    from persona_vectors.plot import plot_cosines, plot_drift, plot_scores, plot_separation, plot_sweep, plot_vector
+    from persona_vectors.plot import (
+        plot_cosines,
+        plot_drift,
+        plot_history,
+        plot_scores,
+        plot_separation,
+        plot_shift,
+        plot_sweep,
+        plot_vector,
+    )
     from persona_vectors.projection import project
     from persona_vectors.report import write_report
     from persona_vectors.rollouts import Rollout, load_rollouts
     from persona_vectors.samples import read_samples
     from persona_vectors.screening import add_scores, compare_datasets, split_dataset
+    from persona_vectors.shifts import Shift, finetuning_shift
     from persona_vectors.steering import steer
     from persona_vectors.sweeping import Sweep, sweep
+    from persona_vectors.training import ProjectionCallback, penalize
     from persona_vectors.training_sets import make_training_sets
     from persona_vectors.trait_writer import write_trait
     from persona_vectors.traits import Trait, list_traits, load_trait
@@ -52,6 +64,7 @@ _WHERE = {
     "evaluation": ["Evaluation", "correlation_interval", "evaluate", "mean_interval", "steered_answers"],
     "extraction": ["extract", "extract_from"],
     "files": ["InputError"],
+    "finetuning": ["FinetuneConfig", "finetune"],
     "flag_files": ["Flags", "load_flags"],
     "flagging": ["flag"],
     "geometry": ["cosine_matrix", "layer_cosines", "logit_lens", "separation_indices"],
@@ -65,15 +78,26 @@ _WHERE = {
     "models": ["chat_prompt", "decoder_layers", "fold_system_role", "generate", "load_model"],
     "monitoring": ["monitor"],
     "openai_judge": ["OpenAIJudge"],
-    "plot": ["plot_cosines", "plot_drift", "plot_scores", "plot_separation", "plot_sweep", "plot_vector"],
+    "plot": [
+        "plot_cosines",
+        "plot_drift",
+        "plot_history",
+        "plot_scores",
+        "plot_separation",
+        "plot_shift",
+        "plot_sweep",
+        "plot_vector",
+    ],
     "projection": ["project"],
     "report": ["write_report"],
     "rollouts": ["Rollout", "load_rollouts"],
     "harness": ["side_effects"],
     "samples": ["read_samples"],
     "screening": ["add_scores", "compare_datasets", "split_dataset"],
+    "shifts": ["Shift", "finetuning_shift"],
     "steering": ["steer"],
     "sweeping": ["Sweep", "sweep"],
+    "training": ["ProjectionCallback", "penalize"],
     "training_sets": ["make_training_sets"],
     "trait_writer": ["write_trait"],
     "traits": ["Trait", "list_traits", "load_trait"],

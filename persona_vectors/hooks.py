@@ -210,6 +210,7 @@ def edit_blocks(model: Model, edits: Mapping[int, Edit], *, during: str = "alway
     for layer in edits:
         if not isinstance(layer, int) or not 0 <= layer < len(layers):
             raise InputError(f"layer {layer} is out of range: this model has layers 0 to {len(layers) - 1}")
+    eager = torch.compiler.disable  # hooks stay out of compiled graphs, where they would be frozen
     run = _Run(model, Tokens(), frozenset(edits), during)
     with ExitStack() as stack:
         _active.append(run.tokens)
@@ -217,8 +218,8 @@ def edit_blocks(model: Model, edits: Mapping[int, Edit], *, during: str = "alway
         for handle in _follow_tokens(model, run):
             stack.callback(handle.remove)
         for layer, edit in edits.items():
-            stack.callback(layers[layer].register_forward_hook(_block_hook(layer, edit, run)).remove)
-        stack.callback(model.get_decoder().register_forward_hook(run.end_pass).remove)
+            stack.callback(layers[layer].register_forward_hook(eager(_block_hook(layer, edit, run))).remove)
+        stack.callback(model.get_decoder().register_forward_hook(eager(run.end_pass)).remove)
         stack.callback(register_optimizer_step_pre_hook(run.before_step).remove)
         yield run.tokens
         run.end()
@@ -352,4 +353,4 @@ def _follow_tokens(model: Model, run: _Run) -> Iterator[Any]:
         run.start_pass(found)
 
     for module in around:
-        yield module.register_forward_pre_hook(before, with_kwargs=True)
+        yield module.register_forward_pre_hook(torch.compiler.disable(before), with_kwargs=True)

@@ -1,6 +1,6 @@
 """Benchmarks: what reading and editing activations costs, beside a bare pass, the paper's way and other libraries.
 
-Usage: python scripts/bench.py extraction | generation | flagging [--model MODEL | --shape qwen2.5-7b] [--out FILE]
+Usage: python scripts/bench.py extraction | generation | flagging | training [--model NAME | --shape SHAPE] [--out FILE]
 """
 
 import contextlib
@@ -49,6 +49,7 @@ from persona_vectors.models import (
     stop_tokens,
 )
 from persona_vectors.monitoring import monitor, unit_directions
+from persona_vectors.projection import token_projections
 from persona_vectors.rollouts import plan
 from persona_vectors.steering import steer
 from persona_vectors.traits import load_trait
@@ -624,9 +625,25 @@ def flagging(
     if workers:
         found["workers"] = time_workers(model, tokenizer, rows, middle)
         print(f"two workers: {found['workers']['ratio']:.2f}x one, a thread each (the start of the actors left out)")
-    if out:
-        with atomic_path(out) as temporary:
-            temporary.write_text(json.dumps(found, indent=1) + "\n")
+    save(found, out)
+
+
+@app.command()
+def training(
+    model_name: ModelName = EMBEDDED,
+    shape: Shape = None,
+    device: Device = None,
+    batch: Annotated[int, typer.Option(help="sequences a step", min=1)] = 4,
+    tokens: Annotated[int, typer.Option(help="tokens a sequence", min=2)] = 128,
+    steps: Annotated[int, typer.Option(help="steps of each kind, taken in turn", min=1)] = 30,
+    out: Out = None,
+) -> None:
+    """Measure a LoRA training step, plain and steered in turn, and the callback's probes every 10 steps."""
+    logging.disable_progress_bar()
+    model, _ = load(model_name, shape, device)
+    found = environment(model, shape or model_name)
+    found["training"] = report_training(training_steps(model, batch, tokens, steps), probe_seconds(model, tokens))
+    save(found, out)
 
 
 def time_workers(model: Model, tokenizer: Any, rows: Sequence[Row], layer: int) -> dict[str, float]:
@@ -658,6 +675,61 @@ def time_workers(model: Model, tokenizer: Any, rows: Sequence[Row], layer: int) 
 
     speeds = {str(count): speed(count) for count in (1, 2)}
     return {**speeds, "ratio": speeds["2"] / speeds["1"]}
+
+
+def middle_vector(model: Model) -> PersonaVector:
+    """Return a random vector of the model's shape: what it costs does not depend on where it points."""
+    directions = torch.randn(model_shape(model), generator=torch.Generator().manual_seed(0))
+    return PersonaVector(trait="random", model="bench", directions=directions)
+
+
+def training_steps(model: Model, batch: int, tokens: int, steps: int) -> dict[str, list[float]]:
+    """Return the seconds of each step, plain and steered; the order alternates, and the first pair is left out."""
+    from peft import LoraConfig, get_peft_model
+
+    tuned = get_peft_model(model, LoraConfig(r=32, target_modules="all-linear", use_rslora=True)).train()
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-5)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.tensor([random_tokens(random.Random(i), tokens, vocabulary) for i in range(batch)], device=model.device)
+    vector, layer = middle_vector(tuned), model_shape(tuned)[0] // 2
+    seconds: dict[str, list[float]] = {"plain": [], "steered": []}
+    for number in range(steps + 1):
+        for name in ("plain", "steered") if number % 2 else ("steered", "plain"):
+            edit = steer(tuned, vector, layer=layer, coef=1.0) if name == "steered" else contextlib.nullcontext()
+            with edit:  # entering it, which a run does once, is not timed
+                _synchronize(ids.device)
+                start = time.perf_counter()
+                tuned(input_ids=ids, labels=ids).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                _synchronize(ids.device)
+                seconds[name].append(time.perf_counter() - start)
+    tuned.unload()
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def probe_seconds(model: Model, tokens: int, prompts: int = 8) -> list[float]:
+    """Return the seconds that reading 8 probe prompts of 24 tokens takes, three times."""
+    vocabulary, layer = model.config.get_text_config(decoder=True).vocab_size, model_shape(model)[0] // 2
+    rows: list[Row] = [(random_tokens(random.Random(i), 24, vocabulary), []) for i in range(prompts)]
+    units, seconds = unit_directions(model, [middle_vector(model)], layer), []
+    for _ in range(4):
+        _synchronize(model.device)
+        start = time.perf_counter()
+        token_projections(model, rows, units)
+        _synchronize(model.device)
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:]
+
+
+def report_training(steps: dict[str, list[float]], probe: list[float]) -> dict[str, Any]:
+    """Print the overheads, and return them with each step's seconds."""
+    plain = statistics.median(steps["plain"])
+    steered = statistics.median(b / a for a, b in zip(steps["plain"], steps["steered"])) - 1
+    callback = statistics.median(probe) / (10 * plain)
+    print(f"a plain step {plain:.3f} s; steering {100 * steered:+.1f} % (median of {len(steps['plain'])} pairs)")
+    print(f"8 probe prompts {statistics.median(probe):.3f} s: {100 * callback:+.1f} % at every 10 steps")
+    return {"steering": steered, "callback every 10 steps": callback, "seconds": steps, "probe_seconds": probe}
 
 
 def report_extraction(methods: Sequence[Method]) -> list[dict[str, Any]]:

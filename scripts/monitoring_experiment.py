@@ -55,6 +55,7 @@ def main(
     judge: Annotated[str, typer.Option(help="as in persona-vectors extract")] = "contrast",
     layer: Annotated[int | None, typer.Option(help="[default: where the vector separates best]")] = None,
     samples: Annotated[int, typer.Option(help="answers to each prompt", min=1)] = 3,
+    shot_samples: Annotated[int, typer.Option(help="the same for many-shot prompts, which are long", min=1)] = 1,
     questions: Annotated[int | None, typer.Option(help="use only the first N evaluation questions", min=2)] = None,
     max_new_tokens: Annotated[int, typer.Option(help="most tokens of an answer", min=1)] = 48,
     controls: Annotated[int, typer.Option(help="random directions of each kind", min=1)] = 100,
@@ -74,20 +75,27 @@ def main(
     if scorer is None:
         raise InputError("judge none scores nothing: give another")
     asked = loaded_trait.questions.eval[:questions]
-    settings = {"samples": samples, "max_new_tokens": max_new_tokens, "questions": len(asked), "trait": trait}
+    settings = {
+        "samples": samples,
+        "shot_samples": shot_samples,
+        "max_new_tokens": max_new_tokens,
+        "questions": len(asked),
+        "trait": trait,
+    }
     check_settings(out, {**settings, "model": Path(model).name})
 
-    shots = make_shots(loaded, tokenizer, loaded_trait, out, max_new_tokens)
+    shots = make_shots(loaded, tokenizer, loaded_trait, out, max_new_tokens // 2)
     points: list[dict[str, Any]] = []
     states: list[Tensor] = []
     conditions = make_conditions(loaded_trait, shots)
     for name, before in tqdm(conditions.items(), desc="conditions"):
         prompts = [[*before, {"role": "user", "content": question}] for question in asked]
-        answers, hidden = answered(loaded, tokenizer, prompts, out / name, samples, max_new_tokens)
+        each = shot_samples if name.startswith("shots") else samples
+        answers, hidden = answered(loaded, tokenizer, prompts, out / name, each, max_new_tokens)
         flat = [Answer(question, text) for question, row in zip(asked, answers) for text in row]
         scores = [np.nan if s is None else s for s in score(scorer, flat, loaded_trait.eval_prompt)]
         for index, question in enumerate(asked):
-            own = scores[index * samples : (index + 1) * samples]
+            own = scores[index * each : (index + 1) * each]
             mean = float(np.nanmean(own)) if not np.all(np.isnan(own)) else np.nan
             text = chat_text(tokenizer, prompts[index], add_generation_prompt=True)
             points.append({"condition": name, "question": index, "asked": question, "text": text, "score": mean})

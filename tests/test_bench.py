@@ -90,3 +90,12 @@ def test_an_error_in_other_peoples_code_is_their_result_and_in_ours_it_is_raised
     assert theirs.does == "failed: RuntimeError: no such layer" and not theirs.seconds
     with pytest.raises(RuntimeError, match="no such layer"):
         bench.run_rounds([bench.Method("ours", "", ROWS, broken)], 1, model.device)
+
+
+def test_training_is_measured_in_pairs_and_leaves_the_model_alone(model, capsys):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    steps = bench.training_steps(model, batch=2, tokens=6, steps=3)
+    assert {name: len(values) for name, values in steps.items()} == {"plain": 3, "steered": 3}
+    found = bench.report_training(steps, bench.probe_seconds(model, 6))
+    assert found["callback every 10 steps"] > 0 and "median of 3 pairs" in capsys.readouterr().out
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,372 +1,152 @@
-"""Steering inside training: gradients, what is left alone, and that nothing is silently unsteered."""
-
-import copy
-from pathlib import Path
+import warnings
 
 import pytest
 import torch
 import zoo
-from peft import LoraConfig, get_peft_model
-from test_hooks import block_output, hooks, random_direction
+from test_hooks import hooks, random_direction
+from test_steer_training import CHECKPOINTING, batch, logged, lora, make_trainer, rows
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback
 
-from persona_vectors.control import ablate, cap
 from persona_vectors.files import InputError
-from persona_vectors.hooks import edit_blocks
+from persona_vectors.models import chat_prompt, encode
 from persona_vectors.steering import steer
-from persona_vectors.vectors import PersonaVector
+from persona_vectors.training import ProjectionCallback, penalize
 
-CHECKPOINTING = {"none": None, "reentrant": {"use_reentrant": True}, "non-reentrant": {"use_reentrant": False}}
-
-
-def rows(count: int = 8, width: int = 6) -> list[dict[str, Tensor]]:
-    """Training samples: random ids; the loss counts the tokens from the fourth on."""
-    ids = torch.randint(3, zoo.VOCAB, (count, width), generator=torch.Generator().manual_seed(1))
-    labels = ids.clone()
-    labels[:, :3] = -100
-    return [{"input_ids": i, "labels": label, "attention_mask": torch.ones_like(i)} for i, label in zip(ids, labels)]
+PROMPTS = ["How?", "Why so?"]
 
 
-def batch(padding: int = 0) -> dict[str, Tensor]:
-    """Two samples, the second one with padding on its right."""
-    pair = {name: torch.stack([row[name] for row in rows(2)]) for name in rows(1)[0]}
-    if padding:
-        pair["attention_mask"][1, -padding:] = 0
-        pair["labels"][1, -padding:] = -100
-    return pair
+def states(model, inputs: dict[str, Tensor], layer: int) -> Tensor:
+    """Block outputs, [batch, token, hidden], by transformers' own means."""
+    with torch.no_grad():
+        return model(**inputs, output_hidden_states=True).hidden_states[layer + 1]
 
 
-def lora(model, **options):
-    """Wrap the model in LoRA with weights that are not zero, so that every part has a gradient."""
-    set_seed(3)
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options)
-    return get_peft_model(model, config)
+def probe(model, tokenizer, unit: Tensor) -> float:
+    ids = [torch.tensor([encode(tokenizer, chat_prompt(tokenizer, prompt))]) for prompt in PROMPTS]
+    return sum(float(states(model.eval(), {"input_ids": i}, 1)[0, -1] @ unit) for i in ids) / len(ids)
 
 
-def make_trainer(model, folder: Path, callbacks=None, trainer=Trainer, **options):
-    arguments = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "max_steps": 4,
-        "report_to": [],
-        "use_cpu": True,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "seed": 7,
-    } | options
-    set_seed(7)
-    return trainer(
-        model=model,
-        args=TrainingArguments(**arguments),
-        train_dataset=rows(),
-        eval_dataset=rows(2),
-        callbacks=callbacks or [],
-    )
+def watched(model, tokenizer, tmp_path, callback, **options):
+    trainer = make_trainer(model, tmp_path, **options)
+    trainer.processing_class = trainer.callback_handler.processing_class = tokenizer
+    trainer.add_callback(callback)
+    return trainer
 
 
-def logged(trainer, name: str) -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
+def test_probes_and_batches_are_logged_as_the_model_is(model, tokenizer, tmp_path):
+    vector = random_direction(model)
+    unit = vector.directions[1] / vector.directions[1].norm()
+    first = probe(model, tokenizer, unit)
+    before = hooks(model)  # transformers leaves some where hidden states were asked for
+    callback = ProjectionCallback(vector, layer=1, prompts=PROMPTS, every=2)
+    trainer = watched(model, tokenizer, tmp_path, callback, learning_rate=0.0, per_device_train_batch_size=8)
+    with steer(model, vector, layer=1, coef=3.0):
+        trainer.train()
+    assert [row["step"] for row in callback.history] == [0, 2, 4]
+    # the probes are the plain model's, the batch (here all samples) is read as it was steered
+    everything = {name: torch.stack([row[name] for row in rows()]) for name in ("input_ids", "labels")}
+    read = states(model, {"input_ids": everything["input_ids"]}, 1)[everything["labels"] != -100]
+    expected = float((read @ unit).mean() + 3.0 * vector.directions[1].norm())
+    for row in callback.history:
+        assert row["probe/t"] == pytest.approx(first, abs=1e-4)
+    for row in callback.history[1:]:
+        assert row["batch/t"] == pytest.approx(expected, abs=1e-3)
+    assert logged(trainer, "probe/t") == [row["probe/t"] for row in callback.history]
+    assert hooks(model) == before and model.training
 
 
-def gradients(model) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+def test_the_probe_moves_as_the_weights_do(model, tokenizer, tmp_path):
+    vector = random_direction(model)
+    callback = ProjectionCallback(vector, layer=[0, 1], prompts=PROMPTS, every=1)
+    watched(model, tokenizer, tmp_path, callback).train()
+    unit = vector.directions[1] / vector.directions[1].norm()
+    assert callback.history[-1]["probe/t@1"] == pytest.approx(probe(model, tokenizer, unit), abs=1e-4)
+    assert abs(callback.history[-1]["probe/t@1"] - callback.history[0]["probe/t@1"]) > 1e-3
+
+
+def test_the_callback_changes_no_weight(tokenizer, tmp_path):
+    ends = []
+    for watch in (False, True):
+        model = zoo.build("llama")
+        callback = ProjectionCallback(random_direction(model), layer=1, prompts=PROMPTS, every=1)
+        trainer = watched(model, tokenizer, tmp_path, callback if watch else TrainerCallback())
+        trainer.train()
+        ends.append(model.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_a_threshold_warns_once_or_stops(model, tokenizer, tmp_path):
+    callback = ProjectionCallback(random_direction(model), layer=1, prompts=PROMPTS, every=1, warn_at=1e-4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        watched(model, tokenizer, tmp_path, callback).train()
+    assert sum("a probe has moved by" in str(warning.message) for warning in caught) == 1
+    callback = ProjectionCallback(random_direction(model), layer=1, prompts=PROMPTS, every=2, stop_at=1e-4)
+    trainer = watched(model, tokenizer, tmp_path, callback)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_crash_in_the_forward_pass_leaves_no_hook(model, tokenizer, tmp_path, monkeypatch):
+    trainer = watched(model, tokenizer, tmp_path, ProjectionCallback(random_direction(model), layer=1, every=1))
+    monkeypatch.setattr(model.model.layers[0], "forward", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert hooks(model) == 0
+
+
+def test_bad_options_say_what_is_allowed(model, tmp_path):
+    vector = random_direction(model)
+    with pytest.raises(InputError, match="every is 0"):
+        ProjectionCallback(vector, layer=1, every=0)
+    with pytest.raises(InputError, match="give prompts="):
+        ProjectionCallback(vector, layer=1, stop_at=1.0)
+    with pytest.raises(InputError, match="no tokenizer to read the probe prompts with"):
+        make_trainer(model, tmp_path, callbacks=[ProjectionCallback(vector, layer=1, prompts=PROMPTS)]).train()
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "non-reentrant"])
+def test_the_penalty_s_gradient_is_that_of_an_explicit_term(model, tmp_path, checkpointing: str):
+    model, vector, inputs = lora(model), random_direction(model), batch()
+    unit = vector.directions[1] / vector.directions[1].norm()
+    trainer = make_trainer(model, tmp_path)
+    output = model.train()(**inputs, output_hidden_states=True)
+    read = output.hidden_states[2][inputs["labels"] != -100] @ unit
+    expected = output.loss + 0.7 * ((read - 0.5) ** 2).mean()
+    expected.backward()
+    reference = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return found
-
-
-def explicit_loss(model, inputs: dict[str, Tensor], layer: int, shift: Tensor) -> Tensor:
-    """The forward pass written out block by block, with the addition as a term of its own."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = inner.model
-    hidden = decoder.embed_tokens(inputs["input_ids"])
-    positions = torch.arange(hidden.shape[1])[None]
-    rotary = decoder.rotary_emb(hidden, positions)
-    length = hidden.shape[1]
-    mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
-    for index, block in enumerate(decoder.layers):
-        hidden = block(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
-        if index == layer:
-            hidden = hidden + shift
-    logits = inner.lm_head(decoder.norm(hidden))
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
-
-
-# Gradients ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("positions", ["all", "labels"])
-def test_lora_gradients_equal_those_of_an_explicit_additive_term(model, checkpointing: str, positions: str):
-    model, inputs, vector = lora(model).train(), batch(), random_direction(model)
-    shift = 3.0 * vector.directions[1].expand(2, 6, -1).clone()
-    if positions == "labels":
-        shift[:, :2] = 0  # the loss counts the tokens from 3 on, and token 2 predicts the first of them
-    reference = explicit_loss(model, inputs, 1, shift)
-    reference.backward()
-    expected = gradients(model)
     if CHECKPOINTING[checkpointing]:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING[checkpointing])
-    with steer(model, vector, layer=1, coef=3.0, positions=positions):
-        loss = model(**inputs).loss
-        loss.backward()
-    torch.testing.assert_close(loss, reference)
-    found = gradients(model)
-    assert found.keys() == expected.keys() and len(found) == 12
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
-    model(**inputs).loss.backward()
-    plain = gradients(model)
-    assert any((found[name] - plain[name]).abs().max() > 1e-3 for name in plain)
+    trainer.current_gradient_accumulation_steps = 1
+    before = hooks(model)
+    with penalize(trainer, vector, layer=1, weight=0.7, target=0.5):
+        loss = trainer.training_step(model, dict(inputs))
+        assert trainer.compute_loss(model.eval(), dict(inputs)) == model(**inputs).loss  # evaluation is left alone
+    torch.testing.assert_close(loss, expected.detach())
+    for name, value in reference.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, value, rtol=1e-4, atol=1e-6)
+    assert hooks(model) == before and "compute_loss" not in vars(trainer)
 
 
-@pytest.mark.parametrize("checkpointing", ["reentrant", "non-reentrant"])
-@pytest.mark.parametrize("verb", [steer, ablate, cap])
-def test_recomputed_blocks_are_edited_as_their_own_pass_was(model, checkpointing: str, verb):
-    """Other passes between a forward and its backward, as DPO's reference or a second batch, change nothing."""
-    options = {steer: {"coef": 3.0}, ablate: {}, cap: {"limit": -0.5}}[verb]
-    model, vector = model.train(), random_direction(model)
-    first, second = batch(), batch(padding=2)
-
-    def run(between: bool) -> dict[str, Tensor]:
-        with verb(model, vector, layer=1, positions="labels", **options):
-            losses = [model(**first).loss, model(**second).loss] if between else []
-            if between:
-                with torch.no_grad():
-                    model(input_ids=first["input_ids"][:1])
-                sum(losses).backward()
-            else:
-                for inputs in (first, second):
-                    model(**inputs).loss.backward()
-        return gradients(model)
-
-    expected = run(between=False)
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING[checkpointing])
-    for name, value in run(between=True).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
-
-
-def test_labels_limit_the_edit_to_counted_tokens_and_those_that_predict_them(model):
-    vector, inputs = random_direction(model), batch(padding=2)
-    plain = block_output(model, 1, inputs)
-    with steer(model, vector, layer=1, coef=1.0, positions="labels"):
-        moved = (block_output(model, 1, inputs) - plain).abs().sum(-1) > 0
-    assert moved.tolist() == [[False, False, True, True, True, True], [False, False, True, True, False, False]]
-    with pytest.raises(InputError, match="positions='labels' needs the call to have labels"):
-        with steer(model, vector, layer=1, coef=1.0, positions="labels"):
-            model(input_ids=inputs["input_ids"])
-
-
-# The stock Trainer ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("wrap", [lambda model: model, lora, lambda model: lora(model, use_rslora=True)])
-def test_a_coefficient_of_zero_is_bit_identical_to_no_steering(wrap, tmp_path):
-    options = {"gradient_accumulation_steps": 2, "bf16": True, "eval_strategy": "steps", "eval_steps": 1}
-    found = []
-    for steered in (False, True):
-        model = wrap(zoo.build("llama"))
-        trainer = make_trainer(model, tmp_path, **options)
-        if steered:
-            with steer(model, random_direction(model), layer=1, coef=0.0):
-                trainer.train()
-        else:
-            trainer.train()
-        found.append((dict(model.named_parameters()), logged(trainer, "loss"), logged(trainer, "eval_loss")))
-    plain, zero = found
-    assert plain[1:] == zero[1:] and len(plain[2]) == 4
-    assert all(torch.equal(value, zero[0][name]) for name, value in plain[0].items())
-
-
-@pytest.mark.parametrize("checkpointing", ["reentrant", "non-reentrant"])
-def test_a_run_with_checkpointing_ends_at_the_same_weights(checkpointing: str, tmp_path):
-    ends = []
-    for options in (
-        {},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": CHECKPOINTING[checkpointing]},
-    ):
-        model = lora(zoo.build("llama"))
-        trainer = make_trainer(model, tmp_path, gradient_accumulation_steps=2, **options)
-        with steer(model, random_direction(model), layer=[0, 2], coef=2.0, positions="labels"):
-            trainer.train()
-        ends.append({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
-    for name, value in ends[0].items():
-        torch.testing.assert_close(ends[1][name], value, rtol=1e-4, atol=1e-5)
-
-
-class Generates(TrainerCallback):
-    """Answers a prompt at the end of each step, as evaluation callbacks do."""
-
-    def __init__(self) -> None:
-        self.logits: list[Tensor] = []
-
-    def on_step_end(self, args, state, control, model=None, **_):
-        output = model.generate(
-            input_ids=batch()["input_ids"],
-            max_new_tokens=2,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        self.logits.append(torch.stack(output.logits))
-
-
-@pytest.mark.parametrize("during", ["auto", "training", "always"])
-def test_evaluation_and_generation_inside_the_run_are_unsteered_unless_asked(model, tmp_path, during: str):
-    options = {"learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 2}
-    plain, generated = make_trainer(model, tmp_path, **options), [Generates(), Generates()]
-    plain.add_callback(generated[0])
-    plain.train()
-    trainer = make_trainer(model, tmp_path, eval_on_start=during != "auto", **options)
-    trainer.add_callback(generated[1])
-    with steer(model, random_direction(model), layer=1, coef=8.0, during=during):
+def test_the_penalty_brings_the_projection_to_its_target(model, tmp_path):
+    vector = random_direction(model)
+    unit = vector.directions[1] / vector.directions[1].norm()
+    trainer = make_trainer(model, tmp_path, gradient_accumulation_steps=2, max_steps=8)
+    inputs = {"input_ids": batch()["input_ids"]}
+    before = (states(model, inputs, 1) @ unit - 2.0).square().mean()
+    with penalize(trainer, vector, layer=1, weight=20.0, target=2.0):
         trainer.train()
-    assert all(a != b for a, b in zip(logged(trainer, "loss"), logged(plain, "loss")))
-    expected = logged(plain, "eval_loss")[0]
-    assert all((value == expected) == (during != "always") for value in logged(trainer, "eval_loss"))
-    assert len(logged(trainer, "eval_loss")) == 2 + (during != "auto")
-    same = [torch.equal(a, b) for a, b in zip(generated[0].logits, generated[1].logits)]
-    assert same == [during != "always"] * 4
+    assert (states(model.eval(), inputs, 1) @ unit - 2.0).square().mean() < 0.5 * before
 
 
-def test_evaluation_before_the_first_step_must_be_decided(model, tmp_path):
-    trainer = make_trainer(model, tmp_path, eval_on_start=True)
-    with pytest.raises(InputError, match="give during='training' to leave evaluation and generation alone"):
-        with steer(model, random_direction(model), layer=1, coef=1.0):
-            trainer.train()
-    assert trainer.state.global_step == 0 and hooks(model) == 0
-    with pytest.raises(InputError, match="during is 'eval': give one of auto, training, always"):
-        with steer(model, random_direction(model), layer=1, coef=1.0, during="eval"):
-            pass
-
-
-def test_a_schedule_resumed_from_a_checkpoint_equals_the_uninterrupted_run(tmp_path):
-    def run(folder: Path, resume: str | None, until: int, coefs: list[float]) -> dict[str, Tensor]:
-        model = lora(zoo.build("llama"))
-        vector = random_direction(model)
-        trainer = make_trainer(model, folder, save_strategy="steps", save_steps=2)
-
-        class Stop(TrainerCallback):
-            def on_step_end(self, args, state, control, **_):
-                control.should_training_stop |= state.global_step >= until
-
-        trainer.add_callback(Stop())
-
-        def coef() -> float:
-            coefs.append(4.0 * trainer.state.global_step / trainer.state.max_steps)
-            return coefs[-1]
-
-        with steer(model, vector, layer=1, coef=coef):
-            trainer.train(resume_from_checkpoint=resume)
-        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-    whole: list[float] = []
-    parts: list[float] = []
-    expected = run(tmp_path / "whole", None, 4, whole)
-    run(tmp_path / "parts", None, 2, parts)
-    found = run(tmp_path / "parts", str(tmp_path / "parts" / "checkpoint-2"), 4, parts)
-    assert whole == parts == [0.0, 1.0, 2.0, 3.0]
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
-
-
-def test_checkpoints_and_adapters_hold_no_trace(tmp_path):
-    from safetensors.torch import load_file
-
-    files = []
-    for coef in (None, 2.0):
-        model, folder = lora(zoo.build("llama")), tmp_path / str(coef)
-        trainer = make_trainer(model, folder, max_steps=1, save_strategy="steps", save_steps=1)
-        if coef:
-            with steer(model, random_direction(model), layer=1, coef=coef):
-                trainer.train()
-        else:
-            trainer.train()
-        saved = folder / "checkpoint-1"
-        files.append((sorted(p.name for p in saved.iterdir()), set(load_file(saved / "adapter_model.safetensors"))))
-        assert hooks(model) == 0
-    assert files[0] == files[1]
-
-
-# Never silently unsteered --------------------------------------------------------------------------------------------
-
-
-def unsteered_step(model, trainer, match: str, error: type[Exception] = RuntimeError, **options) -> None:
-    """Check that training stops with the reason before a weight has changed."""
-    before = copy.deepcopy(trainer.model.state_dict())
-    with (
-        pytest.raises(error, match=match),
-        steer(model, random_direction(model), **{"layer": 1, "coef": 1.0} | options),
-    ):
-        trainer.train()
-    assert trainer.state.global_step == 0 and hooks(model) == hooks(trainer.model) == 0
-    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
-
-
-def test_another_model_object_stops_before_the_first_optimizer_step(model, tmp_path):
-    trainer = make_trainer(copy.deepcopy(model), tmp_path)
-    unsteered_step(model, trainer, "block 1 never ran before this optimizer step.*call this same model object")
-
-
-def test_a_block_that_is_not_called_stops_the_first_step(model, tmp_path):
-    decoder, trainer = model.model, make_trainer(model, tmp_path)
-    forward = decoder.forward
-
-    def skipping(*args, **kwargs):
-        every = decoder.layers
-        decoder.layers = torch.nn.ModuleList([every[0], every[2]])
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            decoder.layers = every
-
-    decoder.forward = skipping
-    unsteered_step(model, trainer, "block 1 never ran in this training step")
-
-
-def test_a_compiled_copy_of_the_blocks_stops_the_first_step(model, tmp_path):
-    """A model that was compiled before the hooks were set may not call them."""
-    step = torch.compile(model, backend="eager")
-    step(**batch())
-    trainer = make_trainer(step, tmp_path)
-    unsteered_step(model, trainer, "block 1 never ran")
-
-
-def test_wrong_layers_and_vectors_stop_before_training(model, tmp_path):
+def test_a_penalty_without_a_gradient_is_refused(model, tmp_path):
     trainer = make_trainer(model, tmp_path)
-    unsteered_step(model, trainer, "layer 3 is out of range", InputError, layer=3)
-    other = PersonaVector(trait="t", model="other", directions=torch.ones(3, 16))
-    with (
-        pytest.raises(InputError, match="does not fit a model of 3 layers x 32"),
-        steer(model, other, layer=1, coef=1.0),
-    ):
-        trainer.train()
-    assert trainer.state.global_step == 0
-
-
-def test_a_crash_leaves_no_hook(model, tmp_path):
-    class Crash(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            raise OSError("disk full")
-
-    trainer = make_trainer(model, tmp_path, callbacks=[Crash()])
-    with pytest.raises(OSError, match="disk full"), steer(model, random_direction(model), layer=1, coef=1.0):
-        trainer.train()
-    assert hooks(model) == 0
-    assert not torch.optim.optimizer._global_optimizer_pre_hooks
-
-
-def test_an_optimizer_of_other_weights_is_none_of_our_business(model):
-    """A probe that is trained on steered activations inside the `with`."""
-    probe = torch.nn.Linear(zoo.HIDDEN, 1)
-    optimizer = torch.optim.SGD(probe.parameters(), lr=0.1)
-    seen: list[Tensor] = []
-    with steer(model, random_direction(model), layer=1, coef=1.0):
-        with edit_blocks(model, {2: lambda hidden, _: seen.append(hidden.detach())}):
-            model(**zoo.inputs(model))
-        for _ in range(2):
-            probe(seen[0]).mean().backward()
-            optimizer.step()
+    for parameter in model.model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(InputError, match="the penalty has no gradient here"):
+        with penalize(trainer, random_direction(model), layer=1, weight=1.0):
+            trainer.train()
+    assert hooks(model) == 0 and "compute_loss" not in vars(trainer)
