@@ -160,6 +160,8 @@ def plot_separation(layers: Sequence[Separation]) -> Figure:
     for axes, name in zip(figure.subplots(1, len(Separation._fields)), Separation._fields):
         axes.plot([getattr(each, name) for each in layers], color=BLUE, marker="o", markersize=3)
         axes.set(title=name.replace("_", "-"), xlabel="layer")
+        _bare(axes)
+    return figure
 
 
 def plot_history(history: Sequence[Mapping[str, float]]) -> Figure:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from persona_vectors.vectors import PersonaVector
 
 Strength = float | Tensor | Callable[[], float]
 """A number, one for each row [batch], or a function that is asked in every forward pass."""
+S = TypeVar("S", bound=Strength)
 
 
 @contextmanager
@@ -57,8 +58,8 @@ def steer(
 
 
 def incremental(
-    vector: PersonaVector, *, layer: int | Sequence[int] | str, coef: Strength | None, dose: Strength | None
-) -> tuple[Strength, dict[int, Float[Tensor, " hidden"]]]:
+    vector: PersonaVector, *, layer: int | Sequence[int] | str, coef: S | None, dose: S | None
+) -> tuple[S, dict[int, Float[Tensor, " hidden"]]]:
     """Return the strength of an edit, and the direction that it multiplies at each block.
 
     At several layers that is what the lower ones have not added yet: v_l - v_k, with k the steered layer before l.
