@@ -177,6 +177,7 @@ def command(*arguments: object) -> list[str]:
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_loses_and_doubles_nothing(tiny, trait_file, tmp_path):
     def extract(name: str) -> list[str]:
         options = [*SMALL, "--samples", 8, "--max-new-tokens", 12, "--batch-tokens", 200]

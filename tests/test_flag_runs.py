@@ -17,6 +17,8 @@ from test_models import save_tiny
 import persona_vectors as pv
 from persona_vectors import flagging
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = [{"question": f"{i % 37}?", "answer": f"{'so ' * (i % 5)}it is {i}"} for i in range(120)]
 
 

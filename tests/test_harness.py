@@ -10,6 +10,8 @@ from persona_vectors.harness import side_effects
 from persona_vectors.models import encode
 from persona_vectors.steering import steer
 
+pytestmark = pytest.mark.slow
+
 ITEMS = [{"q": f"Is {word} good", "choices": ["yes it is", "no"], "gold": i % 2} for i, word in enumerate("abcdefgh")]
 TASK = """\
 task: tiny_offline

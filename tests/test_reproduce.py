@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import zoo
 from conftest import make_tokenizer
 
 from persona_vectors.vectors import PersonaVector
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "reproduce_paper.py"
 
