@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -506,19 +506,26 @@ def generation(
     device: Device = None,
     batch: Annotated[int, typer.Option(help="rows of the batch", min=1)] = 8,
     new_tokens: Annotated[int, typer.Option(help="tokens generated in each row", min=1)] = 128,
-    rounds: Rounds = 7,
+    rounds: Rounds = 5,
+    peers: Annotated[bool, typer.Option(help="measure other libraries' steering too")] = True,
     out: Out = None,
 ) -> None:
-    """Measure what monitoring and steering add to generation: ours, repeng's and steering-vectors'."""
+    """Measure what monitoring and steering add to generation: ours, repeng's and steering-vectors'.
+
+    Each is run in turn with plain generation, and with nothing else between the two, as it is small.
+    """
     logging.disable_progress_bar()
     model, tokenizer = load(model_name, shape, device)
     found = environment(model, shape or model_name) | {"batch": batch, "new_tokens": new_tokens, "rounds": rounds}
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     prompts = make_prompts(tokenizer, batch, vocabulary)
-    methods = control_methods(model, [(prompt, []) for prompt in prompts], new_tokens)
-    print(f"greedy, {batch} rows x {new_tokens} tokens; medians of {rounds} rounds, ratios taken within a round\n")
-    run_rounds(methods, rounds, model.device)
-    found["generation"] = report_generation(methods, methods[:1])
+    plain, *methods = control_methods(model, [(prompt, []) for prompt in prompts], new_tokens)
+    print(f"greedy, {batch} rows x {new_tokens} tokens; medians of {rounds} pairs with plain generation\n")
+    found["generation"] = []
+    for method in [method for method in methods if peers or not method.theirs]:
+        pair = [replace(plain, seconds=[], megabytes=[]), method]
+        run_rounds(pair, rounds, model.device)
+        found["generation"] += report_generation(pair, pair[:1])
     save(found, out)
 
 

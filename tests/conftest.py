@@ -1,6 +1,7 @@
 """A byte tokenizer and tiny random models, built in code: the unit tests need no network and no files."""
 
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -53,6 +54,23 @@ def trait() -> Trait:
         questions=questions,
         eval_prompt="Score {question} {answer}",
     )
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium; skipped where it is missing, but not in CI."""
+    programs = [shutil.which("chromium"), shutil.which("chromedriver")]
+    if not all(programs) and not os.environ.get("CI"):
+        pytest.skip("needs chromium and chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(programs[0])
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,1400"):
+        options.add_argument(argument)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(str(programs[1])))
+    yield driver
+    driver.quit()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from test_hooks import random_direction
 from test_monitoring import generate, two_vectors
 
 from persona_vectors.files import InputError
-from persona_vectors.heatmaps import _STRONGEST, _STYLE, Heatmap, heatmap, token_texts
+from persona_vectors.heatmaps import _STRONGEST, _STYLE, Heatmap, heatmap, save_heatmaps, token_texts
 from persona_vectors.models import encode
 from persona_vectors.monitoring import monitor
 
@@ -134,3 +134,18 @@ def test_bad_input_says_what_to_give(model, tokenizer):
         model(inputs_embeds=torch.zeros(1, 3, zoo.HIDDEN))
     with pytest.raises(InputError, match="given embeddings, so the heatmap has no text"):
         heatmap(tokenizer, trace)
+
+
+def test_a_browser_shows_hostile_text_as_text(tmp_path, browser):
+    rows = {HOSTILE[0]: [float(i) for i in range(len(HOSTILE))], "calm": [-float(i) for i in range(len(HOSTILE))]}
+    save_heatmaps([Heatmap(HOSTILE, rows, answer=2), Heatmap(HOSTILE, rows)], tmp_path / "page.html")
+    browser.get((tmp_path / "page.html").as_uri())
+    assert browser.title == f"{HOSTILE[0]}, calm"
+    sections = browser.find_elements("css selector", "section")
+    assert len(sections) == 4
+    tokens = sections[0].find_elements("css selector", "p i")
+    assert [token.text for token in tokens] == [text.strip() for text in HOSTILE]
+    assert tokens[2].get_attribute("title") == "+2.000"
+    assert not browser.find_elements("css selector", "script, img, [onerror], [onmouseover]")
+    first, last = (token.value_of_css_property("background-color") for token in (tokens[0], tokens[-1]))
+    assert first != last and "rgba" in first  # low and high have their own colours

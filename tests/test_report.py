@@ -1,7 +1,5 @@
 """The report, in a real browser: sorting, search, hostile text, and thousands of rows."""
 
-import os
-import shutil
 import time
 
 import pytest
@@ -14,22 +12,6 @@ from persona_vectors.vectors import random_vector
 
 HOSTILE = "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\"></script>"
 SAMPLES = [{"question": f"Question {i}?", "answer": f"{'yes ' * (i % 7)}answer {i}"} for i in range(120)]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    programs = [shutil.which("chromium"), shutil.which("chromedriver")]
-    if not all(programs) and not os.environ.get("CI"):
-        pytest.skip("needs chromium and chromium-driver")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(programs[0])
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,1400"):
-        options.add_argument(argument)
-    driver = webdriver.Chrome(options, webdriver.ChromeService(str(programs[1])))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture
