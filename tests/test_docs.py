@@ -17,8 +17,10 @@ def test_the_readme_s_python_blocks_run_in_order(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "vectors").symlink_to(ROOT / "vectors")
     namespace: dict = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"block_{number}.py"  # nnsight reads the source of a trace from its file
+        path.write_text(block, encoding="utf-8")
+        exec(compile(block, str(path), "exec"), namespace)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
