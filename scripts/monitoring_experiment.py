@@ -215,7 +215,9 @@ def compare(
             found.append(abs(correlation_interval(values, scores, questions, resamples=1).mean))
         cut = Interval(float(np.median(found)), float(np.min(found)), float(np.quantile(found, 0.95)))
         beaten = sum(value < lines[0]["r"] for value in found)
-        lines.append(line(kind, f"{name}: median, lowest and 95th percentile, without sign", cut, None, f"{beaten}/{controls}"))
+        lines.append(
+            line(kind, f"{name}: median, lowest, 95th percentile, unsigned", cut, None, f"{beaten}/{controls}")
+        )
     baseline = text_baseline([p["text"] for p in some], scores, questions)
     lines.append(line(kind, "the prompts' text alone (TF-IDF ridge, other questions)", r(baseline), within(baseline)))
     return lines
