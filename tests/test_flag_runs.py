@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -55,13 +56,13 @@ def test_the_command_line_flags_splits_and_compares(made, trait):
 KILLED = """
 import os, random, sys, threading, time
 import persona_vectors as pv
-folder, seed = sys.argv[1], int(sys.argv[2])
+folder, seed, longest = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 model, tokenizer = pv.load_model(folder + "/tiny", device="cpu")
 vector = pv.PersonaVector.load(folder + "/v.safetensors")
 options = {"layer": 1, "max_new_tokens": 8, "cache": folder + "/killed.sqlite", "batch_tokens": 64, "chunk": 8}
 if seed >= 0:
     def kill():
-        time.sleep(random.Random(seed).uniform(0, 1.5))
+        time.sleep(random.Random(seed).uniform(0, longest))
         os.kill(os.getpid(), 9)
     threading.Thread(target=kill, daemon=True).start()
 pv.flag(model, tokenizer, folder + "/d.jsonl", vector, out=folder + "/killed.parquet", **options)
@@ -72,11 +73,14 @@ def test_a_run_that_is_killed_ten_times_ends_with_the_same_file(made, model, tok
     vector = random_direction(model)
     options = {"layer": 1, "max_new_tokens": 8, "cache": made / "c.sqlite", "batch_tokens": 64, "chunk": 8}
     tiny, tokens = pv.load_model(made / "tiny", device="cpu")
+    begin = time.perf_counter()
     pv.flag(tiny, tokens, made / "d.jsonl", vector, out=made / "whole.parquet", **options)
+    longest = str(0.2 * (time.perf_counter() - begin))  # so that a few kills hit, on a fast machine and on a slow one
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     killed = 0
     for seed in [*range(10), -1]:
-        done = subprocess.run([sys.executable, "-c", KILLED, made, str(seed)], env=environment, capture_output=True)
+        arguments = [sys.executable, "-c", KILLED, made, str(seed), longest]
+        done = subprocess.run(arguments, env=environment, capture_output=True)
         assert done.returncode in (0, -signal.SIGKILL), done.stderr
         killed += done.returncode == -signal.SIGKILL
     assert killed >= 3 and done.returncode == 0
