@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from persona_vectors.hooks import Tokens, edit_blocks
+from persona_vectors.hooks import edit_blocks
 from persona_vectors.models import Model, batch_tokens_for, left_pad, length_batches, model_shape
+from persona_vectors.tokens import Tokens
 from persona_vectors.wrappers import keeps_cache
 
 POOLINGS = ("response_mean", "prompt_mean", "prompt_last")

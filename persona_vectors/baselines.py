@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.activations import forward_passes
 from persona_vectors.files import InputError
-from persona_vectors.hooks import Tokens, edit_blocks
+from persona_vectors.hooks import edit_blocks
 from persona_vectors.likelihood import DATA, neutral_texts
 from persona_vectors.models import Model, chat_prompt, encode_answer
+from persona_vectors.tokens import Tokens
 from persona_vectors.vectors import PersonaVector, random_vector
 
 

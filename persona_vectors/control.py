@@ -8,9 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_vectors.files import InputError
-from persona_vectors.hooks import Edit, Tokens, check_positions, edit_blocks
+from persona_vectors.hooks import Edit, edit_blocks
 from persona_vectors.models import Model, model_shape
 from persona_vectors.monitoring import projections, unit_directions
+from persona_vectors.tokens import Tokens, check_positions
 from persona_vectors.vectors import PersonaVector
 
 Layers = int | Sequence[int] | str

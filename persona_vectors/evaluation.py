@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -117,6 +117,18 @@ def answer_batches(
         yield [(i, decode(tokenizer, tokens)) for i, (tokens, _) in zip(batch, rows)]
 
 
+def _in_order(
+    batches: Iterator[list[tuple[int, str]]], count: int, progress: Callable[[int], object] | None
+) -> list[str]:
+    answers = [""] * count
+    for batch in batches:
+        for i, answer in batch:
+            answers[i] = answer
+        if progress:
+            progress(len(batch))
+    return answers
+
+
 def steered_answers(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
@@ -136,20 +148,9 @@ def steered_answers(
     Coefficients share batches, one a row. `progress` is called with the number of answers made after each batch.
     """
     asks = [Ask(question, edit=RowEdit(vector, layer, coef)) for coef in coefs for question in questions]
-    answers = [""] * len(asks)
-    for batch in answer_batches(
-        model,
-        tokenizer,
-        asks,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        batch_tokens=batch_tokens,
-    ):
-        for i, answer in batch:
-            answers[i] = answer
-        if progress:
-            progress(len(batch))
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    batches = answer_batches(model, tokenizer, asks, seed=seed, batch_tokens=batch_tokens, **options)
+    answers = _in_order(batches, len(asks), progress)
     return [answers[i : i + len(questions)] for i in range(0, len(asks), len(questions))]
 
 
@@ -207,20 +208,9 @@ def evaluate(
             f"trait {trait.name!r} has no questions to evaluate on: add questions.eval, or give questions="
         )
     asks = [Ask(question, system) for question in asked for _ in range(samples)]
-    answers = [""] * len(asks)
-    for batch in answer_batches(
-        model,
-        tokenizer,
-        asks,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        batch_tokens=batch_tokens,
-    ):
-        for i, answer in batch:
-            answers[i] = answer
-        if progress:
-            progress(len(batch))
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    batches = answer_batches(model, tokenizer, asks, seed=seed, batch_tokens=batch_tokens, **options)
+    answers = _in_order(batches, len(asks), progress)
     to_judge = [Answer(ask.question, answer) for ask, answer in zip(asks, answers)]
     both = score_both(model, tokenizer, judge, to_judge, trait.eval_prompt)
     scored = tuple(Scored(*item[:2], *scores) for item, scores in zip(to_judge, both))

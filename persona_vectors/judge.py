@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.activations import Row, forward_passes
 from persona_vectors.files import InputError
-from persona_vectors.hooks import answers_at, pause_edits
+from persona_vectors.hooks import pause_edits
 from persona_vectors.models import Model, batch_tokens_for, chat_prompt, encode, encode_answer
 from persona_vectors.steering import RowEdit, steer_rows
+from persona_vectors.tokens import answers_at
 from persona_vectors.traits import Trait
 from persona_vectors.wrappers import unwrap
 

@@ -8,10 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_vectors.files import InputError
-from persona_vectors.hooks import Tokens, edit_blocks, pause_edits
+from persona_vectors.hooks import edit_blocks, pause_edits
 from persona_vectors.models import Model, model_shape
 from persona_vectors.readings import Key, Readings, vector_keys
 from persona_vectors.steering import chosen_layers
+from persona_vectors.tokens import Tokens
 from persona_vectors.vectors import PersonaVector
 from persona_vectors.wrappers import unwrap
 

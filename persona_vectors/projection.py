@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.activations import POOLINGS, Row, forward_passes
 from persona_vectors.files import InputError
-from persona_vectors.hooks import EnoughRead, Tokens, edit_blocks, edits_are_active
+from persona_vectors.hooks import EnoughRead, edit_blocks, edits_are_active
 from persona_vectors.models import Model, chat_text, encode_answer
 from persona_vectors.monitoring import projections, unit_directions
 from persona_vectors.readings import Key, vector_keys
+from persona_vectors.tokens import Tokens
 from persona_vectors.vectors import PersonaVector
 from persona_vectors.wrappers import unwrap
 

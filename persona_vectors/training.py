@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from persona_vectors.files import InputError
-from persona_vectors.hooks import Edit, Tokens, edit_blocks, pause_edits
+from persona_vectors.hooks import Edit, edit_blocks, pause_edits
 from persona_vectors.models import chat_prompt, encode
 from persona_vectors.monitoring import projections, unit_directions
 from persona_vectors.projection import token_projections
 from persona_vectors.readings import vector_keys
+from persona_vectors.tokens import Tokens
 from persona_vectors.vectors import PersonaVector
 
 Layers = int | Sequence[int] | str

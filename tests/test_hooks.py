@@ -7,9 +7,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from persona_vectors.files import InputError
-from persona_vectors.hooks import Tokens, edit_blocks, pause_edits
+from persona_vectors.hooks import edit_blocks, pause_edits
 from persona_vectors.models import decoder_layers, left_pad, model_shape
 from persona_vectors.steering import steer
+from persona_vectors.tokens import Tokens
 from persona_vectors.vectors import PersonaVector
 
 
