@@ -12,7 +12,7 @@ from torch import Tensor
 from persona_vectors.evaluation import Interval
 from persona_vectors.geometry import Separation
 from persona_vectors.projection import Scores
-from persona_vectors.sweeping import PROMPTED, Point, Sweep
+from persona_vectors.sweeping import PROMPTED, Sweep
 from persona_vectors.vectors import PersonaVector
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"  # told apart by colour-blind readers too
@@ -120,7 +120,10 @@ def plot_sweep(sweep: Sweep) -> Figure:
     grid.plot(layers.index(sweep.layer), strengths.index(sweep.strength), "s", color="black", fillstyle="none", ms=16)
     grid.set(title=f"{sweep.trait}: extraction questions", xlabel="layer", ylabel=sweep.unit)
     reported = sweep.stage("report")
-    own = sorted((p for p in reported if p.name == sweep.trait or (p.layer is None and p.coef == 0)), key=_strength)
+    own = sorted(
+        (p for p in reported if p.name == sweep.trait or (p.layer is None and p.coef == 0)),
+        key=lambda point: point.strength,
+    )
     own = [point for point in own if point.name != PROMPTED]
     x = [point.strength for point in own]
     response.plot(x, [p.score.mean for p in own], color=BLUE, marker="o", markersize=4, label=sweep.trait)
@@ -198,10 +201,6 @@ def plot_shift(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.legend(frameon=False, fontsize=9)
         _bare(axes)
     return figure
-
-
-def _strength(point: Point) -> float:
-    return point.strength
 
 
 def _bare(axes: Axes) -> None:
