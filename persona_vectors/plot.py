@@ -144,7 +144,7 @@ def plot_sweep(sweep: Sweep) -> Figure:
 
 def plot_cosines(matrix: Float[Tensor, "row column"], names: Sequence[str]) -> Figure:
     """Plot a matrix with its numbers: cosines between traits or layers, or vectors' effects on traits."""
-    figure = Figure(figsize=(1.5 + 0.7 * len(names), 1.2 + 0.6 * len(names)), layout="constrained")
+    figure = Figure(figsize=(2.8 + 0.7 * len(names), 1.6 + 0.6 * len(names)), layout="constrained")
     axes = figure.subplots()
     limit = float(matrix.abs().max()) or 1.0
     image = axes.imshow(matrix.numpy(), cmap="PuOr", vmin=-limit, vmax=limit)
@@ -153,7 +153,8 @@ def plot_cosines(matrix: Float[Tensor, "row column"], names: Sequence[str]) -> F
     axes.set_yticks(range(matrix.shape[0]), list(names))
     if len(names) <= 12:
         for (row, column), value in np.ndenumerate(matrix.numpy()):
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
+            ink = "white" if abs(value) > 0.6 * limit else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink)
     return figure
 
 
