@@ -4,6 +4,7 @@ Usage: python scripts/bench.py extraction | generation | flagging | training [--
 """
 
 import contextlib
+import copy
 import ctypes
 import gc
 import io
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +29,7 @@ import typer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding
 from transformers.utils import logging
 
 from persona_vectors import flag_ray
@@ -393,8 +394,21 @@ def reading_methods(model: Model, tokenizer: Any, prompts: Sequence[list[int]], 
     ]
 
 
-def control_methods(model: Model, rows: Sequence[Row], new_tokens: int) -> list[Method]:
-    """Return greedy generation, plain and with monitors and edits of ours and other libraries around it."""
+@dataclass
+class Edited:
+    """What generation is measured with, and the seconds of each of its steps beside plain generation's."""
+
+    name: str
+    does: str
+    around: Callable[[Model], Any]
+    """Returns the context manager that edits or reads this model."""
+    theirs: bool = False
+    plain: list[float] = field(default_factory=list)
+    edited: list[float] = field(default_factory=list)
+
+
+def edited_generations(model: Model) -> list[Edited]:
+    """Return monitors and edits of ours, and other libraries' edits."""
     count, hidden = model_shape(model)
     layer, name = count // 2, model_name(model)
     seeds = [torch.Generator().manual_seed(seed) for seed in range(8)]
@@ -403,18 +417,9 @@ def control_methods(model: Model, rows: Sequence[Row], new_tokens: int) -> list[
         for seed, generator in enumerate(seeds)
     ]
     shift = 0.01 * vectors[0].direction(layer)
-    config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)  # no token ends a row
-
-    def inside(around: Callable[[], Any]) -> Callable[[Sequence[Row]], None]:
-        def run(rows: Sequence[Row]) -> None:
-            with around():
-                ids, mask = left_pad([prompt for prompt, _ in rows], 0, model.device)
-                model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-
-        return run
 
     @contextlib.contextmanager
-    def by_repeng() -> Iterator[None]:
+    def by_repeng(model: Model) -> Iterator[None]:
         alias_numpy()
         from repeng import ControlModel, ControlVector
 
@@ -425,19 +430,82 @@ def control_methods(model: Model, rows: Sequence[Row], new_tokens: int) -> list[
         finally:
             wrapped.unwrap()
 
-    def by_steering_vectors() -> Any:
+    def by_steering_vectors(model: Model) -> Any:
         from steering_vectors import SteeringVector
 
         return SteeringVector({layer: shift.to(model.device)}, "decoder_block").apply(model)
 
     return [
-        Method("generate", f"{len(rows)} rows x {new_tokens} tokens", rows, inside(contextlib.nullcontext)),
-        Method("monitor, 1 layer", "8 vectors", rows, inside(lambda: monitor(model, vectors, layer=layer))),
-        Method("monitor, all layers", "8 vectors", rows, inside(lambda: monitor(model, vectors, layer="all"))),
-        Method("steer", "1 layer", rows, inside(lambda: steer(model, vectors[0], layer=layer, coef=0.01))),
-        Method("repeng 0.4.0", "1 layer", rows, inside(by_repeng), theirs=True),
-        Method("steering-vectors 0.12.2", "1 layer", rows, inside(by_steering_vectors), theirs=True),
+        Edited("nothing", "two plain runs: what the measurement can tell", lambda m: contextlib.nullcontext()),
+        Edited("monitor, 1 layer", "8 vectors", lambda m: monitor(m, vectors, layer=layer)),
+        Edited("monitor, all layers", f"8 vectors, {count} layers", lambda m: monitor(m, vectors, layer="all")),
+        Edited("steer", "1 layer", lambda m: steer(m, vectors[0], layer=layer, coef=0.01)),
+        Edited("repeng 0.4.0", "1 layer", by_repeng, theirs=True),
+        Edited("steering-vectors 0.12.2", "1 layer", by_steering_vectors, theirs=True),
     ]
+
+
+def twin_of(model: Model) -> Model:
+    """Return a second model on the same weights, so that hooks on it leave the first alone."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
+def greedy_steps(model: Model, prompts: Sequence[list[int]], new_tokens: int, around: Any) -> Iterator[float]:
+    """Generate greedily with a cache, as `generate` does but for its checks, and yield each forward pass's seconds."""
+    ids, mask = left_pad(prompts, 0, model.device)
+    cache = None
+    with around:
+        for _ in range(new_tokens):
+            start = time.perf_counter()
+            with torch.inference_mode():
+                places = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+                options = {"attention_mask": mask, "position_ids": places, "use_cache": True, "logits_to_keep": 1}
+                output = model(input_ids=ids, cache=cache, **options)
+                ids, cache = output.logits[:, -1:].argmax(dim=-1), output.cache
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            _synchronize(model.device)
+            yield time.perf_counter() - start
+
+
+def time_steps(
+    models: tuple[Model, Model], prompts: Sequence[list[int]], new_tokens: int, rounds: int, edited: Edited
+) -> None:
+    """Run two generations side by side, a step of the one and a step of the other, each first in every second step."""
+    for number in range(rounds):
+        try:
+            kinds = [contextlib.nullcontext(), edited.around(models[number % 2])]
+            pair = [greedy_steps(models[(number + 1 - i) % 2], prompts, new_tokens, k) for i, k in enumerate(kinds)]
+            for step in range(new_tokens):
+                for i in (0, 1) if step % 2 else (1, 0):
+                    (edited.edited if i else edited.plain).append(next(pair[i]))
+            for run in pair:
+                run.close()
+        except Exception as error:
+            if not edited.theirs:
+                raise
+            edited.does, edited.plain, edited.edited = f"failed: {type(error).__name__}: {error}", [], []
+            return
+
+
+def report_steps(methods: Sequence[Edited]) -> list[dict[str, Any]]:
+    """Print how much longer a step takes with each edit than the plain one beside it; medians, with 95 % intervals."""
+    lines = []
+    for method in methods:
+        ratios = np.array(method.edited) / np.array(method.plain)
+        drawn = np.random.default_rng(0).choice(ratios, (1000, len(ratios))) if len(ratios) else np.ones((1, 0))
+        interval = np.percentile(np.median(drawn, axis=1), [2.5, 97.5]) if len(ratios) else [math.nan] * 2
+        lines.append(
+            {
+                "method": method.name,
+                "plain ms": 1000 * statistics.median(method.plain) if method.plain else None,
+                "overhead %": 100 * (float(np.median(ratios)) - 1) if len(ratios) else None,
+                "from": 100 * (float(interval[0]) - 1) if len(ratios) else None,
+                "to": 100 * (float(interval[1]) - 1) if len(ratios) else None,
+                "": method.does,
+            }
+        )
+    show(lines)
+    return [line | {"plain": m.plain, "edited": m.edited} for line, m in zip(lines, methods)]
 
 
 class Endless:
@@ -506,26 +574,24 @@ def generation(
     device: Device = None,
     batch: Annotated[int, typer.Option(help="rows of the batch", min=1)] = 8,
     new_tokens: Annotated[int, typer.Option(help="tokens generated in each row", min=1)] = 128,
-    rounds: Rounds = 5,
+    rounds: Rounds = 3,
     peers: Annotated[bool, typer.Option(help="measure other libraries' steering too")] = True,
     out: Out = None,
 ) -> None:
     """Measure what monitoring and steering add to generation: ours, repeng's and steering-vectors'.
 
-    Each is run in turn with plain generation, and with nothing else between the two, as it is small.
+    A step with each is taken in turn with a step of plain generation, on a twin model of the same weights.
     """
     logging.disable_progress_bar()
     model, tokenizer = load(model_name, shape, device)
     found = environment(model, shape or model_name) | {"batch": batch, "new_tokens": new_tokens, "rounds": rounds}
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    prompts = make_prompts(tokenizer, batch, vocabulary)
-    plain, *methods = control_methods(model, [(prompt, []) for prompt in prompts], new_tokens)
-    print(f"greedy, {batch} rows x {new_tokens} tokens; medians of {rounds} pairs with plain generation\n")
-    found["generation"] = []
-    for method in [method for method in methods if peers or not method.theirs]:
-        pair = [replace(plain, seconds=[], megabytes=[]), method]
-        run_rounds(pair, rounds, model.device)
-        found["generation"] += report_generation(pair, pair[:1])
+    prompts = make_prompts(tokenizer, batch, model.config.get_text_config(decoder=True).vocab_size)
+    print(f"greedy, {batch} rows x {new_tokens} tokens; medians of {rounds * new_tokens} pairs of steps\n")
+    models = model, twin_of(model)
+    methods = [method for method in edited_generations(model) if peers or not method.theirs]
+    for method in tqdm(methods, unit="method", leave=False):
+        time_steps(models, prompts, new_tokens, rounds, method)
+    found["generation"] = report_steps(methods)
     save(found, out)
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -5,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from transformers import GenerationConfig
 
 from persona_vectors.activations import POOLINGS, pool
 
@@ -58,14 +60,29 @@ def test_generation_is_measured_with_and_without_reading(model, tokenizer, capsy
     assert table[2]["time x one token more"] > 0
 
 
-def test_generation_is_measured_under_monitors_and_edits(model):
+def test_generation_is_measured_under_monitors_and_edits_step_by_step(model, capsys):
     block, parameters = model.model.layers[1], [id(p) for p in model.parameters()]
-    methods = bench.control_methods(model, [([5, 6, 7], []), ([8, 9], [])], new_tokens=3)
-    bench.run_rounds(methods, 1, model.device)
-    table = bench.report_generation(methods, methods[:1])
-    assert table[0]["time x generate"] == 1 and all(line["time x generate"] > 0 for line in table[:4])
-    assert all(line["seconds"] or "No module named" in line[""] for line in table[4:])
+    twin = bench.twin_of(model)
+    assert [id(p) for p in twin.parameters()] == parameters and twin.model.layers[1] is not block
+    methods = bench.edited_generations(model)
+    for method in methods:
+        bench.time_steps((model, twin), [[5, 6, 7], [8, 9]], 3, 2, method)
+    assert all(len(method.plain) == len(method.edited) == 6 for method in methods if not method.theirs)
+    assert all(len(method.plain) == 6 or "No module named" in method.does for method in methods if method.theirs)
+    table = bench.report_steps(methods)
+    assert all(line["from"] <= line["overhead %"] <= line["to"] for line in table[:4])
     assert model.model.layers[1] is block and [id(p) for p in model.parameters()] == parameters
+    assert not any(layer._forward_hooks for m in (model, twin) for layer in m.model.layers)
+
+
+def test_the_measured_generation_is_that_of_generate(model):
+    asked, plain = [], [[5, 6, 7], [8, 9, 10]]
+    model.register_forward_pre_hook(lambda _, args, kwargs: asked.append(kwargs["input_ids"]), with_kwargs=True)
+    list(bench.greedy_steps(model, plain, 4, contextlib.nullcontext()))
+    read = torch.cat(asked, dim=1)
+    ids = torch.tensor(plain)
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert torch.equal(read, model.generate(input_ids=ids, generation_config=config)[:, :-1])
 
 
 def test_flagging_is_measured_beside_the_bare_pass_and_the_official_projection(model, tokenizer):
