@@ -6,7 +6,19 @@ from typing import Annotated, Any
 
 import typer
 
-from persona_vectors.cli_options import JUDGES, Device, DeviceMap, DType, Fold, MaxNewTokens, ModelArg, Seed, app, load
+from persona_vectors.cli_options import (
+    JUDGES,
+    BatchTokens,
+    Device,
+    DeviceMap,
+    DType,
+    Fold,
+    MaxNewTokens,
+    ModelArg,
+    Seed,
+    app,
+    load,
+)
 from persona_vectors.files import InputError
 
 TraitArg = Annotated[str, typer.Argument(metavar="TRAIT", help="a shipped trait's name, or a JSON file")]
@@ -112,6 +124,7 @@ def sweep(
     questions: Annotated[int | None, typer.Option(help="choose on the first N extraction questions", min=1)] = None,
     gate: Annotated[float, typer.Option(help="least mean coherence of a point that may be chosen")] = 50.0,
     max_new_tokens: MaxNewTokens = 128,
+    batch_tokens: BatchTokens = None,
     out: Annotated[Path | None, typer.Option(help="a folder [default: runs/sweep/MODEL/TRAIT]")] = None,
     seed: Seed = 0,
     device: Device = None,
@@ -156,6 +169,7 @@ def sweep(
         gate=gate,
         max_new_tokens=max_new_tokens,
         seed=seed,
+        batch_tokens=batch_tokens,
         out=folder / "answers.jsonl",
     )
     result.save_csv(folder / "sweep.csv")

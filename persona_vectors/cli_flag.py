@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from persona_vectors.cli_options import JUDGES, Device, DeviceMap, DType, Fold, ModelArg, app, load
+from persona_vectors.cli_options import JUDGES, BatchTokens, Device, DeviceMap, DType, Fold, ModelArg, app, load
 from persona_vectors.files import InputError
 
 FlagsArg = Annotated[Path, typer.Option(help="a file that flag wrote")]
@@ -40,7 +40,7 @@ def flag(
     judge: Annotated[str | None, typer.Option(help=f"add a judge's score too: {JUDGES}")] = None,
     trait: Annotated[str | None, typer.Option(help="the trait that it judges, a shipped one or a JSON file")] = None,
     cache: Annotated[Path | None, typer.Option(help="where baselines are kept [default: the user's cache]")] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="tokens a batch: lower it when memory runs out")] = None,
+    batch_tokens: BatchTokens = None,
     workers: Annotated[int, typer.Option(help="Ray actors that hold a model each; RAY_ADDRESS names a cluster")] = 1,
     device: Device = None,
     dtype: DType = None,

@@ -21,6 +21,7 @@ DeviceMap = Annotated[str | None, typer.Option(help="let accelerate place the we
 Fold = Annotated[bool, typer.Option("--fold-system", help="put the system prompt into the user's turn")]
 Seed = Annotated[int, typer.Option(help="random seed: the same run gives the same answers")]
 MaxNewTokens = Annotated[int, typer.Option(help="most tokens of an answer")]
+BatchTokens = Annotated[int | None, typer.Option(help="tokens a batch: lower it when memory runs out")]
 
 
 def load(name: str, device: str | None, dtype: str | None, device_map: str | None, fold: bool = False) -> Any:

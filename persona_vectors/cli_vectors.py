@@ -9,7 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from persona_vectors.cli_options import JUDGES, Device, DeviceMap, DType, Fold, MaxNewTokens, ModelArg, Seed, app, load
+from persona_vectors.cli_options import (
+    JUDGES,
+    BatchTokens,
+    Device,
+    DeviceMap,
+    DType,
+    Fold,
+    MaxNewTokens,
+    ModelArg,
+    Seed,
+    app,
+    load,
+)
 from persona_vectors.files import InputError
 
 FORMATS = "official, assistant-axis, assistant-axis-capping, steering-vectors, lm-eval, gguf or safetensors"
@@ -33,7 +45,7 @@ def extract(
     samples: Annotated[int, typer.Option(help="answers to each question under each instruction", min=1)] = 10,
     questions: Annotated[int | None, typer.Option(help="use only the first N questions", min=1)] = None,
     max_new_tokens: MaxNewTokens = 1000,
-    batch_tokens: Annotated[int | None, typer.Option(help="tokens a batch: lower it when memory runs out")] = None,
+    batch_tokens: BatchTokens = None,
     pooling: Annotated[str, typer.Option(help="response_mean, prompt_mean or prompt_last")] = "response_mean",
     seed: Seed = 0,
     rollouts: Annotated[Path | None, typer.Option(help="keep the answers here; the same command goes on there")] = None,

@@ -3,7 +3,7 @@
 import json
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -182,11 +182,25 @@ def finetune(
     if model is None or tokenizer is None:
         model, tokenizer = load_model(config.model)
     edit = _steering(model, config.steering_config)
-    trainer = make_trainer(config, model, tokenizer, callbacks=callbacks)
-    with edit:
+    with ExitStack() as stack:
+        opens = _OpensEdit(stack, edit)
+        trainer = make_trainer(config, model, tokenizer, callbacks=[*callbacks, opens])
         trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir) if resume else None)
     trainer.save_model(config.output_dir)
     return trainer
+
+
+class _OpensEdit(TrainerCallback):
+    """Opens the steering at the first step: a run that has finished, and is resumed, takes none to steer."""
+
+    def __init__(self, stack: ExitStack, edit: AbstractContextManager[None]) -> None:
+        self.stack, self.edit = stack, edit
+        self.opened = False
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.opened:
+            self.stack.enter_context(self.edit)
+            self.opened = True
 
 
 def make_trainer(

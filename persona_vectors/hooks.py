@@ -106,11 +106,13 @@ class _Run:
 
     def start_block(self, layer: int, args: tuple) -> Tokens | None:
         """Return the tokens of the pass that a block runs in, or None where it is not to be edited."""
-        tokens, address = self.tokens, args[0].data_ptr() if args and isinstance(args[0], Tensor) else 0
-        if layer in tokens.fired and self.trained is not None:  # checkpointing runs the block again, in `backward`
-            tokens = self.read.get((layer, address), self.trained)
-        elif tokens.training:
-            self.read[layer, address] = self.trained or tokens
+        tokens = self.tokens
+        if self.trained is not None:
+            address = args[0].data_ptr() if args and isinstance(args[0], Tensor) else 0
+            if layer in tokens.fired:  # checkpointing runs the block again, in `backward`
+                tokens = self.read.get((layer, address), self.trained)
+            elif tokens.training:
+                self.read[layer, address] = self.trained
         tokens.fired.add(layer)
         if not (tokens.training or self.during == "always" or (self.during == "auto" and self.trained is None)):
             return None

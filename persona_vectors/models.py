@@ -278,7 +278,7 @@ def generate_tokens(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         temperature=temperature or 1.0,
-        top_k=0,
+        top_k=0 if temperature > 0 else 50,  # any other than 50, the default, is warned of in greedy search
         top_p=1.0,
         repetition_penalty=1.0,
         eos_token_id=stops or None,

@@ -1,7 +1,7 @@
 """Monitoring: read projections on persona vectors inside a `with`, token by token (paper, section 3.3)."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from jaxtyping import Float
@@ -184,7 +184,8 @@ def projections(
     hidden: Float[Tensor, "batch token hidden"], units: Float[Tensor, "vector hidden"]
 ) -> Float[Tensor, "batch token vector"]:
     """Return projections in float32, also inside autocast."""
-    with torch.autocast(hidden.device.type, enabled=False):
+    kind = hidden.device.type  # the context manager costs as much as the product, and is there for training alone
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
         return hidden.float() @ units.T
 
 

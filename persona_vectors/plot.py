@@ -159,11 +159,12 @@ def plot_cosines(matrix: Float[Tensor, "row column"], names: Sequence[str]) -> F
 
 
 def plot_separation(layers: Sequence[Separation]) -> Figure:
-    """Plot the four separation indices by layer."""
+    """Plot the four separation indices by layer; the last falls as the groups part, the others rise."""
+    titles = "AUROC", "Silhouette", "Calinski-Harabasz", "Davies-Bouldin"
     figure = Figure(figsize=(11, 2.8), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(Separation._fields)), Separation._fields):
+    for axes, name, title in zip(figure.subplots(1, len(titles)), Separation._fields, titles):
         axes.plot([getattr(each, name) for each in layers], color=BLUE, marker="o", markersize=3)
-        axes.set(title=name.replace("_", "-"), xlabel="layer")
+        axes.set(title=title, xlabel="layer (decoder block, from 0)")
         _bare(axes)
     return figure
 

@@ -574,7 +574,7 @@ def generation(
     device: Device = None,
     batch: Annotated[int, typer.Option(help="rows of the batch", min=1)] = 8,
     new_tokens: Annotated[int, typer.Option(help="tokens generated in each row", min=1)] = 128,
-    rounds: Rounds = 3,
+    rounds: Rounds = 4,
     peers: Annotated[bool, typer.Option(help="measure other libraries' steering too")] = True,
     out: Out = None,
 ) -> None:

@@ -16,6 +16,8 @@ import torch
 import typer
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
+from torch.nn.functional import normalize
+from transformers import AutoModel, AutoTokenizer
 
 import persona_vectors as pv
 from persona_vectors.activations import pool
@@ -28,8 +30,10 @@ POOLINGS = ("response_mean", "prompt_last")
 BOOTSTRAPS = 1000
 
 
-def read_set(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def read_sets(folder: Path) -> list[dict[str, Any]]:
+    """Return the samples with the trait and as many with its opposite, to the same questions."""
+    paths = [folder / f"{name}.jsonl" for name in ("positive", "negative")]
+    return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def activations(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
@@ -48,6 +52,7 @@ def measure(model: Any, tokenizer: Any, lines: list[dict], max_new_tokens: int) 
     place = [questions.index(line["question"]) for line in lines]
     sentiment = pv.SentimentJudge()
     return {
+        "text": np.array(answers),
         "question": np.array(place),
         "label": np.array([line["label"] for line in lines]),
         "answer": read[:, 0].numpy(),
@@ -56,6 +61,19 @@ def measure(model: Any, tokenizer: Any, lines: list[dict], max_new_tokens: int) 
         "length": np.array([len(answer.split()) for answer in answers]),
         "vader": np.array([sentiment.compound(answer) for answer in answers]),
     }
+
+
+def embed(folder: str, texts: Sequence[str]) -> np.ndarray:
+    """Return a sentence encoder's vectors, [text, hidden]: means over the tokens of its last layer, of length 1."""
+    tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    found = []
+    for start in range(0, len(texts), 64):
+        batch = tokenizer(list(texts[start : start + 64]), padding=True, truncation=True, return_tensors="pt")
+        with torch.inference_mode():
+            hidden = encoder(**batch).last_hidden_state
+        mask = batch["attention_mask"][..., None]
+        found.append(normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1)))
+    return torch.cat(found).numpy()
 
 
 def area(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -74,6 +92,14 @@ def interval(scores: np.ndarray, labels: np.ndarray, questions: np.ndarray) -> l
     return [area(scores, labels), *np.nanpercentile(areas, [2.5, 97.5]).tolist()]
 
 
+def within(scores: np.ndarray, labels: np.ndarray, questions: np.ndarray) -> float:
+    """Return the mean AUROC among the samples of one question, weighted with its pairs: no baseline changes it."""
+    groups = [questions == q for q in np.unique(questions)]
+    pairs = [int(labels[group].sum() * (1 - labels[group]).sum()) for group in groups]
+    areas = [area(scores[group], labels[group]) for group, count in zip(groups, pairs) if count]
+    return float(np.average(areas, weights=[count for count in pairs if count])) if areas else float("nan")
+
+
 def project(found: np.ndarray, directions: np.ndarray) -> np.ndarray:
     """Return projections on v/|v|, [sample, layer]."""
     units = directions / np.linalg.norm(directions, axis=1, keepdims=True)
@@ -90,6 +116,15 @@ def scores(data: dict[str, np.ndarray], directions: np.ndarray) -> dict[str, np.
     }
 
 
+def best_layer(values: np.ndarray, labels: np.ndarray) -> int:
+    return int(np.argmax([area(values[:, layer], labels) for layer in range(values.shape[1])]))
+
+
+def randoms(vector: pv.PersonaVector, like: torch.Tensor, count: int, seed: int) -> list[np.ndarray]:
+    """Return directions with the covariance of real activations, which get the same choice of a layer."""
+    return [pv.random_vector(vector, seed=seed + i, like=like).directions.numpy() for i in range(count)]
+
+
 def main(
     model_name: ModelArg,
     trait_name: Annotated[str, typer.Argument(metavar="TRAIT", help="a trait of valence, for VADER to judge")],
@@ -98,6 +133,9 @@ def main(
     samples: Annotated[int, typer.Option(help="answers to each evaluation question under each instruction")] = 4,
     choice_samples: Annotated[int, typer.Option(help="the same for the questions that choose the layer")] = 2,
     controls: Annotated[int, typer.Option(help="random directions")] = 100,
+    embeddings: Annotated[
+        str | None, typer.Option(help="a sentence encoder to compare with, such as all-MiniLM-L6-v2: Hub id or folder")
+    ] = None,
     max_new_tokens: MaxNewTokens = 64,
     seed: Seed = 0,
     device: Device = None,
@@ -107,61 +145,55 @@ def main(
     trait, vector = pv.load_trait(trait_name), pv.PersonaVector.load(vector_file)
     common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
     extract = trait.questions.extract
-    pv.make_training_sets(
-        model, tokenizer, trait, out / "choice", questions=extract, samples=choice_samples, fractions=[0.5], **common
-    )
+    pv.make_training_sets(model, tokenizer, trait, out / "choice", questions=extract, samples=choice_samples, **common)
     pv.make_training_sets(model, tokenizer, trait, out / "test", samples=samples, **common)
-    choice = measure(model, tokenizer, read_set(out / "choice" / "mixed-050.jsonl"), max_new_tokens)
-    test = measure(model, tokenizer, read_set(out / "test" / "mixed-050.jsonl"), max_new_tokens)
+    choice = measure(model, tokenizer, read_sets(out / "choice"), max_new_tokens)
+    test = measure(model, tokenizer, read_sets(out / "test"), max_new_tokens)
 
     labels = test["label"]
     agrees = np.where(labels == 1, test["vader"] >= 0.05, test["vader"] <= -0.05)  # VADER's own thresholds
     labellings = {"by system prompt": np.ones(len(labels), bool), "where VADER agrees": agrees}
     directions = vector.directions.numpy()
-    chosen = {
-        method: int(np.argmax([area(values[:, k], choice["label"]) for k in range(values.shape[1])]))
-        for method, values in scores(choice, directions).items()
-    }
+    chosen = {method: best_layer(values, choice["label"]) for method, values in scores(choice, directions).items()}
     rivals = {"answer length": test["length"], "VADER": test["vader"]}
     rivals |= {
         f"{method}, layer {chosen[method]}": v[:, chosen[method]] for method, v in scores(test, directions).items()
     }
+    if embeddings:
+        own, theirs = embed(embeddings, choice["text"]), embed(embeddings, test["text"])
+        means = [own[choice["label"] == label].mean(axis=0) for label in (0, 1)]
+        rivals["sentence embeddings, difference of means"] = theirs @ (means[1] - means[0])
     table: dict[str, Any] = {}
     for name, mask in labellings.items():
         print(f"\n{name}: {mask.sum()} samples, {labels[mask].sum()} with the trait")
         table[name] = {"samples": int(mask.sum()), "positive": int(labels[mask].sum())}
         for method, values in rivals.items():
-            found = table[name][method] = interval(values[mask], labels[mask], test["question"][mask])
-            print(f"  {method:34} {found[0]:.3f} [{found[1]:.3f}, {found[2]:.3f}]")
+            chosen_rows = values[mask], labels[mask], test["question"][mask]
+            found = table[name][method] = [*interval(*chosen_rows), within(*chosen_rows)]
+            print(f"  {method:42} {found[0]:.3f} [{found[1]:.3f}, {found[2]:.3f}]   within a question {found[3]:.3f}")
 
-    # sums of real activations with random weights have exactly their covariance
-    centred = choice["answer"] - choice["answer"].mean(axis=0)
-    rng, areas = np.random.default_rng(seed), {name: [] for name in labellings}
-    for _ in range(controls):
-        control = np.einsum("n,nlh->lh", rng.standard_normal(len(centred)), centred)
-        own = scores(choice, control)["projection difference"]
-        layer = int(np.argmax([area(own[:, k], choice["label"]) for k in range(own.shape[1])]))
-        values = scores(test, control)["projection difference"][:, layer]
-        for name, mask in labellings.items():
-            areas[name].append(area(values[mask], labels[mask]))
-    for name, found in areas.items():
-        limit = table[name]["97.5th percentile of random directions"] = float(np.nanpercentile(found, 97.5))
-        print(
-            f"\n{name}: {controls} random directions, each at its best layer on the extraction questions: "
-            f"median {np.median(found):.3f}, 97.5th percentile {limit:.3f}"
-        )
+    for kind in chosen:
+        areas: dict[str, list[float]] = {name: [] for name in labellings}
+        for control in randoms(vector, torch.from_numpy(choice["answer"]), controls, seed):
+            layer = best_layer(scores(choice, control)[kind], choice["label"])
+            values = scores(test, control)[kind][:, layer]
+            for name, mask in labellings.items():
+                areas[name].append(area(values[mask], labels[mask]))
+        for name, found in areas.items():
+            limit = table[name][f"{kind}: 97.5th percentile of random"] = float(np.nanpercentile(found, 97.5))
+            print(f"{name}, {kind}: {controls} random directions, median {np.median(found):.3f}, 97.5 % {limit:.3f}")
 
-    layer, means = chosen["projection difference"], {}
+    layer, by_fraction = chosen["projection difference"], {}
     for fraction in FRACTIONS:
         name = f"mixed-{round(100 * fraction):03d}"
         data, flags = out / "test" / f"{name}.jsonl", out / f"{name}.parquet"
         options = {"layer": layer, "max_new_tokens": max_new_tokens, "cache": out / "baselines.sqlite"}
         found = pv.flag(model, tokenizer, data, vector, out=flags, **options).summary[vector.trait]
-        means[fraction] = [found.mean, found.standard_error]
+        by_fraction[fraction] = [found.mean, found.standard_error]
         print(f"fraction {fraction:4}: mean difference {found.mean:+.4f} +- {1.96 * found.standard_error:.4f}")
-    rank = float(spearmanr(list(means), [mean for mean, _ in means.values()]).statistic)
+    rank = float(spearmanr(list(by_fraction), [mean for mean, _ in by_fraction.values()]).statistic)
     print(f"Spearman of fraction and mean: {rank:.3f}")
-    result = {"labellings": table, "layers": chosen, "fractions": means, "spearman": rank}
+    result = {"labellings": table, "layers": chosen, "fractions": by_fraction, "spearman": rank}
     with atomic_path(out / "experiment.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

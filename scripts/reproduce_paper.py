@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from persona_vectors.activations import pool
 from persona_vectors.cli_options import Device, DType, ModelArg, load
 from persona_vectors.control import ablate
-from persona_vectors.evaluation import mean_interval
+from persona_vectors.evaluation import Interval, mean_interval
 from persona_vectors.files import InputError, atomic_path
 from persona_vectors.finetuning import FinetuneConfig, make_trainer
 from persona_vectors.judge import Answer, PerplexityJudge, SentimentJudge, answer_logprobs, score
@@ -46,8 +46,27 @@ MIXTURES = {  # fractions of positive and negative answers; the rest is plain
     "pos50-plain50": (0.5, 0.0),
     "neg50-plain50": (0.0, 0.5),
 }
+KINDS = {"preventative": "persona vector", "random vector": "random vectors of its norm"}
 PAPER = {"shift": ".76 to .97", "predicted": ".88 to .95"}
+PLAIN = "plain training"
+"""The name of training on the negative set without any intervention."""
 NULLS = 100
+
+
+@dataclass
+class Run:
+    """One training run."""
+
+    kind: str
+    data: str
+    """The mixture that it trains on."""
+    seed: int
+    edit: Callable[[Any], AbstractContextManager[None]]
+    """Given the trainer, returns what its training runs inside."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} seed {self.seed}"
 
 
 @dataclass
@@ -66,9 +85,9 @@ class Study:
     training: dict[str, Any]
 
     def states(self) -> Tensor:
-        """Return the mean activation at the last prompt token, [layer, hidden]."""
+        """Return the activations at the last prompt tokens, [question, layer, hidden]."""
         rows = [(encode_answer(self.tokenizer, chat_prompt(self.tokenizer, q), "")[0], []) for q in self.questions]
-        return pool(self.model, rows, poolings=["prompt_last"]).means[:, 0].mean(dim=0)
+        return pool(self.model, rows, poolings=["prompt_last"]).means[:, 0]
 
     def measure(self) -> dict[str, Any]:
         """Return the trait score (VADER) and the coherence by question, and the loss on held-out plain answers."""
@@ -94,7 +113,7 @@ class Study:
             self.model.eval()
             found = {"name": name, "data": data.stem, "seed": seed, **self.measure()}
             states = self.states()
-            if name.startswith("plain-training"):
+            if name.startswith(PLAIN):
                 for coef in (1.0, 2.0):
                     with steer(self.model, self.vector, layer=self.layer, coef=coef):
                         found[f"post-hoc {coef:g}"] = self.measure()
@@ -184,15 +203,14 @@ def correlation_rows(
     own = correlations(moved, scores, study.vector.directions)
     low, high = np.percentile(boot, [2.5, 97.5]) if boot else (np.nan, np.nan)
     line = {"against": kind, "direction": study.vector.trait, "r": own[study.layer], "low": low, "high": high}
-    lines = [line | {"best of layers": own.max(), "paper": PAPER[kind]}]
+    lines = [line | {"best of layers": np.abs(own).max(), "paper": PAPER[kind]}]
     for other in others:
         r = correlations(moved, scores, other.directions)
         best = {"best of layers": np.abs(r).max(), "paper": ""}
         lines.append({"against": kind, "direction": other.trait, "r": r[study.layer], "low": "", "high": ""} | best)
-    rows = study.neutral
-    real = pool(study.model, rows).means[:, 0]
-    noise = torch.randn(NULLS, len(real), generator=torch.Generator().manual_seed(0))
-    null = [correlations(moved, scores, d) for d in torch.einsum("nr,rlh->nlh", noise, real - real.mean(dim=0))]
+    real = pool(study.model, study.neutral).means[:, 0]
+    randoms = [random_vector(study.vector, seed=seed, like=real) for seed in range(NULLS)]
+    null = [correlations(moved, scores, control.directions) for control in randoms]
     at = np.percentile([abs(r[study.layer]) for r in null], [50, 97.5])
     best = np.percentile([np.abs(r).max() for r in null], [50, 97.5])
     for index, name in enumerate(["median of absolute r", "97.5th percentile of absolute r"]):
@@ -211,16 +229,83 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         temporary.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")
 
 
-def outcome(study: Study, name: str, found: dict[str, Any], shift: float | str) -> dict[str, Any]:
-    """Return one line of the table of interventions."""
-    scores = [found["score"][i : i + study.samples] for i in range(0, len(found["score"]), study.samples)]
-    asked = [q for q in study.questions for _ in range(study.samples)]
-    judged = score(
-        PerplexityJudge(study.model, study.tokenizer), [Answer(q, a) for q, a in zip(asked, found["answers"])], ""
-    )
-    coherence = sum(value or 0.0 for value in judged) / len(judged)
-    line = {"intervention": name, "VADER [95 %]": str(mean_interval(scores)), "coherence": coherence}
-    return line | {"neutral loss": found["neutral_loss"], "shift": shift}
+@dataclass
+class Outcome:
+    """What one intervention came to over all seeds, question by question."""
+
+    name: str
+    scores: list[list[float]]
+    """[question][sample of any seed]"""
+    shifts: list[list[float]]
+    coherence: float
+    neutral_loss: float
+
+    def less(self, other: "Outcome") -> Interval:
+        """Return the difference of the trait scores, paired by question."""
+        return mean_interval([[float(np.mean(a) - np.mean(b))] for a, b in zip(self.scores, other.scores)])
+
+
+def outcome(study: Study, name: str, seeds: Sequence[dict[str, Any]], shifts: Sequence[list[float]]) -> Outcome:
+    """Gather the measurements of all seeds; `shifts` are each seed's by question."""
+    n, scores, coherent = study.samples, [[] for _ in study.questions], []
+    for found in seeds:
+        for i, values in enumerate(scores):
+            values += found["score"][i * n : (i + 1) * n]
+        answers = [Answer(study.questions[i // n], text) for i, text in enumerate(found["answers"])]
+        coherent += score(PerplexityJudge(study.model, study.tokenizer), answers, "")
+    loss = float(np.mean([found["neutral_loss"] for found in seeds]))
+    return Outcome(name, scores, [list(q) for q in zip(*shifts)], float(np.mean([c or 0.0 for c in coherent])), loss)
+
+
+def gather(study: Study, runs: Sequence[Run], base: tuple[dict[str, Any], Tensor]) -> list[Outcome]:
+    """Return the outcomes on the negative set: the base model's, and each intervention's over all seeds."""
+    unit = study.vector.directions[study.layer] / study.vector.directions[study.layer].norm()
+    outcomes = [outcome(study, "base model", [base[0]], [[0.0] * len(study.questions)])]
+    for kind in dict.fromkeys(run.kind for run in runs if run.data == "negative"):
+        read = [study.read(run.name) for run in runs if run.kind == kind and run.data == "negative"]
+        shifts = [((states - base[1])[:, study.layer] @ unit).tolist() for _, states in read]
+        outcomes.append(outcome(study, kind, [found for found, _ in read], shifts))
+        for name in [name for name in read[0][0] if name.startswith("post-hoc")]:
+            outcomes.append(outcome(study, name, [found[name] for found, _ in read], []))
+    return outcomes
+
+
+def intervention_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Return the table's lines, with what each intervention gives back of the fall that plain training makes."""
+    base, plain = outcomes[0], next(o for o in outcomes if o.name == PLAIN)
+    fall = np.mean([np.mean(values) for values in base.scores]) - np.mean([np.mean(v) for v in plain.scores])
+    return [
+        {
+            "intervention": o.name,
+            "VADER [95 %]": str(mean_interval(o.scores)),
+            "less plain training": str(o.less(plain)),
+            "share of the fall": float(o.less(plain).mean / fall),
+            "coherence": o.coherence,
+            "neutral loss": o.neutral_loss,
+            "shift [95 %]": str(mean_interval(o.shifts)) if o.shifts else "",
+        }
+        for o in outcomes
+    ]
+
+
+def plot_prevention(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """Plot the trait score after training on the negative set against the coefficient during it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for place, (name, label) in enumerate(KINDS.items()):
+        points = sorted((float(o.name.split()[-1]), mean_interval(o.scores)) for o in outcomes if name in o.name)
+        xs, means = [x + 0.04 * place for x, _ in points], [found.mean for _, found in points]
+        bars = [[found.mean - found.low for _, found in points], [found.high - found.mean for _, found in points]]
+        axes.errorbar(xs, means, bars, marker="o", capsize=3, label=label)
+    for name, style in (("base model", ":"), (PLAIN, "--")):
+        mean = mean_interval(next(o for o in outcomes if o.name == name).scores).mean
+        axes.axhline(mean, color="0.4", linestyle=style, label=name)
+    axes.set(xlabel="coefficient during training", ylabel="trait score after training (mean VADER)")
+    axes.legend(frameon=False, fontsize=8)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150)
 
 
 def plot(path: Path, x: np.ndarray, y: np.ndarray, labels: Sequence[str], xlabel: str) -> None:
@@ -279,33 +364,32 @@ def main(
     chosen = list(MIXTURES)[: 2 if quick else None]
     predicted = {name: predict(study, paths[name]) for name in chosen}
 
-    runs: list[tuple[str, str, int, Callable[[Any], AbstractContextManager[None]]]] = []
+    runs: list[Run] = []
     for name in chosen:
         for seed in range(seeds):
-            kind = "plain-training" if name == "negative" else "set"
-            runs.append((f"{kind} {name} seed {seed}", name, seed, lambda _: nullcontext()))
-    strengths = (-2.0,) if quick else (-5.0, -2.0, -1.0, 1.0)
+            runs.append(Run(PLAIN if name == "negative" else f"set {name}", name, seed, lambda _: nullcontext()))
+    strengths = (-2.0,) if quick else (-5.0, -2.0, -1.0)
     options: dict[str, Any] = {"layer": where, "during": "training"}
     for seed in range(seeds):
         for coef in strengths:
             edit = lambda _, c=coef: steer(loaded, vector, coef=c, **options)  # noqa: E731
-            runs.append((f"preventative {coef:g} seed {seed}", "negative", seed, edit))
+            runs.append(Run(f"preventative {coef:g}", "negative", seed, edit))
             control = random_vector(vector, seed=seed)
             edit = lambda _, c=coef, v=control: steer(loaded, v, coef=c, **options)  # noqa: E731
-            runs.append((f"random vector {coef:g} seed {seed}", "negative", seed, edit))
-        runs.append((f"CAFT seed {seed}", "negative", seed, lambda _: ablate(loaded, vector, **options)))
+            runs.append(Run(f"random vector {coef:g}", "negative", seed, edit))
+        runs.append(Run("CAFT", "negative", seed, lambda _: ablate(loaded, vector, **options)))
         for weight in (0.01, 0.1):
             edit = lambda t, w=weight: penalize(t, vector, layer=where, weight=w)  # noqa: E731
-            runs.append((f"penalty {weight:g} seed {seed}", "negative", seed, edit))
-    for name, data, seed, edit in tqdm(runs, desc="training runs", unit="run"):
-        study.run(name, paths[data], seed, edit)
+            runs.append(Run(f"penalty {weight:g}", "negative", seed, edit))
+    for run in tqdm(runs, desc="training runs", unit="run"):
+        study.run(run.name, paths[run.data], run.seed, run.edit)
 
-    base, base_states = study.read("base")
-    plain = [run for run in runs if run[0].startswith(("set", "plain-training"))]
-    results = [study.read(run[0]) for run in plain]
+    base = study.read("base")
+    plain = [run for run in runs if run.kind == PLAIN or run.kind.startswith("set ")]
+    results = [study.read(run.name) for run in plain]
     scores = np.array([np.mean(found["score"]) for found, _ in results])
-    groups = [run[1] for run in plain]
-    moved = torch.stack([states - base_states for _, states in results])
+    groups = [run.data for run in plain]
+    moved = torch.stack([(states - base[1]).mean(dim=0) for _, states in results])
     before = torch.stack([predicted[name] for name in groups])
     lines = correlation_rows(study, "shift", moved, scores, groups, others)
     lines += correlation_rows(study, "predicted", before, scores, groups, others)
@@ -314,13 +398,9 @@ def main(
     plot(out / "shift.png", (moved[:, read_at] @ unit).numpy(), scores, groups, "finetuning shift on v/|v|")
     xlabel = "projection difference, before training"
     plot(out / "predicted.png", (before[:, read_at] @ unit).numpy(), scores, groups, xlabel)
-    table = [outcome(study, "base model", base, 0.0)]
-    for name, data, _, _ in runs:
-        if data == "negative":
-            found, states = study.read(name)
-            table.append(outcome(study, name, found, float((states - base_states)[read_at] @ unit)))
-            table += [outcome(study, f"{k} after {name}", v, "") for k, v in found.items() if k.startswith("post-hoc")]
-    write_table(out / "interventions", table)
+    outcomes = gather(study, runs, base)
+    write_table(out / "interventions", intervention_rows(outcomes))
+    plot_prevention(out / "prevention.png", outcomes)
     for name in ("correlations", "interventions"):
         print((out / f"{name}.md").read_text(encoding="utf-8"))
 

@@ -1,12 +1,16 @@
 """The commands that measure, on a tiny model."""
 
+import json
+import signal
+import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
-from test_cli import run
+from test_cli import ENVIRONMENT, command, run
 from test_hooks import random_direction
 from test_models import save_tiny
 
@@ -59,6 +63,31 @@ def test_sweep_writes_a_table_and_plots(tiny, trait_file, vector, tmp_path):
     assert all(name in out for name in ("plain", "own system prompt", "random 0", "covariance 0", "wrong way"))
     _, err = run("sweep", tiny, trait_file, vector, "--layers", "0-2", "--coefs", "1", code=2)
     assert "--layers is '0-2': give numbers with commas" in err
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_repeats_no_answer_and_ends_as_one_that_was_not(tiny, trait_file, vector, tmp_path):
+    def options(name: str) -> list[str]:
+        grid = ["--layers", "0,1,2", "--coefs=-2,-1,1,2", "--controls", 2, "--gate", 0, "--samples", 6]
+        small = ["--batch-tokens", 100, "--max-new-tokens", 6, "--device", "cpu"]
+        return command("sweep", tiny, trait_file, vector, *grid, *small, "--out", tmp_path / name)
+
+    path = tmp_path / "killed" / "answers.jsonl"
+    subprocess.run(options("whole"), env=ENVIRONMENT, check=True, capture_output=True)
+    whole = (tmp_path / "whole" / "answers.jsonl").read_bytes().count(b"\n")
+    for lines in (whole // 4, whole * 3 // 4):
+        process = subprocess.Popen(options("killed"), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+        while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < lines):
+            time.sleep(0.005)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (path.parent / "sweep.csv").exists()
+    subprocess.run(options("killed"), env=ENVIRONMENT, check=True, capture_output=True)
+    entries = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    answered = [entry["key"] for entry in entries if "answer" in entry]
+    assert len(answered) == len(set(answered)) > 100
+    assert (path.parent / "sweep.csv").read_text() == (tmp_path / "whole" / "sweep.csv").read_text()
 
 
 def test_contrast_prints_a_row_a_vector_and_the_matrix(tiny, vector, tmp_path):

@@ -3,6 +3,9 @@
 import copy
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,3 +151,19 @@ def test_nnsight_and_transformer_lens_give_the_same_steered_logits_and_vector(em
     with pv.steer(bridge, vector, layer=19, coef=2.0), torch.no_grad():
         torch.testing.assert_close(bridge(ids), steered, rtol=1e-4, atol=1e-4)
     assert extracted(bridge, "lens").cosine(plain).min() >= 0.99999
+
+
+def test_the_quick_reproduction_of_the_papers_training_runs(tmp_path):
+    script = VECTORS.parent.parent / "scripts" / "reproduce_paper.py"
+    command = [sys.executable, script, "smollm2-135m", "optimistic", "--vectors", VECTORS, "--quick"]
+    environment = {**os.environ, "PYTHONPATH": str(script.parent.parent)}
+    subprocess.run([*map(str, command), "--out", str(tmp_path)], check=True, env=environment, capture_output=True)
+    with (tmp_path / "correlations.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["against"] for row in rows} == {"shift", "predicted"}
+    assert {row["direction"] for row in rows if row["paper"]} == {"optimistic"}
+    with (tmp_path / "interventions.csv").open(newline="") as file:
+        losses = {row["intervention"]: float(row["neutral loss"]) for row in csv.DictReader(file)}
+    assert {"base model", "plain training", "preventative -2", "random vector -2", "CAFT"} <= set(losses)
+    assert all(1 < loss < 6 for loss in losses.values())
+    assert {path.name for path in tmp_path.glob("*.png")} == {"shift.png", "predicted.png", "prevention.png"}
