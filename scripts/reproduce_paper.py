@@ -335,6 +335,7 @@ def main(
     layer: Annotated[int | None, typer.Option(help="layer to read the shift at [default: two thirds]")] = None,
     size: Annotated[int, typer.Option(help="samples a training set")] = 96,
     seeds: Annotated[int, typer.Option(help="training runs a set")] = 3,
+    intervention_seeds: Annotated[int, typer.Option(help="training runs an intervention, of those seeds")] = 2,
     epochs: Annotated[float, typer.Option(help="passes over a set")] = 2.0,
     tokens: Annotated[int, typer.Option(help="most tokens of an answer")] = 48,
     samples: Annotated[int, typer.Option(help="answers to each evaluation question")] = 3,
@@ -355,7 +356,8 @@ def main(
     half = len(asked) // 2
     where = count // 2 if train_layer is None else train_layer
     read_at = 2 * count // 3 if layer is None else layer
-    training = {"epochs": epochs, "learning_rate": learning_rate, "gradient_accumulation_steps": 4, "logging_steps": 50}
+    training = {"epochs": epochs, "learning_rate": learning_rate, "logging_steps": 50}
+    training |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     study = Study(loaded, tokenizer, vector, read_at, asked[half:], [], out, samples, tokens, training)
     per_question = -(-size * 5 // 4 // (half * len(loaded_trait.instruction)))
     paths = make_data(study, loaded_trait, asked[:half], per_question, size)
@@ -368,10 +370,9 @@ def main(
     for name in chosen:
         for seed in range(seeds):
             runs.append(Run(PLAIN if name == "negative" else f"set {name}", name, seed, lambda _: nullcontext()))
-    strengths = (-2.0,) if quick else (-5.0, -2.0, -1.0)
     options: dict[str, Any] = {"layer": where, "during": "training"}
-    for seed in range(seeds):
-        for coef in strengths:
+    for seed in range(min(seeds, intervention_seeds)):
+        for coef in (-2.0,) if quick else (-5.0, -2.0):
             edit = lambda _, c=coef: steer(loaded, vector, coef=c, **options)  # noqa: E731
             runs.append(Run(f"preventative {coef:g}", "negative", seed, edit))
             control = random_vector(vector, seed=seed)
