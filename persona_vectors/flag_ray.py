@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import output_capturing
+
 from persona_vectors.files import InputError
 from persona_vectors.models import Model
 
@@ -27,6 +29,9 @@ def run_in_actors(
         raise InputError("workers > 1 needs Ray: pip install 'persona-vectors-toolkit[ray]'") from None
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
+    # a model that was once called with output_hidden_states keeps hooks on a variable that cannot be pickled
+    kind = type(output_capturing._active_collector)
+    ray.util.register_serializer(kind, serializer=lambda _: None, deserializer=_collector)
     gpus = int(ray.cluster_resources().get("GPU", 0) >= workers)
     shared = ray.put((model, work))
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -44,6 +49,10 @@ def run_in_actors(
     missing = [number for number in numbers if not path(number).exists()]
     if missing:
         raise InputError(f"part {path(missing[0])} was not written here: put `out` on a disk that all workers share")
+
+
+def _collector(_: None) -> Any:
+    return output_capturing._active_collector
 
 
 class _Actor:

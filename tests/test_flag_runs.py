@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from test_cli import command, run
 from test_hooks import random_direction
 from test_models import save_tiny
@@ -110,6 +111,7 @@ def test_ray_actors_give_the_same_numbers_and_one_that_is_killed_costs_nothing(m
     options = {"layer": 1, "max_new_tokens": 8, "batch_tokens": 64, "chunk": 8, "baseline": baseline}
     tiny, tokens = pv.load_model(made / "tiny", device="cpu")
     vector, marker = random_direction(model), made / "killed"
+    tiny(input_ids=torch.tensor([[5, 6]]), output_hidden_states=True)  # it keeps hooks that refer to a ContextVar
     pv.flag(tiny, tokens, made / "d.jsonl", vector, out=made / "a.parquet", cache=made / "a.sqlite", **options)
 
     def dies_once(folder, units, batch_tokens, model, number):
