@@ -52,7 +52,6 @@ def test_the_page_sorts_searches_and_escapes(flagged, model, tokenizer, tmp_path
     assert "owned" not in browser.title and "Flags" in browser.title
     assert "1 to 50 of 121" in browser.find_element("id", "where").text
     buttons = browser.find_elements("css selector", "[data-sort]")
-    buttons[2].click()
     values = [float(line[2].split()[0]) for line in lines(browser)]
     assert values == sorted(values, reverse=True) and len(values) == 50
     buttons[2].click()
