@@ -89,10 +89,10 @@ class Study:
         rows = [(encode_answer(self.tokenizer, chat_prompt(self.tokenizer, q), "")[0], []) for q in self.questions]
         return pool(self.model, rows, poolings=["prompt_last"]).means[:, 0]
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self, seed: int = 0) -> dict[str, Any]:
         """Return the trait score (VADER) and the coherence by question, and the loss on held-out plain answers."""
         asked = [q for q in self.questions for _ in range(self.samples)]
-        answers = generate(self.model, self.tokenizer, asked, max_new_tokens=self.tokens, seed=1)
+        answers = generate(self.model, self.tokenizer, asked, max_new_tokens=self.tokens, seed=1 + seed)
         loss = -answer_logprobs(self.model, self.neutral)
         found = {"answers": answers, "neutral_loss": float(loss.nanmean())}
         return found | {"score": [SentimentJudge().compound(a) for a in answers]}
@@ -257,13 +257,13 @@ def outcome(study: Study, name: str, seeds: Sequence[dict[str, Any]], shifts: Se
     return Outcome(name, scores, [list(q) for q in zip(*shifts)], float(np.mean([c or 0.0 for c in coherent])), loss)
 
 
-def gather(study: Study, runs: Sequence[Run], base: tuple[dict[str, Any], Tensor]) -> list[Outcome]:
+def gather(study: Study, runs: Sequence[Run], base: Sequence[tuple[dict[str, Any], Tensor]]) -> list[Outcome]:
     """Return the outcomes on the negative set: the base model's, and each intervention's over all seeds."""
     unit = study.vector.directions[study.layer] / study.vector.directions[study.layer].norm()
-    outcomes = [outcome(study, "base model", [base[0]], [[0.0] * len(study.questions)])]
+    outcomes = [outcome(study, "base model", [found for found, _ in base], [[0.0] * len(study.questions)])]
     for kind in dict.fromkeys(run.kind for run in runs if run.data == "negative"):
         read = [study.read(run.name) for run in runs if run.kind == kind and run.data == "negative"]
-        shifts = [((states - base[1])[:, study.layer] @ unit).tolist() for _, states in read]
+        shifts = [((states - base[0][1])[:, study.layer] @ unit).tolist() for _, states in read]
         outcomes.append(outcome(study, kind, [found for found, _ in read], shifts))
         for name in [name for name in read[0][0] if name.startswith("post-hoc")]:
             outcomes.append(outcome(study, name, [found[name] for found, _ in read], []))
@@ -361,8 +361,9 @@ def main(
     study = Study(loaded, tokenizer, vector, read_at, asked[half:], [], out, samples, tokens, training)
     per_question = -(-size * 5 // 4 // (half * len(loaded_trait.instruction)))
     paths = make_data(study, loaded_trait, asked[:half], per_question, size)
-    if not (out / "runs" / "base.json").is_file():
-        study.write("base", {"name": "base", **study.measure()}, study.states())
+    for seed in range(seeds):  # as many answers as after training
+        if not (out / "runs" / f"base seed {seed}.json").is_file():
+            study.write(f"base seed {seed}", {"name": "base", "seed": seed, **study.measure(seed)}, study.states())
     chosen = list(MIXTURES)[: 2 if quick else None]
     predicted = {name: predict(study, paths[name]) for name in chosen}
 
@@ -385,12 +386,12 @@ def main(
     for run in tqdm(runs, desc="training runs", unit="run"):
         study.run(run.name, paths[run.data], run.seed, run.edit)
 
-    base = study.read("base")
+    base = [study.read(f"base seed {seed}") for seed in range(seeds)]
     plain = [run for run in runs if run.kind == PLAIN or run.kind.startswith("set ")]
     results = [study.read(run.name) for run in plain]
     scores = np.array([np.mean(found["score"]) for found, _ in results])
     groups = [run.data for run in plain]
-    moved = torch.stack([(states - base[1]).mean(dim=0) for _, states in results])
+    moved = torch.stack([(states - base[0][1]).mean(dim=0) for _, states in results])
     before = torch.stack([predicted[name] for name in groups])
     lines = correlation_rows(study, "shift", moved, scores, groups, others)
     lines += correlation_rows(study, "predicted", before, scores, groups, others)
