@@ -271,15 +271,18 @@ def gather(study: Study, runs: Sequence[Run], base: Sequence[tuple[dict[str, Any
 
 
 def intervention_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """Return the table's lines, with what each intervention gives back of the fall that plain training makes."""
-    base, plain = outcomes[0], next(o for o in outcomes if o.name == PLAIN)
-    fall = np.mean([np.mean(values) for values in base.scores]) - np.mean([np.mean(v) for v in plain.scores])
+    """Return the table's lines, with the share that each intervention gives back of the fall that plain training makes.
+
+    The share is left out where the fall's interval holds 0.
+    """
+    plain = next(o for o in outcomes if o.name == PLAIN)
+    fall = outcomes[0].less(plain)
     return [
         {
             "intervention": o.name,
             "VADER [95 %]": str(mean_interval(o.scores)),
             "less plain training": str(o.less(plain)),
-            "share of the fall": float(o.less(plain).mean / fall),
+            "share of the fall": o.less(plain).mean / fall.mean if fall.low > 0 else "",
             "coherence": o.coherence,
             "neutral loss": o.neutral_loss,
             "shift [95 %]": str(mean_interval(o.shifts)) if o.shifts else "",
