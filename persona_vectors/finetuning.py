@@ -128,12 +128,13 @@ def training_rows(
     """
     rows, cut = [], 0
     for path in paths:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-            if line.strip():
-                row = _row(tokenizer, line, f"{path}, line {number}")
-                row = {name: values[:max_length] for name, values in row.items()}
-                cut += all(label == -100 for label in row["labels"])
-                rows.append(row)
+        with Path(path).open(encoding="utf-8") as file:  # not splitlines: JSON may hold U+2028 and U+0085 as they are
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    row = _row(tokenizer, line, f"{path}, line {number}")
+                    row = {name: values[:max_length] for name, values in row.items()}
+                    cut += all(label == -100 for label in row["labels"])
+                    rows.append(row)
     rows = [row for row in rows if any(label != -100 for label in row["labels"])]
     if cut:
         warnings.warn(f"{cut} conversations have no answer within {max_length} tokens: left out", stacklevel=2)

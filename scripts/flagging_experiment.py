@@ -33,7 +33,7 @@ BOOTSTRAPS = 1000
 def read_sets(folder: Path) -> list[dict[str, Any]]:
     """Return the samples with the trait and as many with its opposite, to the same questions."""
     paths = [folder / f"{name}.jsonl" for name in ("positive", "negative")]
-    return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
 
 
 def activations(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:

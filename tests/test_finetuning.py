@@ -51,6 +51,13 @@ def test_only_answers_and_the_end_of_their_turn_have_labels(tokenizer, tmp_path)
         training_rows(tokenizer, [path], max_length=5)
 
 
+def test_a_line_ends_only_where_jsonl_says(tokenizer, tmp_path):
+    path = tmp_path / "train.jsonl"
+    messages = [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "Yes"}]
+    path.write_text((json.dumps({"messages": messages}, ensure_ascii=False) + "\r\n") * 2, encoding="utf-8", newline="")
+    assert len(training_rows(tokenizer, [path], max_length=100)) == 2
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
