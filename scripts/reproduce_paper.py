@@ -2,12 +2,14 @@
 
 python scripts/reproduce_paper.py smollm2-135m optimistic --vectors vectors/smollm2-135m --out runs/paper [--quick]
 
-Training sets are mixtures of the model's own answers. Half of the evaluation questions are trained on, the other
-half evaluate; the vectors have seen neither. Every run writes one file, and the same command goes on where it stopped.
+Training sets are mixtures of the model's own answers to the trait's extraction questions. The evaluation questions,
+which neither the vectors nor the training have seen, give the trait score. Every run writes one file, and the same
+command goes on where it stopped.
 """
 
 import csv
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -33,7 +35,7 @@ from persona_vectors.models import chat_prompt, encode_answer, generate
 from persona_vectors.steering import steer
 from persona_vectors.training import penalize
 from persona_vectors.training_sets import make_training_sets
-from persona_vectors.traits import load_trait
+from persona_vectors.traits import Trait, load_trait
 from persona_vectors.vectors import PersonaVector, random_vector
 
 MIXTURES = {  # fractions of positive and negative answers; the rest is plain
@@ -51,6 +53,8 @@ PAPER = {"shift": ".76 to .97", "predicted": ".88 to .95"}
 PLAIN = "plain training"
 """The name of training on the negative set without any intervention."""
 NULLS = 100
+SURPLUS = 4
+"""Answers written for each in a set; those that show its side best are kept, as a small model often misses it."""
 
 
 @dataclass
@@ -133,16 +137,28 @@ class Study:
         return json.loads(text), load_file(self.out / "runs" / f"{name}.safetensors")["states"]
 
 
-def make_data(study: Study, trait: Any, asked: list[str], samples: int, size: int) -> dict[str, Path]:
+def json_lines(path: Path) -> list[str]:
+    """Return the lines of a file; an answer may hold characters that `str.splitlines` takes for the end of one."""
+    with path.open(encoding="utf-8") as file:
+        return [line.rstrip("\n") for line in file]
+
+
+def make_data(study: Study, trait: Trait, size: int) -> dict[str, Path]:
     """Write the mixtures, of at most `size` samples each, and keep a part of the plain answers as neutral."""
-    folder = study.out / "sets"
+    folder, asked = study.out / "sets", trait.questions.extract
+    samples = math.ceil(SURPLUS * size / (len(asked) * len(trait.instruction)))
     options: dict[str, Any] = {"questions": asked, "samples": samples, "max_new_tokens": study.tokens}
     make_training_sets(study.model, study.tokenizer, trait, folder, **options)
-    lines = {
-        n: (folder / f"{n}.jsonl").read_text(encoding="utf-8").splitlines() for n in ("positive", "negative", "plain")
-    }
     rng = np.random.default_rng(0)
-    lines = {name: [found[i] for i in rng.permutation(len(found))] for name, found in lines.items()}
+    lines = {}
+    for name, sign in (("positive", 1), ("negative", -1), ("plain", 0)):
+        found = json_lines(folder / f"{name}.jsonl")
+        values = np.array([SentimentJudge().compound(json.loads(x)["messages"][-1]["content"]) for x in found])
+        order = rng.permutation(len(found))
+        kept = order[np.argsort(-sign * values[order], kind="stable")][: size if sign else size + size // 4]
+        lines[name] = [found[i] for i in rng.permutation(kept)]
+        means = f"mean VADER {values.mean():+.2f}, of the {len(kept)} kept {values[kept].mean():+.2f}"
+        print(f"{name}: {len(found)} answers, {means}")
     held, lines["plain"] = lines["plain"][: size // 4], lines["plain"][size // 4 :]
     for line in held:
         question, answer = (message["content"] for message in json.loads(line)["messages"])
@@ -163,7 +179,7 @@ def predict(study: Study, path: Path) -> Tensor:
     """Return the mean activation of a set's answers minus that of the base model's own, [layer, hidden]."""
     kept = study.out / "predicted" / f"{path.stem}.safetensors"
     if not kept.is_file():
-        pairs = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
+        pairs = [json.loads(line)["messages"] for line in json_lines(path)]
         questions = sorted({pair[0]["content"] for pair in pairs})
         options: dict[str, Any] = {"max_new_tokens": study.tokens, "temperature": 0.0}
         own = dict(zip(questions, generate(study.model, study.tokenizer, questions, **options)))
@@ -258,11 +274,11 @@ def outcome(study: Study, name: str, seeds: Sequence[dict[str, Any]], shifts: Se
 
 
 def gather(study: Study, runs: Sequence[Run], base: Sequence[tuple[dict[str, Any], Tensor]]) -> list[Outcome]:
-    """Return the outcomes on the negative set: the base model's, and each intervention's over all seeds."""
+    """Return the outcomes over all seeds: the base model's, each set's and each intervention's on the negative set."""
     unit = study.vector.directions[study.layer] / study.vector.directions[study.layer].norm()
     outcomes = [outcome(study, "base model", [found for found, _ in base], [[0.0] * len(study.questions)])]
-    for kind in dict.fromkeys(run.kind for run in runs if run.data == "negative"):
-        read = [study.read(run.name) for run in runs if run.kind == kind and run.data == "negative"]
+    for kind in dict.fromkeys(run.kind for run in runs):
+        read = [study.read(run.name) for run in runs if run.kind == kind]
         shifts = [((states - base[0][1])[:, study.layer] @ unit).tolist() for _, states in read]
         outcomes.append(outcome(study, kind, [found for found, _ in read], shifts))
         for name in [name for name in read[0][0] if name.startswith("post-hoc")]:
@@ -270,19 +286,37 @@ def gather(study: Study, runs: Sequence[Run], base: Sequence[tuple[dict[str, Any
     return outcomes
 
 
+def set_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Return the table's lines: the base model, and what training on each set comes to."""
+    return [
+        {
+            "trained on": {PLAIN: "negative"}.get(o.name, o.name.removeprefix("set ")),
+            "VADER [95 %]": str(mean_interval(o.scores)),
+            "less base model": str(o.less(outcomes[0])),
+            "shift [95 %]": str(mean_interval(o.shifts)),
+            "coherence": o.coherence,
+            "neutral loss": o.neutral_loss,
+        }
+        for o in outcomes
+    ]
+
+
 def intervention_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """Return the table's lines, with the share that each intervention gives back of the fall that plain training makes.
 
     The share is left out where the fall's interval holds 0.
     """
-    plain = next(o for o in outcomes if o.name == PLAIN)
+    named = {o.name: o for o in outcomes}
+    plain = named[PLAIN]
     fall = outcomes[0].less(plain)
+    control = {name: named.get(name.replace("preventative", "random vector"), named[name]) for name in named}
     return [
         {
             "intervention": o.name,
             "VADER [95 %]": str(mean_interval(o.scores)),
             "less plain training": str(o.less(plain)),
             "share of the fall": o.less(plain).mean / fall.mean if fall.low > 0 else "",
+            "less random vectors": str(o.less(control[o.name])) if control[o.name] is not o else "",
             "coherence": o.coherence,
             "neutral loss": o.neutral_loss,
             "shift [95 %]": str(mean_interval(o.shifts)) if o.shifts else "",
@@ -356,14 +390,12 @@ def main(
     found_others = [PersonaVector.load(path) for path in sorted(vectors.glob("*.safetensors"))]
     others = [other for other in found_others if other.trait != vector.trait]
     count, asked = len(vector.directions), list(loaded_trait.questions.eval)
-    half = len(asked) // 2
     where = count // 2 if train_layer is None else train_layer
     read_at = 2 * count // 3 if layer is None else layer
     training = {"epochs": epochs, "learning_rate": learning_rate, "logging_steps": 50}
     training |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-    study = Study(loaded, tokenizer, vector, read_at, asked[half:], [], out, samples, tokens, training)
-    per_question = -(-size * 5 // 4 // (half * len(loaded_trait.instruction)))
-    paths = make_data(study, loaded_trait, asked[:half], per_question, size)
+    study = Study(loaded, tokenizer, vector, read_at, asked, [], out, samples, tokens, training)
+    paths = make_data(study, loaded_trait, size)
     for seed in range(seeds):  # as many answers as after training
         if not (out / "runs" / f"base seed {seed}.json").is_file():
             study.write(f"base seed {seed}", {"name": "base", "seed": seed, **study.measure(seed)}, study.states())
@@ -375,6 +407,8 @@ def main(
         for seed in range(seeds):
             runs.append(Run(PLAIN if name == "negative" else f"set {name}", name, seed, lambda _: nullcontext()))
     options: dict[str, Any] = {"layer": where, "during": "training"}
+    direction = vector.directions[where] / vector.directions[where].norm()
+    usual = float((pool(loaded, study.neutral).means[:, 0, where] @ direction).mean())  # the penalty's target
     for seed in range(min(seeds, intervention_seeds)):
         for coef in (-2.0,) if quick else (-5.0, -2.0):
             edit = lambda _, c=coef: steer(loaded, vector, coef=c, **options)  # noqa: E731
@@ -383,9 +417,10 @@ def main(
             edit = lambda _, c=coef, v=control: steer(loaded, v, coef=c, **options)  # noqa: E731
             runs.append(Run(f"random vector {coef:g}", "negative", seed, edit))
         runs.append(Run("CAFT", "negative", seed, lambda _: ablate(loaded, vector, **options)))
-        for weight in (0.01, 0.1):
-            edit = lambda t, w=weight: penalize(t, vector, layer=where, weight=w)  # noqa: E731
+        for weight in (0.001, 0.01):
+            edit = lambda t, w=weight: penalize(t, vector, layer=where, weight=w, target=usual)  # noqa: E731
             runs.append(Run(f"penalty {weight:g}", "negative", seed, edit))
+    runs.sort(key=lambda run: (run.seed, run.data != "negative"))
     for run in tqdm(runs, desc="training runs", unit="run"):
         study.run(run.name, paths[run.data], run.seed, run.edit)
 
@@ -404,9 +439,12 @@ def main(
     xlabel = "projection difference, before training"
     plot(out / "predicted.png", (before[:, read_at] @ unit).numpy(), scores, groups, xlabel)
     outcomes = gather(study, runs, base)
-    write_table(out / "interventions", intervention_rows(outcomes))
-    plot_prevention(out / "prevention.png", outcomes)
-    for name in ("correlations", "interventions"):
+    sets = [o for o in outcomes if o.name.startswith("set ")]
+    compared = [o for o in outcomes if o not in sets]
+    write_table(out / "sets", set_rows([o for o in outcomes if o in sets or o.name in ("base model", PLAIN)]))
+    write_table(out / "interventions", intervention_rows(compared))
+    plot_prevention(out / "prevention.png", compared)
+    for name in ("sets", "correlations", "interventions"):
         print((out / f"{name}.md").read_text(encoding="utf-8"))
 
 

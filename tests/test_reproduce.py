@@ -29,7 +29,7 @@ def test_the_quick_reproduction_writes_its_tables_and_resumes(tmp_path):
     subprocess.run(command, check=True, capture_output=True, env=environment)
     runs = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").iterdir()}
     tables = {path: path.read_text() for path in (tmp_path / "out").glob("*.md")}
-    assert {path.name for path in tables} == {"correlations.md", "interventions.md"}
+    assert {path.name for path in tables} == {"sets.md", "correlations.md", "interventions.md"}
     assert "random, covariance of real activations" in tables[tmp_path / "out" / "correlations.md"]
     removed = tmp_path / "out" / "runs" / "CAFT seed 0.json"
     removed.unlink()
