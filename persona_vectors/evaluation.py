@@ -24,9 +24,10 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self:.2f}"
+        return f"{self}"
 
     def __format__(self, spec: str) -> str:
+        spec = spec or ".2f"
         return f"{self.mean:+{spec}} [{self.low:+{spec}}, {self.high:+{spec}}]"
 
 

@@ -10,6 +10,7 @@ from persona_vectors.control import cap
 from persona_vectors.demo import choose_layer, run_demo
 from persona_vectors.evaluation import (
     Ask,
+    Interval,
     answer_batches,
     correlation_interval,
     evaluate,
@@ -143,3 +144,9 @@ def test_what_is_skipped_changes_no_other_answer(model, tokenizer):
     assert set(whole) == {0, 1, 2, 3} and rest == {i: whole[i] for i in (1, 2)}
     with steer(model, random_direction(model), layer=2, coef=3.0):
         assert whole[2] == generate(model, tokenizer, asks[2].question, max_new_tokens=4, temperature=0.0)
+
+
+def test_an_interval_is_written_with_two_digits_unless_told():
+    interval = Interval(0.12345, -0.98765, 1.0)
+    assert str(interval) == f"{interval}" == "+0.12 [-0.99, +1.00]"
+    assert f"{interval:.1f}" == "+0.1 [-1.0, +1.0]"
