@@ -2,9 +2,9 @@
 
 python scripts/reproduce_paper.py smollm2-135m optimistic --vectors vectors/smollm2-135m --out runs/paper [--quick]
 
-Training sets are mixtures of the model's own answers to the trait's extraction questions. The evaluation questions,
-which neither the vectors nor the training have seen, give the trait score. Every run writes one file, and the same
-command goes on where it stopped.
+Training sets are mixtures of the model's own answers to the trait's extraction questions, selected by VADER, which also
+gives the trait score: on the evaluation questions, which neither the vectors nor the training have seen. Every run
+writes one file, and the same command goes on where it stopped.
 """
 
 import csv
