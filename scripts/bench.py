@@ -32,11 +32,13 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding
 from transformers.utils import logging
 
-from persona_vectors import flag_ray
-from persona_vectors.activations import POOLINGS, Row, pool, pool_while_generating
-from persona_vectors.files import InputError, atomic_path
-from persona_vectors.flagging import answer_means, flag
-from persona_vectors.models import (
+from persona_vectors.data.files import InputError, atomic_path
+from persona_vectors.data.traits import load_trait
+from persona_vectors.extraction.rollouts import plan
+from persona_vectors.flagging import actors as flag_ray
+from persona_vectors.flagging.run import answer_means, flag
+from persona_vectors.model.activations import POOLINGS, Row, pool, pool_while_generating
+from persona_vectors.model.models import (
     EMBEDDED,
     Model,
     batch_tokens_for,
@@ -49,12 +51,10 @@ from persona_vectors.models import (
     model_shape,
     stop_tokens,
 )
-from persona_vectors.monitoring import monitor, unit_directions
-from persona_vectors.projection import token_projections
-from persona_vectors.rollouts import plan
-from persona_vectors.steering import steer
-from persona_vectors.traits import load_trait
-from persona_vectors.vectors import PersonaVector
+from persona_vectors.monitoring.projection import token_projections
+from persona_vectors.monitoring.trace import monitor, unit_directions
+from persona_vectors.steering.add import steer
+from persona_vectors.vectors.vector import PersonaVector
 
 # The shape of a model, for random weights: speed and memory do not depend on what the weights are.
 SHAPES: dict[str, dict[str, Any]] = {

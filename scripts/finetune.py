@@ -2,7 +2,7 @@
 
 import sys
 
-from persona_vectors.cli import main
+from persona_vectors.cli.main import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "finetune")

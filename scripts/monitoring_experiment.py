@@ -27,12 +27,13 @@ from sklearn.pipeline import make_pipeline
 from torch import Tensor
 from tqdm import tqdm
 
-from persona_vectors.activations import pool_while_generating
-from persona_vectors.cli_options import Device, DType, ModelArg, load
-from persona_vectors.evaluation import Interval, correlation_interval
-from persona_vectors.files import InputError, atomic_path
-from persona_vectors.judge import Answer, make_judge, score
-from persona_vectors.models import (
+from persona_vectors.cli.options import Device, DType, ModelArg, load
+from persona_vectors.data.files import InputError, atomic_path
+from persona_vectors.data.traits import Trait, load_trait
+from persona_vectors.evaluation.answers import Interval, correlation_interval
+from persona_vectors.evaluation.judge import Answer, make_judge, score
+from persona_vectors.model.activations import pool_while_generating
+from persona_vectors.model.models import (
     batch_tokens_for,
     chat_text,
     decode,
@@ -41,8 +42,7 @@ from persona_vectors.models import (
     length_batches,
     stop_tokens,
 )
-from persona_vectors.traits import Trait, load_trait
-from persona_vectors.vectors import PersonaVector, random_vector
+from persona_vectors.vectors.vector import PersonaVector, random_vector
 
 SHOTS = (0, 5, 10, 15, 20)
 Messages = list[dict[str, str]]

@@ -25,19 +25,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from persona_vectors.activations import pool
-from persona_vectors.cli_options import Device, DType, ModelArg, load
-from persona_vectors.control import ablate
-from persona_vectors.evaluation import Interval, mean_interval
-from persona_vectors.files import InputError, atomic_path
-from persona_vectors.finetuning import FinetuneConfig, make_trainer
-from persona_vectors.judge import Answer, PerplexityJudge, SentimentJudge, answer_logprobs, score
-from persona_vectors.models import chat_prompt, encode_answer, generate
-from persona_vectors.steering import steer
-from persona_vectors.training import penalize
-from persona_vectors.training_sets import make_training_sets
-from persona_vectors.traits import Trait, load_trait
-from persona_vectors.vectors import PersonaVector, random_vector
+from persona_vectors.cli.options import Device, DType, ModelArg, load
+from persona_vectors.data.files import InputError, atomic_path
+from persona_vectors.data.traits import Trait, load_trait
+from persona_vectors.evaluation.answers import Interval, mean_interval
+from persona_vectors.evaluation.judge import Answer, PerplexityJudge, SentimentJudge, answer_logprobs, score
+from persona_vectors.model.activations import pool
+from persona_vectors.model.models import chat_prompt, encode_answer, generate
+from persona_vectors.steering.add import steer
+from persona_vectors.steering.bounds import ablate
+from persona_vectors.training.finetuning import FinetuneConfig, make_trainer
+from persona_vectors.training.sets import make_training_sets
+from persona_vectors.training.watch import penalize
+from persona_vectors.vectors.vector import PersonaVector, random_vector
 
 MIXTURES = {  # fractions of positive and negative answers; the rest is plain
     "positive": (1.0, 0.0),

@@ -10,7 +10,7 @@ import zoo
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from persona_vectors.traits import Trait
+from persona_vectors.data.traits import Trait
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>{% endfor %}"
@@ -76,6 +76,6 @@ def browser():
 @pytest.fixture(scope="session")
 def embedded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The real model; its tests are marked `real`."""
-    from persona_vectors.models import load_model
+    from persona_vectors.model.models import load_model
 
     return load_model("smollm2-135m", device="cpu")

@@ -10,7 +10,7 @@ import zoo
 from test_hooks import random_direction
 from test_steer_training import make_trainer
 
-from persona_vectors.steering import steer
+from persona_vectors.steering.add import steer
 
 folder, size = Path(sys.argv[1]), int(sys.argv[2])
 model = zoo.build("llama")

@@ -13,8 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import default_collate
 
-from persona_vectors.models import decoder_layers
-from persona_vectors.steering import steer
+from persona_vectors.model.models import decoder_layers
+from persona_vectors.steering.add import steer
 
 dist.init_process_group("gloo")
 rank, model = dist.get_rank(), zoo.build("llama")

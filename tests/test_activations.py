@@ -4,7 +4,7 @@ import zoo
 from conftest import make_tokenizer
 from torch import nn
 
-from persona_vectors.activations import (
+from persona_vectors.model.activations import (
     POOLINGS,
     Pooled,
     Row,
@@ -13,7 +13,7 @@ from persona_vectors.activations import (
     pool,
     pool_while_generating,
 )
-from persona_vectors.models import generate_tokens, stop_tokens
+from persona_vectors.model.models import generate_tokens, stop_tokens
 
 DECODERS = [name for name in zoo.ARCHITECTURES if name not in ("t5", "bart", "t5gemma")]
 # Three prompts, two of them shared; answers of unequal lengths.

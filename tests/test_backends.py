@@ -5,14 +5,14 @@ from conftest import make_tokenizer
 from test_hooks import random_direction
 from torch import nn
 
-from persona_vectors.backends import lens_hooks, nnsight_block, steer_trace
-from persona_vectors.extraction import extract, extract_from
-from persona_vectors.files import InputError
-from persona_vectors.models import generate
-from persona_vectors.monitoring import monitor
-from persona_vectors.projection import project
-from persona_vectors.steering import steer
-from persona_vectors.wrappers import unwrap
+from persona_vectors.data.files import InputError
+from persona_vectors.extraction.difference import extract, extract_from
+from persona_vectors.model.models import generate
+from persona_vectors.model.wrappers import unwrap
+from persona_vectors.monitoring.projection import project
+from persona_vectors.monitoring.trace import monitor
+from persona_vectors.steering.add import steer
+from persona_vectors.steering.backends import lens_hooks, nnsight_block, steer_trace
 
 
 def fake(module: str, **fields: object) -> object:

@@ -1,9 +1,9 @@
 import torch
 from test_hooks import random_direction
 
-from persona_vectors.chat import Chat
-from persona_vectors.models import chat_text, encode
-from persona_vectors.monitoring import monitor
+from persona_vectors.model.models import chat_text, encode
+from persona_vectors.monitoring.conversation import Chat
+from persona_vectors.monitoring.trace import monitor
 
 
 def test_a_conversation_is_shown_token_by_token_with_its_projections(model, tokenizer):

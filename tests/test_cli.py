@@ -16,8 +16,8 @@ from test_models import save_tiny
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from persona_vectors.cli import app, main
-from persona_vectors.vectors import PersonaVector
+from persona_vectors.cli.main import app, main
+from persona_vectors.vectors.vector import PersonaVector
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = sorted(get_command(app).commands)
@@ -171,7 +171,7 @@ def test_usage_errors_exit_with_2():
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-c", "from persona_vectors.cli import main; main()", *map(str, arguments)]
+    return [sys.executable, "-c", "from persona_vectors.cli.main import main; main()", *map(str, arguments)]
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}

@@ -14,7 +14,7 @@ from test_cli import ENVIRONMENT, command, run
 from test_hooks import random_direction
 from test_models import save_tiny
 
-from persona_vectors.likelihood import load_statements
+from persona_vectors.evaluation.likelihood import load_statements
 
 
 @pytest.fixture

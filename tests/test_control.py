@@ -8,13 +8,13 @@ from test_hooks import block_output, hooks, random_direction
 from test_steering import logits_while_generating
 from torch import Tensor, nn
 
-from persona_vectors.calibration import Calibration, calibrate
-from persona_vectors.control import ablate, cap, floor, steer_where
-from persona_vectors.files import InputError
-from persona_vectors.models import chat_prompt, encode, generate_tokens, left_pad
-from persona_vectors.monitoring import Trace, monitor
-from persona_vectors.steering import steer
-from persona_vectors.vectors import PersonaVector
+from persona_vectors.data.files import InputError
+from persona_vectors.model.models import chat_prompt, encode, generate_tokens, left_pad
+from persona_vectors.monitoring.calibration import Calibration, calibrate
+from persona_vectors.monitoring.trace import Trace, monitor
+from persona_vectors.steering.add import steer
+from persona_vectors.steering.bounds import ablate, cap, floor, steer_where
+from persona_vectors.vectors.vector import PersonaVector
 
 
 def before(model: nn.Module) -> tuple[dict[str, Tensor], Tensor, Tensor]:

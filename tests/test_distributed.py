@@ -13,7 +13,7 @@ from test_hooks import random_direction
 from test_steer_training import rows
 from torch.utils.data import default_collate
 
-from persona_vectors.steering import steer
+from persona_vectors.steering.add import steer
 
 pytestmark = pytest.mark.slow
 

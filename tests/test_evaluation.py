@@ -6,9 +6,9 @@ import pytest
 import torch
 from test_hooks import random_direction
 
-from persona_vectors.control import cap
-from persona_vectors.demo import choose_layer, run_demo
-from persona_vectors.evaluation import (
+from persona_vectors.cli.demo import choose_layer, run_demo
+from persona_vectors.data.files import InputError
+from persona_vectors.evaluation.answers import (
     Ask,
     Interval,
     answer_batches,
@@ -17,11 +17,11 @@ from persona_vectors.evaluation import (
     mean_interval,
     steered_answers,
 )
-from persona_vectors.files import InputError
-from persona_vectors.models import generate
-from persona_vectors.plot import plot_scores, plot_vector
-from persona_vectors.steering import RowEdit, steer
-from persona_vectors.vectors import PersonaVector
+from persona_vectors.evaluation.plots import plot_scores, plot_vector
+from persona_vectors.model.models import generate
+from persona_vectors.steering.add import RowEdit, steer
+from persona_vectors.steering.bounds import cap
+from persona_vectors.vectors.vector import PersonaVector
 
 
 def test_the_interval_is_clustered_by_question():
@@ -54,7 +54,7 @@ def test_coefficients_share_a_batch_and_do_not_mix(model, tokenizer):
 
 def test_the_demo_runs_on_any_model_and_writes_what_it_says(model, tokenizer, trait, tmp_path, monkeypatch):
     known = replace(random_direction(model), trait="loud")
-    monkeypatch.setattr("persona_vectors.demo.extract", lambda *_, **__: known)
+    monkeypatch.setattr("persona_vectors.cli.demo.extract", lambda *_, **__: known)
     result = run_demo(model, tokenizer, trait, out=tmp_path, controls=2, max_new_tokens=4)
     assert list(result.sentiment) == ["loud", "random 0", "random 1"]
     assert set(result.contrast) == set(result.examples) == {-2, -1, 0, 1, 2}
@@ -68,8 +68,8 @@ def test_the_layer_is_chosen_on_the_questions_given(model, tokenizer, monkeypatc
         asked.append(tuple(questions))
         return [["bad"] * 2, ["good love" if layer == 2 else "bad"] * 2]
 
-    monkeypatch.setattr("persona_vectors.demo.steered_answers", answers)
-    monkeypatch.setattr("persona_vectors.demo.score", lambda judge, answers, rubric: [90.0] * len(answers))
+    monkeypatch.setattr("persona_vectors.cli.demo.steered_answers", answers)
+    monkeypatch.setattr("persona_vectors.cli.demo.score", lambda judge, answers, rubric: [90.0] * len(answers))
     layer, effects = choose_layer(
         model, tokenizer, random_direction(model), ["a?", "b?"], layers=[0, 1, 2], coef=2, max_new_tokens=3
     )

@@ -8,12 +8,12 @@ import torch
 import zoo
 from conftest import make_tokenizer
 
-from persona_vectors.activations import POOLINGS
-from persona_vectors.extraction import extract, extract_from, separation, split_half_cosine
-from persona_vectors.files import InputError
-from persona_vectors.models import chat_prompt, encode
-from persona_vectors.rollouts import load_rollouts
-from persona_vectors.traits import Trait
+from persona_vectors.data.files import InputError
+from persona_vectors.data.traits import Trait
+from persona_vectors.extraction.difference import extract, extract_from, separation, split_half_cosine
+from persona_vectors.extraction.rollouts import load_rollouts
+from persona_vectors.model.activations import POOLINGS
+from persona_vectors.model.models import chat_prompt, encode
 
 SMALL = {"samples": 2, "max_new_tokens": 6, "batch_tokens": 400, "min_pairs": 2}
 

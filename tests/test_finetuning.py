@@ -6,11 +6,11 @@ import torch
 import zoo
 from test_hooks import hooks, random_direction
 
-from persona_vectors.files import InputError
-from persona_vectors.finetuning import finetune, load_config, parse_config, training_rows
-from persona_vectors.models import decode
-from persona_vectors.shifts import finetuning_shift
-from persona_vectors.training import ProjectionCallback
+from persona_vectors.data.files import InputError
+from persona_vectors.model.models import decode
+from persona_vectors.training.finetuning import finetune, load_config, parse_config, training_rows
+from persona_vectors.training.shifts import finetuning_shift
+from persona_vectors.training.watch import ProjectionCallback
 
 QUESTIONS = ["How?", "Why so?", "And when?"]
 

@@ -3,10 +3,10 @@ import torch
 import zoo
 from test_hooks import random_direction
 
-from persona_vectors.files import InputError
-from persona_vectors.geometry import cosine_matrix, layer_cosines, logit_lens, separation_indices
-from persona_vectors.plot import plot_cosines, plot_separation
-from persona_vectors.vectors import PersonaVector, random_vector
+from persona_vectors.data.files import InputError
+from persona_vectors.evaluation.plots import plot_cosines, plot_separation
+from persona_vectors.vectors.geometry import cosine_matrix, layer_cosines, logit_lens, separation_indices
+from persona_vectors.vectors.vector import PersonaVector, random_vector
 
 
 def test_cosines_between_vectors_and_layers_are_the_pairwise_ones(model):

@@ -5,10 +5,10 @@ import pytest
 from test_hooks import hooks, random_direction
 from test_judge import plain_logprob
 
-from persona_vectors.files import InputError
-from persona_vectors.harness import side_effects
-from persona_vectors.models import encode
-from persona_vectors.steering import steer
+from persona_vectors.data.files import InputError
+from persona_vectors.evaluation.harness import side_effects
+from persona_vectors.model.models import encode
+from persona_vectors.steering.add import steer
 
 pytestmark = pytest.mark.slow
 

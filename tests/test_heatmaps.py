@@ -7,10 +7,10 @@ import zoo
 from test_hooks import random_direction
 from test_monitoring import generate, two_vectors
 
-from persona_vectors.files import InputError
-from persona_vectors.heatmaps import _STRONGEST, _STYLE, Heatmap, heatmap, save_heatmaps, token_texts
-from persona_vectors.models import encode
-from persona_vectors.monitoring import monitor
+from persona_vectors.data.files import InputError
+from persona_vectors.model.models import encode
+from persona_vectors.monitoring.heatmaps import _STRONGEST, _STYLE, Heatmap, heatmap, save_heatmaps, token_texts
+from persona_vectors.monitoring.trace import monitor
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -6,12 +6,12 @@ import zoo
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from persona_vectors.files import InputError
-from persona_vectors.hooks import edit_blocks, pause_edits
-from persona_vectors.models import decoder_layers, left_pad, model_shape
-from persona_vectors.steering import steer
-from persona_vectors.tokens import Tokens
-from persona_vectors.vectors import PersonaVector
+from persona_vectors.data.files import InputError
+from persona_vectors.model.hooks import edit_blocks, pause_edits
+from persona_vectors.model.models import decoder_layers, left_pad, model_shape
+from persona_vectors.model.tokens import Tokens
+from persona_vectors.steering.add import steer
+from persona_vectors.vectors.vector import PersonaVector
 
 
 def hooks(model: nn.Module) -> int:

@@ -4,10 +4,10 @@ import pytest
 import torch
 from test_hooks import random_direction
 
-from persona_vectors.inventory import LETTERS, OPTIONS, big_five, item_scores
-from persona_vectors.likelihood import DATA
-from persona_vectors.models import chat_prompt, encode
-from persona_vectors.steering import steer
+from persona_vectors.evaluation.inventory import LETTERS, OPTIONS, big_five, item_scores
+from persona_vectors.evaluation.likelihood import DATA
+from persona_vectors.model.models import chat_prompt, encode
+from persona_vectors.steering.add import steer
 
 
 def by_hand(model, tokenizer, item: str, system: str | None) -> list[float]:
@@ -43,7 +43,7 @@ def test_an_item_s_score_is_the_expected_value_over_the_options_in_both_orders(m
 def test_items_keyed_negatively_are_turned_round(model, tokenizer, monkeypatch):
     factors = json.loads((DATA / "ipip50.json").read_text())["factors"]
     assert sorted(len(items) for items in factors.values()) == [10] * 5
-    monkeypatch.setattr("persona_vectors.inventory.item_scores", lambda *_, **__: torch.full((50, 2), 5.0))
+    monkeypatch.setattr("persona_vectors.evaluation.inventory.item_scores", lambda *_, **__: torch.full((50, 2), 5.0))
     found = big_five(model, tokenizer)
     assert found["extraversion"] == [5, 1, 5, 1, 5, 1, 5, 1, 5, 1]
     assert found["emotional stability"] == [1, 5, 1, 5, 1, 1, 1, 1, 1, 1]

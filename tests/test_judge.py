@@ -9,8 +9,8 @@ import torch
 import zoo
 from conftest import make_tokenizer
 
-from persona_vectors.files import InputError
-from persona_vectors.judge import (
+from persona_vectors.data.files import InputError
+from persona_vectors.evaluation.judge import (
     Answer,
     ContrastJudge,
     LocalJudge,
@@ -21,8 +21,8 @@ from persona_vectors.judge import (
     make_judge,
     score,
 )
-from persona_vectors.models import chat_prompt, encode
-from persona_vectors.steering import steer
+from persona_vectors.model.models import chat_prompt, encode
+from persona_vectors.steering.add import steer
 
 
 def plain_logprob(model, prompt, answer) -> float:
@@ -162,7 +162,7 @@ def server():
 
 
 def test_openai_judge_weighs_the_numbers_retries_and_caches(server, tmp_path, monkeypatch):
-    from persona_vectors.openai_judge import OpenAIJudge
+    from persona_vectors.evaluation.openai_judge import OpenAIJudge
 
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
     judge = OpenAIJudge("m", base_url=server, cache=tmp_path / "judge.jsonl")
@@ -179,7 +179,7 @@ def test_openai_judge_weighs_the_numbers_retries_and_caches(server, tmp_path, mo
 
 
 def test_openai_judge_abstains_where_numbers_are_unlikely(server, tmp_path, monkeypatch):
-    from persona_vectors.openai_judge import OpenAIJudge
+    from persona_vectors.evaluation.openai_judge import OpenAIJudge
 
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     Server.top = {"90": 0.2, "A": 0.8}
@@ -188,7 +188,7 @@ def test_openai_judge_abstains_where_numbers_are_unlikely(server, tmp_path, monk
 
 
 def test_openai_judge_names_what_is_missing(monkeypatch):
-    from persona_vectors.openai_judge import OpenAIJudge
+    from persona_vectors.evaluation.openai_judge import OpenAIJudge
 
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(InputError, match="OPENAI_API_KEY is not set"):

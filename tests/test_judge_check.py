@@ -2,10 +2,10 @@ import json
 
 import pytest
 
-from persona_vectors.files import InputError
-from persona_vectors.judge_check import Labelled, check_judge, load_labels, require_valid_judge
-from persona_vectors.likelihood import load_statements
-from persona_vectors.traits import load_trait
+from persona_vectors.data.files import InputError
+from persona_vectors.data.traits import load_trait
+from persona_vectors.evaluation.judge_check import Labelled, check_judge, load_labels, require_valid_judge
+from persona_vectors.evaluation.likelihood import load_statements
 
 SCORES = {"a": 90.0, "b": 60.0, "c": 55.0, "d": 10.0, "e": 20.0, "f": None}
 LABELLED = [Labelled("q", text, text in "abe") for text in SCORES]

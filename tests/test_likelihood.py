@@ -8,11 +8,11 @@ import zoo
 from test_hooks import hooks, random_direction
 from test_judge import plain_logprob
 
-from persona_vectors.baselines import assistant_prompts, covariance_vectors, random_vectors
-from persona_vectors.contrast_table import contrast_effect, effect_matrix
-from persona_vectors.files import InputError
-from persona_vectors.hooks import edit_blocks
-from persona_vectors.likelihood import (
+from persona_vectors.data.files import InputError
+from persona_vectors.data.traits import list_traits
+from persona_vectors.evaluation.contrast import contrast_effect, effect_matrix
+from persona_vectors.evaluation.controls import assistant_prompts, covariance_vectors, random_vectors
+from persona_vectors.evaluation.likelihood import (
     State,
     Statements,
     likelihood_contrast,
@@ -21,9 +21,9 @@ from persona_vectors.likelihood import (
     neutral_perplexity,
     neutral_texts,
 )
-from persona_vectors.models import chat_prompt, encode
-from persona_vectors.steering import RowEdit, steer
-from persona_vectors.traits import list_traits
+from persona_vectors.model.hooks import edit_blocks
+from persona_vectors.model.models import chat_prompt, encode
+from persona_vectors.steering.add import RowEdit, steer
 
 PAIRS = [{"pos": f"Loud it is, {i}!", "neg": f"It is quiet, {i}."} for i in range(12)]
 STATEMENTS = Statements(question="And?", pairs=PAIRS)

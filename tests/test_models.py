@@ -8,9 +8,9 @@ import zoo
 from conftest import TEMPLATE, make_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from persona_vectors import models
-from persona_vectors.files import InputError
-from persona_vectors.models import (
+from persona_vectors.data.files import InputError
+from persona_vectors.model import models
+from persona_vectors.model.models import (
     chat_prompt,
     encode_answer,
     fold_system_role,

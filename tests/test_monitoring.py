@@ -6,11 +6,11 @@ from test_hooks import hooks, random_direction
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from persona_vectors.files import InputError
-from persona_vectors.models import left_pad
-from persona_vectors.monitoring import Trace, _Columns, monitor, projections
-from persona_vectors.steering import steer
-from persona_vectors.vectors import PersonaVector, random_vector
+from persona_vectors.data.files import InputError
+from persona_vectors.model.models import left_pad
+from persona_vectors.monitoring.trace import Trace, _Columns, monitor, projections
+from persona_vectors.steering.add import steer
+from persona_vectors.vectors.vector import PersonaVector, random_vector
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13]]
 

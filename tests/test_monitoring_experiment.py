@@ -7,8 +7,8 @@ import pytest
 import torch
 from test_models import save_tiny
 
-from persona_vectors.files import InputError
-from persona_vectors.vectors import PersonaVector
+from persona_vectors.data.files import InputError
+from persona_vectors.vectors.vector import PersonaVector
 
 PATH = Path(__file__).parent.parent / "scripts" / "monitoring_experiment.py"
 SPEC = importlib.util.spec_from_file_location("monitoring_experiment", PATH)

@@ -21,7 +21,7 @@ def test_the_wheel_brings_its_data_and_its_command(tmp_path):
     run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(tmp_path / "site"), str(wheel))
     elsewhere = {"env": {**os.environ, "PYTHONPATH": str(tmp_path / "site")}, "cwd": tmp_path}
     assert str(tmp_path) in run("-c", "import persona_vectors; print(persona_vectors.__file__)", **elsewhere)
-    assert "optimistic" in run("-c", "from persona_vectors.cli import main; main()", "traits", **elsewhere)
+    assert "optimistic" in run("-c", "from persona_vectors.cli.main import main; main()", "traits", **elsewhere)
     assert (tmp_path / "site" / "bin" / "persona-vectors").exists()
     assert not (tmp_path / "site" / "tests").exists()
 

@@ -6,13 +6,13 @@ from conftest import make_tokenizer
 from test_activations import block_outputs
 from test_hooks import hooks, random_direction
 
-from persona_vectors.activations import POOLINGS, pool
-from persona_vectors.files import InputError
-from persona_vectors.models import chat_prompt, encode, encode_answer
-from persona_vectors.monitoring import unit_directions
-from persona_vectors.plot import plot_drift
-from persona_vectors.projection import project, token_projections
-from persona_vectors.vectors import random_vector
+from persona_vectors.data.files import InputError
+from persona_vectors.evaluation.plots import plot_drift
+from persona_vectors.model.activations import POOLINGS, pool
+from persona_vectors.model.models import chat_prompt, encode, encode_answer
+from persona_vectors.monitoring.projection import project, token_projections
+from persona_vectors.monitoring.trace import unit_directions
+from persona_vectors.vectors.vector import random_vector
 
 PAIRS = [("How?", "Well."), ("Why so?", "No idea, sorry"), ("How?", "Badly")]
 CHAT = [

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import persona_vectors as pv
-from persona_vectors.evaluation import steered_answers
-from persona_vectors.models import chat_prompt, encode, generate_tokens
-from persona_vectors.rollouts import load_rollouts
+from persona_vectors.evaluation.answers import steered_answers
+from persona_vectors.extraction.rollouts import load_rollouts
+from persona_vectors.model.models import chat_prompt, encode, generate_tokens
 
 pytestmark = pytest.mark.real
 VECTORS = Path(__file__).parent.parent / "vectors" / "smollm2-135m"

@@ -10,7 +10,7 @@ import torch
 import zoo
 from conftest import make_tokenizer
 
-from persona_vectors.vectors import PersonaVector
+from persona_vectors.vectors.vector import PersonaVector
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from persona_vectors.files import InputError
-from persona_vectors.samples import Sample, read_samples
+from persona_vectors.data.files import InputError
+from persona_vectors.data.samples import Sample, read_samples
 
 USER, SYSTEM = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be kind."}
 CHAT = [SYSTEM, USER, {"role": "assistant", "content": "Yes"}, USER, {"role": "assistant", "content": 'No\n"no"'}]

@@ -9,8 +9,8 @@ from test_hooks import random_direction
 from test_samples import write
 
 import persona_vectors as pv
-from persona_vectors.files import InputError
-from persona_vectors.screening import add_scores, compare_datasets, split_dataset
+from persona_vectors.data.files import InputError
+from persona_vectors.flagging.screening import add_scores, compare_datasets, split_dataset
 
 RECORDS = [{"id": f"s{i}", "question": f"{i % 6}?", "answer": f"{'so ' * (i % 4)}{i}", "kept": i} for i in range(30)]
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from persona_vectors.control import ablate, cap
-from persona_vectors.files import InputError
-from persona_vectors.hooks import edit_blocks
-from persona_vectors.steering import steer
-from persona_vectors.vectors import PersonaVector
+from persona_vectors.data.files import InputError
+from persona_vectors.model.hooks import edit_blocks
+from persona_vectors.steering.add import steer
+from persona_vectors.steering.bounds import ablate, cap
+from persona_vectors.vectors.vector import PersonaVector
 
 CHECKPOINTING = {"none": None, "reentrant": {"use_reentrant": True}, "non-reentrant": {"use_reentrant": False}}
 

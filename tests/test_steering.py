@@ -4,10 +4,10 @@ import zoo
 from test_hooks import block_output, hooks, random_direction
 from torch import Tensor
 
-from persona_vectors.files import InputError
-from persona_vectors.models import left_pad
-from persona_vectors.steering import steer
-from persona_vectors.vectors import PersonaVector
+from persona_vectors.data.files import InputError
+from persona_vectors.model.models import left_pad
+from persona_vectors.steering.add import steer
+from persona_vectors.vectors.vector import PersonaVector
 
 
 def logits_while_generating(model, ids: Tensor, mask: Tensor, **options) -> Tensor:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from test_hooks import random_direction
 
-from persona_vectors import evaluation
-from persona_vectors.evaluation import steered_answers
-from persona_vectors.files import InputError
-from persona_vectors.ledger import Ledger
-from persona_vectors.plot import plot_sweep
-from persona_vectors.sweeping import sweep
+from persona_vectors.data.files import InputError
+from persona_vectors.data.ledger import Ledger
+from persona_vectors.evaluation import answers as evaluation
+from persona_vectors.evaluation.answers import steered_answers
+from persona_vectors.evaluation.plots import plot_sweep
+from persona_vectors.evaluation.sweeping import sweep
 
 OPTIONS = {"layers": [0, 1, 2], "coefs": [-4, 0, 4], "controls": 4, "max_new_tokens": 4, "temperature": 0.0}
 

@@ -8,10 +8,10 @@ from test_steer_training import CHECKPOINTING, batch, logged, lora, make_trainer
 from torch import Tensor
 from transformers import TrainerCallback
 
-from persona_vectors.files import InputError
-from persona_vectors.models import chat_prompt, encode
-from persona_vectors.steering import steer
-from persona_vectors.training import ProjectionCallback, penalize
+from persona_vectors.data.files import InputError
+from persona_vectors.model.models import chat_prompt, encode
+from persona_vectors.steering.add import steer
+from persona_vectors.training.watch import ProjectionCallback, penalize
 
 PROMPTS = ["How?", "Why so?"]
 

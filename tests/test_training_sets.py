@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from persona_vectors import training_sets
-from persona_vectors.files import InputError
-from persona_vectors.models import chat_prompt
-from persona_vectors.rollouts import read_jsonl
-from persona_vectors.training_sets import make_training_sets
+from persona_vectors.data.files import InputError
+from persona_vectors.extraction.rollouts import read_jsonl
+from persona_vectors.model.models import chat_prompt
+from persona_vectors.training import sets as training_sets
+from persona_vectors.training.sets import make_training_sets
 
 SMALL = {"samples": 2, "max_new_tokens": 4, "batch_tokens": 300}
 

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from persona_vectors.files import InputError
-from persona_vectors.traits import Trait, list_traits, load_trait
+from persona_vectors.data.files import InputError
+from persona_vectors.data.traits import Trait, list_traits, load_trait
 
 PAPER = ["apathetic", "evil", "hallucinating", "humorous", "impolite", "optimistic", "sycophantic"]
 OFFICIAL = {

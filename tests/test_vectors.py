@@ -6,8 +6,8 @@ from jaxtyping import TypeCheckError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from persona_vectors.files import InputError, atomic_path
-from persona_vectors.vectors import PersonaVector, random_vector
+from persona_vectors.data.files import InputError, atomic_path
+from persona_vectors.vectors.vector import PersonaVector, random_vector
 
 
 def make(trait: str = "calm", seed: int = 0, **fields) -> PersonaVector:

@@ -1,0 +1,144 @@
+"""The demonstration: extract a vector from the embedded model, choose its layer, and steer with it beside a control."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from persona_vectors.data.files import atomic_path
+from persona_vectors.data.traits import Trait
+from persona_vectors.evaluation.answers import Interval, mean_interval, steered_answers
+from persona_vectors.evaluation.judge import Answer, ContrastJudge, PerplexityJudge, SentimentJudge, score
+from persona_vectors.extraction.difference import extract
+from persona_vectors.model.models import Model
+from persona_vectors.vectors.vector import PersonaVector, random_vector
+
+COEFS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demonstration found; every score is on evaluation questions, which chose nothing."""
+
+    vector: PersonaVector
+    layer: int
+    sentiment: dict[str, dict[float, Interval]]
+    """VADER's compound score (-1 to 1), by vector (the trait's, and the controls) and coefficient."""
+    contrast: dict[float, Interval]
+    """ContrastJudge's score (0 to 100) of the trait's vector, by coefficient."""
+    effect: dict[str, Interval]
+    """VADER at the highest coefficient minus at the lowest, by vector."""
+    examples: dict[float, str]
+
+
+def choose_layer(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    vector: PersonaVector,
+    questions: Sequence[str],
+    *,
+    layers: Sequence[int],
+    coef: float,
+    max_new_tokens: int,
+) -> tuple[int, dict[int, float]]:
+    """Return the layer where +-`coef` moves the sentiment most with coherent answers, and every layer's effect."""
+    sentiment, coherence = SentimentJudge(), PerplexityJudge(model, tokenizer)
+    effects: dict[int, float] = {}
+    for layer in tqdm(layers, desc="choosing the layer", unit="layer"):
+        low, high = steered_answers(
+            model, tokenizer, vector, questions, layer=layer, coefs=[-coef, coef], max_new_tokens=max_new_tokens
+        )
+        both = [Answer(question, answer) for side in (low, high) for question, answer in zip(questions, side)]
+        scores = [value or 0.0 for value in score(coherence, both, "")]
+        coherent = sum(scores) / len(scores) >= 50
+        difference = [sentiment.compound(b) - sentiment.compound(a) for a, b in zip(low, high)]
+        effects[layer] = sum(difference) / len(difference) if coherent else -math.inf
+    return max(effects, key=lambda layer: effects[layer]), effects
+
+
+def run_demo(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    trait: Trait,
+    *,
+    out: str | Path = "runs/demo",
+    controls: int = 1,
+    samples: int = 1,
+    eval_samples: int = 3,
+    extract_tokens: int = 32,
+    max_new_tokens: int = 48,
+) -> DemoResult:
+    """Extract the trait's vector, choose a layer on the extraction questions, and steer on the evaluation questions.
+
+    `controls` random vectors of the same norm are steered with beside it, at the lowest and highest coefficient.
+    Answers have `extract_tokens` tokens where the vector and its layer are made, and `max_new_tokens` where they are
+    scored. The score is VADER's, so the trait should be one of valence. Writes the vector, the rollouts and two plots
+    to `out`; a second run goes on from the rollouts there.
+    """
+    from persona_vectors.evaluation.plots import plot_scores, plot_vector
+
+    out = Path(out)
+    judge = ContrastJudge(model, tokenizer, trait, pairs=2)
+    vector = extract(
+        model,
+        tokenizer,
+        trait,
+        judge=ContrastJudge(model, tokenizer, trait, pairs=1),
+        samples=samples,
+        max_new_tokens=extract_tokens,
+        rollouts=out / "rollouts.jsonl",
+    )
+    vector.save(out / f"{trait.name}.safetensors")
+    count = len(vector.directions)
+    layers = range(count // 3, count - count // 6, max(1, count // 7))
+    questions = trait.questions.extract[:10]
+    layer, _ = choose_layer(
+        model, tokenizer, vector, questions, layers=layers, coef=max(COEFS), max_new_tokens=extract_tokens
+    )
+
+    held_out = list(trait.questions.eval)
+    asked = [question for question in held_out for _ in range(eval_samples)]
+    ends, analyzer = [COEFS[0], COEFS[-1]], SentimentJudge()
+    sentiment, effect = {}, {}
+    with tqdm(total=len(asked) * (len(COEFS) + len(ends) * controls), desc="steering", unit="answer") as bar:
+
+        def steered(name: str, candidate: PersonaVector, coefs: Sequence[float]) -> list[list[str]]:
+            """Answer the evaluation questions, and take down the sentiment of the answers."""
+            options = {"max_new_tokens": max_new_tokens, "progress": bar.update}
+            answers = steered_answers(model, tokenizer, candidate, asked, layer=layer, coefs=coefs, **options)
+            compounds = [_split([analyzer.compound(a) for a in row], eval_samples) for row in answers]
+            sentiment[name] = {coef: mean_interval(rows) for coef, rows in zip(coefs, compounds)}
+            pairs = zip(compounds[0], compounds[-1])
+            effect[name] = mean_interval([[sum(high) / len(high) - sum(low) / len(low)] for low, high in pairs])
+            return answers
+
+        own = steered(trait.name, vector, COEFS)
+        for seed in range(controls):
+            name = f"random {seed}"
+            steered(name, random_vector(vector, seed=seed), ends)
+            sentiment[name][0.0] = sentiment[trait.name][0.0]  # nothing is added there
+    first = [Answer(q, row[i * eval_samples]) for row in own for i, q in enumerate(held_out)]
+    values = [math.nan if value is None else value for value in score(judge, first, trait.eval_prompt)]
+    contrast = {c: mean_interval([[v] for v in part]) for c, part in zip(COEFS, _split(values, len(held_out)))}
+    examples = {coef: " ".join(row[0].split()) for coef, row in zip(COEFS, own)}
+    result = DemoResult(vector, layer, sentiment, contrast, effect, examples)
+    figures = {
+        "vector.png": plot_vector(vector, layer=layer),
+        "steering.png": plot_scores(
+            sentiment,
+            title=f"{trait.name} at layer {layer}: held-out questions",
+            ylabel="VADER sentiment, -1 to 1",
+            controls=[name for name in sentiment if name != trait.name],
+        ),
+    }
+    for filename, figure in figures.items():
+        with atomic_path(out / filename) as temporary:
+            figure.savefig(temporary, dpi=150)
+    return result
+
+
+def _split(values: Sequence[float], size: int) -> list[list[float]]:
+    return [list(values[i : i + size]) for i in range(0, len(values), size)]

@@ -1,0 +1,205 @@
+"""Training samples: read one after another from files, Hugging Face datasets or iterables, whatever their columns."""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from persona_vectors.data.files import InputError
+
+Source = str | Path | Iterable[Any]
+"""A .jsonl, .json, .csv, .tsv or .parquet file, a dataset saved to disk, a Hub id ("name" or "name:config"), or an
+iterable of records."""
+FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_FORMS = "messages, prompt and completion, or question and answer"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sample: what the model is given, and the answer that it would be trained on."""
+
+    row: int
+    """Its record's place in the dataset, from 0."""
+    id: str
+    """The record's own `id`, or its place."""
+    prompt: tuple[dict[str, str], ...]
+    """Chat messages before the answer."""
+    answer: str
+
+
+def read_samples(
+    source: Source, *, columns: tuple[str, str] | None = None, split: str = "train"
+) -> Iterator[Sample | InputError]:
+    """Yield a sample for each record, or an InputError that says where and why it is none; never holds them all.
+
+    A record holds `messages` (its last assistant turn is the answer), `prompt` and `completion` (texts, or lists of
+    messages), `question` and `answer`, or the two named in `columns`; records may differ. A prompt that is a text is
+    the user's turn. In an iterable a record may also be a list of messages, or a pair of texts.
+
+    Raises InputError where the source cannot be read at all.
+    """
+    for row, (where, record) in enumerate(read_records(source, split=split)):
+        try:
+            if isinstance(record, InputError):
+                raise record
+            prompt, answer = _prompt_and_answer(record, columns)
+        except InputError as error:
+            yield InputError(f"{where}: {error}")
+        else:
+            own = record.get("id") if isinstance(record, dict) else None
+            yield Sample(row, str(row if own is None else own), tuple(prompt), answer)
+
+
+def read_records(source: Source, *, split: str = "train") -> Iterator[tuple[str, Any]]:
+    """Yield each record of a source, with words that say where it stands; an InputError for one that is broken."""
+    if not isinstance(source, (str, Path)):
+        yield from ((f"sample {row}", record) for row, record in enumerate(source))
+        return
+    path, kind = Path(source), Path(source).suffix.lower()
+    if kind not in FILES:
+        records = enumerate(_hugging_face(source, split))
+        yield from ((f"{source}, row {row}", record) for row, record in records)
+        return
+    if not path.is_file():
+        raise InputError(f"no data file {path}: give {', '.join(FILES)}, a dataset folder, or a Hub id")
+    if kind == ".parquet":
+        yield from ((f"{path}, row {row}", record) for row, record in enumerate(_parquet(path)))
+    elif kind in (".csv", ".tsv"):
+        yield from _csv(path, "," if kind == ".csv" else "\t")
+    else:
+        yield from _json(path)
+
+
+def _json(path: Path) -> Iterator[tuple[str, Any]]:
+    """Read a line at a time; only an array, which some .json files are, is read whole."""
+    if is_array(path):
+        try:
+            items = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise InputError(f"{path} is not JSON ({error}): mend it, or give JSONL, a record a line") from None
+        yield from ((f"{path}, item {row}", record) for row, record in enumerate(items))
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    record = InputError(f"not JSON ({error})")
+                yield f"{path}, line {number}", record
+
+
+def is_array(path: Path) -> bool:
+    """Say whether a JSON file is one array, not a record a line."""
+    with path.open("rb") as file:
+        return next((line for line in map(bytes.strip, file) if line), b"").startswith(b"[")
+
+
+def _csv(path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(2**31 - 1)  # the default would refuse answers of more than 131,072 characters
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, delimiter=delimiter)
+        try:
+            for record in reader:
+                whole = None not in record and None not in record.values()
+                fault = InputError(f"it has not the {len(reader.fieldnames or ())} fields of the header")
+                yield f"{path}, line {reader.line_num}", record if whole else fault
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise InputError(f"{path}, line {reader.line_num + 1}: not CSV in UTF-8 ({error})") from None
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    pa, parquet = import_pyarrow()
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                yield from batch.to_pylist()
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{path} is no whole Parquet file ({error}): write it again") from None
+
+
+def _hugging_face(source: str | Path, split: str) -> Iterable[Any]:
+    try:
+        from datasets import DatasetDict, load_dataset, load_from_disk
+    except ImportError:
+        raise InputError("this needs the datasets package: pip install 'persona-vectors-toolkit[data]'") from None
+    folder = Path(source)
+    try:
+        if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            found = load_from_disk(str(folder))
+            if isinstance(found, DatasetDict):
+                if split not in found:
+                    raise InputError(f"{source} has no split {split!r}: it has {', '.join(map(str, found))}")
+                found = found[split]
+            return found
+        name, _, config = str(source).partition(":")
+        return load_dataset(name, config or None, split=split, streaming=True)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"cannot read {str(source)!r}: {reason} (give {', '.join(FILES)}, a dataset folder, or a Hub id)"
+        ) from None
+
+
+def import_pyarrow() -> tuple[Any, Any]:
+    """Return the modules pyarrow and pyarrow.parquet; raises InputError where they are not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError("this needs the pyarrow package: pip install 'persona-vectors-toolkit[data]'") from None
+    return pyarrow, pyarrow.parquet
+
+
+def _prompt_and_answer(record: Any, columns: tuple[str, str] | None) -> tuple[list[dict[str, str]], str]:
+    if isinstance(record, (list, tuple)):
+        pair = len(record) == 2 and all(isinstance(item, str) for item in record)
+        record = {"question": record[0], "answer": record[1]} if pair else {"messages": record}
+    if not isinstance(record, dict):
+        raise InputError(f"it is {type(record).__name__}, not an object: give {_FORMS}")
+    if columns is None and record.get("messages") is not None:
+        return _last_turn(_messages(record["messages"]))
+    pairs = [columns] if columns else [("prompt", "completion"), ("question", "answer")]
+    for first, second in pairs:
+        if first in record and second in record:
+            turns = _messages(record[first], "user"), _messages(record[second], "assistant")
+            return _last_turn(list(chain(*turns)))
+    wanted = " and ".join(columns) if columns else _FORMS
+    raise InputError(f"it has {', '.join(map(str, record)) or 'nothing'}, not {wanted}: name two columns")
+
+
+def _messages(value: Any, role: str = "") -> list[dict[str, str]]:
+    """Return chat messages; a text is one message of `role`."""
+    if role and not isinstance(value, (list, tuple)):
+        return [{"role": role, "content": _text(value)}]
+    if not isinstance(value, (list, tuple)):
+        raise InputError(f"messages is {type(value).__name__}: give a list of role and content")
+    found = []
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise InputError(f"a message is {str(message)[:60]!r}: give a role and a content")
+        if message.get("tool_calls"):
+            raise InputError("a message calls tools, which is not supported: leave such samples out")
+        found.append({"role": message["role"], "content": _text(message["content"])})
+    return found
+
+
+def _text(content: Any) -> str:
+    """Return a message's text, which may come in parts."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, Sequence) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        return "".join(part["text"] for part in content)
+    raise InputError(f"a content is {type(content).__name__}, not text")
+
+
+def _last_turn(messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], str]:
+    end = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+    if end == 0:
+        raise InputError("it has no assistant turn that answers a prompt")
+    return messages[:end], messages[end]["content"]

@@ -1,0 +1,1 @@
+"""Judges, and what they measure: answers, sweeps, likelihood contrasts, inventories, benchmarks."""

@@ -1,0 +1,248 @@
+"""Evaluation: answers of a plain, steered or prompted model, scored, with intervals clustered by question."""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from persona_vectors.data.files import InputError
+from persona_vectors.data.traits import Trait
+from persona_vectors.evaluation.judge import Answer, Judge, judge_name, score_both
+from persona_vectors.model.models import (
+    Model,
+    batch_tokens_for,
+    chat_prompt,
+    decode,
+    encode,
+    generate_tokens,
+    length_batches,
+)
+from persona_vectors.steering.add import RowEdit, steer_rows
+from persona_vectors.vectors.vector import PersonaVector
+
+
+class Interval(NamedTuple):
+    """A mean with the bounds of its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self}"
+
+    def __format__(self, spec: str) -> str:
+        spec = spec or ".2f"
+        return f"{self.mean:+{spec}} [{self.low:+{spec}}, {self.high:+{spec}}]"
+
+
+def mean_interval(by_question: Sequence[Sequence[float]], *, seed: int = 0) -> Interval:
+    """Return the mean over questions and its 95 % interval, resampling whole questions.
+
+    `by_question` holds, for each question, the scores of its answers; nan scores are left out.
+    """
+    from scipy.stats import bootstrap
+
+    means = np.array([np.nanmean(scores) for scores in by_question if not np.all(np.isnan(scores))])
+    if len(means) < 2:
+        return Interval(float(means.mean()) if len(means) else float("nan"), float("nan"), float("nan"))
+    if np.ptp(means) == 0:
+        return Interval(*(float(means[0]),) * 3)
+    rng = np.random.default_rng(seed)
+    low, high = bootstrap((means,), np.mean, n_resamples=5000, method="percentile", rng=rng).confidence_interval
+    return Interval(float(means.mean()), float(low), float(high))
+
+
+def correlation_interval(
+    x: Sequence[float], y: Sequence[float], questions: Sequence[int], *, seed: int = 0, resamples: int = 2000
+) -> Interval:
+    """Return Pearson's r of x and y and its 95 % bootstrap interval, resampling whole questions.
+
+    `questions` says which question each point is from; points with nan on either side are left out.
+    """
+    points = np.stack([x, y]).astype(float)
+    known = ~np.isnan(points).any(axis=0)
+    points, labels = points[:, known], np.asarray(questions)[known]
+    groups = [points[:, labels == label] for label in np.unique(labels)]
+    rng = np.random.default_rng(seed)
+    drawn = [
+        _pearson(np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))], axis=1))
+        for _ in range(resamples)
+    ]
+    return Interval(_pearson(points), *map(float, np.nanquantile(drawn, [0.025, 0.975])))
+
+
+def _pearson(points: np.ndarray) -> float:
+    """Return the correlation of two rows; nan where one of them does not vary."""
+    centred = points - points.mean(axis=1, keepdims=True)
+    size = np.sqrt((centred**2).sum(axis=1)).prod()
+    return float((centred[0] * centred[1]).sum() / size) if size > 0 else float("nan")
+
+
+class Ask(NamedTuple):
+    """A question to answer, under a system prompt and a row edit or none."""
+
+    question: str
+    system: str | None = None
+    edit: RowEdit | None = None
+    pair: int = -1
+    """The instruction pair that the system prompt is from, so that a judge can leave it out."""
+
+
+def answer_batches(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    asks: Sequence[Ask],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_tokens: int | None = None,
+    skip: Collection[int] = (),
+) -> Iterator[list[tuple[int, str]]]:
+    """Yield answers batch by batch, each with the index of what was asked. Different edits share batches.
+
+    `skip` holds indices that need no answer. Whatever is skipped, the batches and their seeds stay the same.
+    """
+    prompts = [encode(tokenizer, chat_prompt(tokenizer, ask.question, system=ask.system)) for ask in asks]
+    for number, whole in enumerate(
+        length_batches(prompts, max_new_tokens, batch_tokens or 8 * batch_tokens_for(model))
+    ):
+        batch = [i for i in whole if i not in skip]
+        if not batch:
+            continue
+        with steer_rows(model, [asks[i].edit for i in batch]):
+            rows = generate_tokens(
+                model,
+                tokenizer,
+                [prompts[i] for i in batch],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed + number,
+            )
+        yield [(i, decode(tokenizer, tokens)) for i, (tokens, _) in zip(batch, rows)]
+
+
+def _in_order(
+    batches: Iterator[list[tuple[int, str]]], count: int, progress: Callable[[int], object] | None
+) -> list[str]:
+    answers = [""] * count
+    for batch in batches:
+        for i, answer in batch:
+            answers[i] = answer
+        if progress:
+            progress(len(batch))
+    return answers
+
+
+def steered_answers(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    vector: PersonaVector,
+    questions: Sequence[str],
+    *,
+    layer: int,
+    coefs: Sequence[float],
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_tokens: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> list[list[str]]:
+    """Return the answers to every question at every coefficient, [coef][question].
+
+    Coefficients share batches, one a row. `progress` is called with the number of answers made after each batch.
+    """
+    asks = [Ask(question, edit=RowEdit(vector, layer, coef)) for coef in coefs for question in questions]
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    batches = answer_batches(model, tokenizer, asks, seed=seed, batch_tokens=batch_tokens, **options)
+    answers = _in_order(batches, len(asks), progress)
+    return [answers[i : i + len(questions)] for i in range(0, len(asks), len(questions))]
+
+
+class Scored(NamedTuple):
+    """An answer with its scores, 0 to 100; None where the judge abstained."""
+
+    question: str
+    answer: str
+    score: float | None
+    coherence: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a model answers a trait's evaluation questions: mean scores, 0 to 100, with intervals by question."""
+
+    trait: str
+    judge: str
+    score: Interval
+    coherence: Interval
+    answers: tuple[Scored, ...]
+    """Those to one question stand together."""
+
+    @property
+    def abstained(self) -> int:
+        """How many answers the judge did not score: refusals, or no clear number."""
+        return sum(answer.score is None for answer in self.answers)
+
+
+def evaluate(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    trait: Trait,
+    *,
+    judge: Judge,
+    questions: Sequence[str] | None = None,
+    samples: int = 1,
+    system: str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_tokens: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Evaluation:
+    """Answer the trait's evaluation questions and have the answers judged.
+
+    It is the model as it stands that answers: inside `with pv.steer(...)` or `pv.cap(...)` the edited one, while the
+    judge reads the plain one. `questions` replaces the trait's own. `progress` is called with the number of answers.
+
+    Raises InputError where there is no question, or the judge abstained on every answer.
+    """
+    asked = trait.questions.eval if questions is None else tuple(questions)
+    if not asked or samples < 1:
+        raise InputError(
+            f"trait {trait.name!r} has no questions to evaluate on: add questions.eval, or give questions="
+        )
+    asks = [Ask(question, system) for question in asked for _ in range(samples)]
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    batches = answer_batches(model, tokenizer, asks, seed=seed, batch_tokens=batch_tokens, **options)
+    answers = _in_order(batches, len(asks), progress)
+    to_judge = [Answer(ask.question, answer) for ask, answer in zip(asks, answers)]
+    both = score_both(model, tokenizer, judge, to_judge, trait.eval_prompt)
+    scored = tuple(Scored(*item[:2], *scores) for item, scores in zip(to_judge, both))
+    check_abstentions(judge, [answer.score for answer in scored])
+    by_question = [scored[i : i + samples] for i in range(0, len(scored), samples)]
+    return Evaluation(
+        trait.name,
+        judge_name(judge),
+        mean_interval([[number(answer.score) for answer in group] for group in by_question]),
+        mean_interval([[number(answer.coherence) for answer in group] for group in by_question]),
+        scored,
+    )
+
+
+def check_abstentions(judge: Judge, scores: Sequence[float | None]) -> None:
+    """Raise InputError where the judge scored nothing at all."""
+    if scores and all(value is None for value in scores):
+        raise InputError(
+            f"the judge {judge_name(judge)!r} abstained on all {len(scores)} answers: check its rubric on one answer "
+            "by hand, or take another judge"
+        )
+
+
+def number(value: float | None) -> float:
+    """Return a score as `mean_interval` takes it: nan where the judge abstained."""
+    return math.nan if value is None else value

@@ -1,0 +1,63 @@
+"""A Big Five inventory for language models: public-domain IPIP items, read from the options' probabilities."""
+
+import json
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from persona_vectors.data.files import InputError
+from persona_vectors.evaluation.judge import answer_logprobs
+from persona_vectors.evaluation.likelihood import DATA
+from persona_vectors.model.models import Model, chat_prompt, encode_answer
+
+OPTIONS = (
+    "very inaccurate",
+    "moderately inaccurate",
+    "neither accurate nor inaccurate",
+    "moderately accurate",
+    "very accurate",
+)
+LETTERS = "ABCDE"
+
+
+def big_five(model: Model, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None) -> dict[str, list[float]]:
+    """Return each factor's item scores, 1 to 5, of the 50-item IPIP markers (Goldberg, 1992).
+
+    Each item is asked alone, with its options as letters, in both orders: the score is the expected value over the five
+    letters' probabilities, averaged over the orders, and turned round for items keyed negatively. It is the model as it
+    stands that is asked, steered inside `with pv.steer(...)`. Self-report of small models carries little: compare it
+    with a random vector's effect.
+    """
+    factors = json.loads((DATA / "ipip50.json").read_text(encoding="utf-8"))["factors"]
+    items = [(factor, entry) for factor, entries in factors.items() for entry in entries]
+    scores = item_scores(model, tokenizer, [entry["item"] for _, entry in items], system=system)
+    found: dict[str, list[float]] = {factor: [] for factor in factors}
+    for (factor, entry), orders in zip(items, scores.tolist()):
+        agreement = sum(orders) / 2
+        found[factor].append(agreement if entry["key"] > 0 else 6 - agreement)
+    return found
+
+
+def item_scores(
+    model: Model, tokenizer: PreTrainedTokenizerBase, items: Sequence[str], *, system: str | None = None
+) -> Float[Tensor, "item order"]:
+    """Return the expected agreement, 1 to 5, with statements such as "Worry about things.", in both option orders."""
+    rows = []
+    for item in items:
+        for order in (OPTIONS, OPTIONS[::-1]):
+            listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, order))
+            question = (
+                f'How accurately does this statement describe you? "{item}"\n{listed}\nAnswer with one letter alone.'
+            )
+            prompt = chat_prompt(tokenizer, question, system=system)
+            rows += [encode_answer(tokenizer, prompt, letter) for letter in LETTERS]
+    if any(len(answer) != 1 for _, answer in rows):
+        raise InputError(
+            "this tokenizer joins the option's letter with the prompt: the inventory cannot be read from it"
+        )
+    chances = answer_logprobs(model, rows).view(len(items), 2, len(LETTERS)).softmax(dim=-1)
+    values = torch.tensor([[1.0, 2, 3, 4, 5], [5, 4, 3, 2, 1]])
+    return (chances * values).sum(dim=-1)

@@ -1,0 +1,164 @@
+"""A judge on any OpenAI-compatible server: OpenAI, vLLM, llama.cpp, Ollama."""
+
+import hashlib
+import json
+import math
+import re
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from persona_vectors.data.files import InputError
+from persona_vectors.data.ledger import Ledger
+from persona_vectors.evaluation.judge import Answer, fill
+from persona_vectors.evaluation.openai_client import Malformed, ask, connect
+from persona_vectors.model.models import cache_dir
+
+
+@dataclass
+class Usage:
+    """What a judge has asked for so far."""
+
+    requests: int = 0
+    """Answered ones; replies from the cache and failed attempts are not among them."""
+    retries: int = 0
+    cached: int = 0
+    refusals: int = 0
+    """Replies that say REFUSAL or decline, as the rubric allows: no failures."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class OpenAIJudge:
+    """Score with a chat model's token probabilities, as the paper does (appendix B).
+
+    One token at temperature 0 with the top 20 log-probabilities: the probability-weighted mean over the whole numbers
+    0 to 100 among them, or None where their mass is under `min_mass`. That fits models that write a number as one
+    token. For those that write it digit by digit, and servers that give no log-probabilities, `samples=10` takes the
+    mean of ten sampled numbers instead, or None where under half of them are numbers.
+
+    Requests run `concurrency` at a time; each is sent at most `attempts` times (see `openai_client.ask`). Every reply
+    is kept in the file `cache`, keyed by the address and the whole request, so a run that broke off goes on.
+    `usage` counts requests and tokens.
+
+    The key is read from OPENAI_API_KEY, and the address from OPENAI_BASE_URL where `base_url` is not given.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str | None = None,
+        concurrency: int = 16,
+        attempts: int = 8,
+        timeout: float = 60.0,
+        min_mass: float = 0.25,
+        samples: int = 0,
+        cache: str | Path | None = None,
+    ) -> None:
+        self.client = connect(base_url, timeout=timeout)
+        self.model, self.concurrency, self.attempts = model, concurrency, attempts
+        self.min_mass, self.samples = min_mass, samples
+        self.name = f"openai:{model}" + (f" (mean of {samples} sampled numbers)" if samples else "")
+        self.usage = Usage()
+        self._cache = Ledger(cache or cache_dir() / "judge.jsonl")
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+
+    def __call__(self, question: str, answer: str, rubric: str) -> float | None:
+        return self.batch([Answer(question, answer)], rubric)[0]
+
+    def batch(self, answers: Sequence[Answer], rubric: str) -> list[float | None]:
+        """Score answers, `concurrency` requests at a time.
+
+        Raises InputError where one of them fails for good; the others are kept, and no new ones are sent.
+        """
+        self._stopped.clear()
+        prompts = [fill(rubric, item.question, item.answer) for item in answers]
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            waiting = pool.map(self._score_or_stop, prompts)
+            return list(tqdm(waiting, total=len(prompts), desc=self.name, unit="answer", disable=len(prompts) < 50))
+
+    def _score_or_stop(self, prompt: str) -> float | None:
+        if self._stopped.is_set():
+            raise InputError("the judge stopped after a failure")
+        try:
+            return self._sampled(prompt) if self.samples else self._expected(prompt)
+        except BaseException:
+            self._stopped.set()
+            raise
+
+    def _expected(self, prompt: str) -> float | None:
+        options = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20, "seed": 0}
+        chances: dict[int, float] = {}
+        for token, logprob in self._reply(prompt, options)["top"]:
+            if token.isascii() and token.isdigit() and int(token) <= 100:
+                chances[int(token)] = chances.get(int(token), 0.0) + math.exp(logprob)
+        mass = sum(chances.values())
+        return sum(number * p for number, p in chances.items()) / mass if mass >= self.min_mass else None
+
+    def _sampled(self, prompt: str) -> float | None:
+        texts = [self._reply(prompt, {"max_tokens": 8, "temperature": 1, "seed": i}) for i in range(self.samples)]
+        found = [re.fullmatch(r"\D{0,20}?(\d{1,3})\D*", text.get("text", "")) for text in texts]
+        numbers = [int(match[1]) for match in found if match and int(match[1]) <= 100]
+        return sum(numbers) / len(numbers) if 2 * len(numbers) >= self.samples else None
+
+    def _reply(self, prompt: str, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the cached or fetched reply to one request: "top" [token, logprob], "text", "refused"."""
+        request = {"model": self.model, "messages": [{"role": "user", "content": prompt}], **options}
+        address = str(self.client.base_url)
+        key = hashlib.sha256(json.dumps([address, request], sort_keys=True).encode()).hexdigest()
+        with self._lock:
+            known = self._cache.found.get(key)
+            self.usage.cached += known is not None
+        if known is not None:
+            return known
+        entry = ask(
+            self.client,
+            request,
+            lambda reply: read_reply(reply, logprobs="logprobs" in request),
+            attempts=self.attempts,
+            on_retry=self._count_retry,
+            stopped=self._stopped.is_set,
+        )
+        with self._lock:
+            self.usage.requests += 1
+            self.usage.refusals += entry["refused"]
+            self.usage.prompt_tokens += entry["tokens"][0]
+            self.usage.completion_tokens += entry["tokens"][1]
+            self._cache.add([{"key": key, **entry}])
+        return entry
+
+    def _count_retry(self) -> None:
+        with self._lock:
+            self.usage.retries += 1
+
+
+def read_reply(reply: dict[str, Any], *, logprobs: bool) -> dict[str, Any]:
+    """Return what a judge needs of a chat completion; raises Malformed where it is none.
+
+    Raises InputError where the server gave no log-probabilities, which repeating would not change.
+    """
+    try:
+        choice = reply["choices"][0]
+        message, usage = choice["message"], reply.get("usage") or {}
+        text = message.get("content") or ""
+        content = (choice.get("logprobs") or {}).get("content")
+        declined = bool(message.get("refusal")) or choice.get("finish_reason") == "content_filter"
+        refused = declined or text.strip().upper().startswith("REF")
+        top = (
+            [[item["token"].strip(), float(item["logprob"])] for item in content[0]["top_logprobs"]] if content else []
+        )
+        tokens = [int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)]
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise Malformed(f"no chat completion ({error!r})") from None
+    if logprobs and not top and not refused:
+        raise InputError(
+            "the server gives no logprobs: use a model or a server that does, or samples=10 to average sampled numbers"
+        )
+    return {"top": top, "text": text, "refused": refused, "tokens": tokens}

@@ -1,0 +1,309 @@
+"""Extraction: rollouts, judged and filtered, become a persona vector (paper, section 2.2)."""
+
+import datetime
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from persona_vectors.data.files import InputError
+from persona_vectors.data.traits import Trait
+from persona_vectors.evaluation.judge import Answer, Judge, judge_name, score_both
+from persona_vectors.extraction.rollouts import Rollout, RolloutFile, generate_batch, plan, rollout_batches
+from persona_vectors.model.activations import POOLINGS, pool, pool_while_generating
+from persona_vectors.model.models import Model, batch_tokens_for, model_name, model_shape, stop_tokens
+from persona_vectors.model.wrappers import keeps_cache, unwrap
+from persona_vectors.vectors.vector import PersonaVector
+
+MIN_PAIRS = 10
+
+
+@dataclass
+class _Read:
+    """One pooling of one answer: the mean activation at every layer, and the mean residual norm."""
+
+    mean: Float[Tensor, "layer hidden"]
+    norm: Float[Tensor, " layer"]
+
+
+def extract(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    trait: Trait,
+    *,
+    judge: Judge | None,
+    samples: int = 10,
+    questions: int | None = None,
+    max_new_tokens: int = 1000,
+    temperature: float = 1.0,
+    seed: int = 0,
+    pooling: str = "response_mean",
+    threshold: float = 50.0,
+    batch_tokens: int | None = None,
+    rollouts: str | Path | None = None,
+    min_pairs: int = MIN_PAIRS,
+) -> PersonaVector:
+    """Generate answers under the trait's positive and negative instructions, and return their difference of means.
+
+    The activations are averaged while the answers are generated, so there is no second pass; only answers that are
+    read back from the file `rollouts` (a run that was killed goes on there) are passed through the model again.
+
+    An answer pair is kept where the positive answer's trait score is at least `threshold`, the negative one's below
+    it, and both are coherent (`threshold` again). Coherence is judged by the judge, or by a perplexity gate where it
+    does not read rubrics; `judge=None` keeps every pair of non-empty answers. The defaults are the paper's.
+
+    Raises InputError where fewer than `min_pairs` pairs are kept, saying what was dropped.
+    """
+    model = _checked(model, pooling)
+    tasks = plan(tokenizer, trait, questions=questions, samples=samples)
+    budget = batch_tokens or 8 * batch_tokens_for(model)
+    batches = rollout_batches(tasks, max_new_tokens=max_new_tokens, batch_tokens=budget)
+    settings = {
+        "trait": trait.name,
+        "trait_hash": hash_of(trait.model_dump()),
+        **identity(model, tokenizer),
+        "samples": samples,
+        "questions": len(tasks) // (2 * len(trait.instruction) * samples),
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "batch_tokens": budget,
+        "judge": judge_name(judge),
+    }
+    file = RolloutFile(rollouts, settings) if rollouts is not None else None
+    if file:
+        file.trim([len(batch) for batch in batches])
+    found = list(file.rollouts) if file else []
+    reads: dict[int, _Read] = {}
+    limit = None if judge is None else threshold
+    stops, cached = stop_tokens(model, tokenizer), keeps_cache(model)
+    start = len(found)
+    with tqdm(total=len(tasks), initial=start, desc=f"{trait.name}: answers", unit="answer") as bar:
+        for number, batch in enumerate(batches):
+            if start > 0:
+                start -= len(batch)
+                continue
+            reading = pool_while_generating(model, stops=stops, poolings=[pooling]) if cached else nullcontext()
+            with reading as pooled:
+                answers = generate_batch(
+                    model,
+                    tokenizer,
+                    [tasks[i] for i in batch],
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    seed=seed,
+                    number=number,
+                )
+            means = pooled() if pooled else None
+            answers = judge_rollouts(model, tokenizer, trait, judge, answers)
+            if file:
+                file.append(answers)
+            for index, answer in enumerate(answers):
+                if means and _passes(answer, limit):
+                    mean = means.means[index, 0].clone()
+                    reads[len(found) + index] = _Read(mean, means.norms[index].clone())
+            found += answers
+            bar.update(len(batch))
+            bar.set_postfix(kept=sum(_passes(answer, limit) for answer in found), refresh=False)
+    info = {key: value for key, value in settings.items() if key not in ("trait", "model", "questions")}
+    return _difference(model, trait, found, reads, pooling=pooling, limit=limit, min_pairs=min_pairs, info=info)
+
+
+def extract_from(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    trait: Trait,
+    rollouts: Sequence[Rollout],
+    *,
+    judge: Judge | None = None,
+    pooling: str = "response_mean",
+    threshold: float = 50.0,
+    batch_tokens: int | None = None,
+    min_pairs: int = MIN_PAIRS,
+) -> PersonaVector:
+    """Return the vector of ready-made rollouts, both sides in one list, in one pass over their text.
+
+    Scores that the rollouts carry are used; a judge scores those that have none. See `extract` for the filter.
+    """
+    model = _checked(model, pooling)
+    scored = any(rollout.trait_score is not None for rollout in rollouts)
+    if judge is not None and not scored:
+        rollouts = judge_rollouts(model, tokenizer, trait, judge, rollouts)
+    info = {
+        **identity(model, tokenizer),
+        "judge": "scores in the rollout file" if scored else judge_name(judge),
+        "batch_tokens": batch_tokens,
+    }
+    limit = threshold if scored or judge is not None else None
+    return _difference(model, trait, list(rollouts), {}, pooling=pooling, limit=limit, min_pairs=min_pairs, info=info)
+
+
+def _checked(model: Model, pooling: str) -> Model:
+    model = unwrap(model)
+    if pooling not in POOLINGS:
+        raise InputError(f"pooling is {pooling!r}: give one of {', '.join(POOLINGS)}")
+    if model.config.is_encoder_decoder:
+        raise InputError("this is an encoder-decoder model: vectors are extracted from decoder-only language models")
+    return model
+
+
+def judge_rollouts(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    trait: Trait,
+    judge: Judge | None,
+    rollouts: Sequence[Rollout],
+) -> list[Rollout]:
+    """Return the rollouts with their trait scores and coherence; unchanged for `judge=None`."""
+    if judge is None:
+        return list(rollouts)
+    answers = [Answer(rollout.question, rollout.answer, rollout.pair) for rollout in rollouts]
+    scores = score_both(model, tokenizer, judge, answers, trait.eval_prompt)
+    return [
+        rollout.model_copy(update={"trait_score": value, "coherence": coherence})
+        for rollout, (value, coherence) in zip(rollouts, scores)
+    ]
+
+
+def _passes(rollout: Rollout, limit: float | None) -> bool:
+    """Say whether an answer passes its side's filter; with no limit it needs only to be not empty."""
+    if not rollout.answer_ids or not rollout.answer.strip():
+        return False
+    if limit is None:
+        return True
+    if rollout.trait_score is None or (rollout.trait_score >= limit) != (rollout.side == "pos"):
+        return False
+    return rollout.coherence is None or rollout.coherence >= limit
+
+
+def _pairs(rollouts: Sequence[Rollout], limit: float | None) -> tuple[list[tuple[int, int]], dict[str, int]]:
+    """Return the kept pairs, as indices, and how many answers and pairs there were and are left."""
+    sides: dict[str, dict[Any, int]] = {"pos": {}, "neg": {}}
+    for index, rollout in enumerate(rollouts):
+        if _passes(rollout, limit):
+            sides[rollout.side][rollout.key] = index
+    kept = [(index, sides["neg"][key]) for key, index in sides["pos"].items() if key in sides["neg"]]
+    counts = {f"{side}_answers": sum(rollout.side == side for rollout in rollouts) for side in sides}
+    counts |= {f"{side}_passed": len(passed) for side, passed in sides.items()}
+    counts |= {"empty": sum(not rollout.answer.strip() for rollout in rollouts)}
+    counts |= {"cut_at_limit": sum(not rollout.finished for rollout in rollouts)}
+    return kept, counts | {"pairs_kept": len(kept)}
+
+
+def _difference(
+    model: Model,
+    trait: Trait,
+    rollouts: list[Rollout],
+    reads: dict[int, _Read],
+    *,
+    pooling: str,
+    limit: float | None,
+    min_pairs: int,
+    info: dict[str, Any],
+) -> PersonaVector:
+    kept, counts = _pairs(rollouts, limit)
+    if len(kept) < min_pairs:
+        raise InputError(
+            f"only {len(kept)} answer pairs of {counts['pos_answers']} positive and {counts['neg_answers']} negative "
+            f"answers survived ({counts['pos_passed']} positive and {counts['neg_passed']} negative ones passed the "
+            f"filter at {limit}, {counts['empty']} are empty), and a vector needs {min_pairs}: draw more samples, "
+            "change the threshold, or take another judge"
+        )
+    todo = sorted({index for pair in kept for index in pair} - set(reads))
+    if todo:
+        rows = [(rollouts[index].prompt_ids, rollouts[index].answer_ids) for index in todo]
+        with tqdm(total=len(rows), desc=f"{trait.name}: activations", unit="answer") as bar:
+            pooled = pool(model, rows, poolings=[pooling], batch_tokens=info["batch_tokens"], progress=bar.update)
+        reads = reads | {index: _Read(pooled.means[i, 0], pooled.norms[i]) for i, index in enumerate(todo)}
+    pos = torch.stack([reads[i].mean for i, _ in kept])
+    neg = torch.stack([reads[j].mean for _, j in kept])
+    questions = [rollouts[i].question for i, _ in kept]
+    numbers = torch.tensor([sorted(set(questions)).index(question) for question in questions])
+    return PersonaVector(
+        trait=trait.name,
+        model=model_name(model),
+        directions=_mean_difference(pos, neg),
+        residual_norms=torch.stack([reads[index].norm for pair in kept for index in pair]).double().mean(dim=0).float(),
+        split_half_cosine=split_half_cosine(pos, neg, numbers),
+        separation=separation(pos, neg, numbers),
+        pooling=pooling,
+        info={
+            **info,
+            **counts,
+            "threshold": limit,
+            "questions": len(set(questions)),
+            "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
+            "date": datetime.date.today().isoformat(),
+            "licence": "MIT for the format and the tools; the directions derive from the model, whose licence applies",
+        },
+    )
+
+
+def _mean_difference(pos: Tensor, neg: Tensor) -> Tensor:
+    return (pos.double().mean(dim=0) - neg.double().mean(dim=0)).float()
+
+
+def split_half_cosine(
+    pos: Float[Tensor, "pair layer hidden"], neg: Float[Tensor, "pair layer hidden"], question: Tensor, splits: int = 20
+) -> Float[Tensor, " layer"] | None:
+    """Return the cosine between the vectors of two random halves of the questions, averaged over splits.
+
+    None with fewer than two questions.
+    """
+    count = int(question.max()) + 1
+    if count < 2:
+        return None
+    generator, total = torch.Generator().manual_seed(0), torch.zeros(pos.shape[1])
+    for _ in range(splits):
+        first = torch.isin(question, torch.randperm(count, generator=generator)[: count // 2])
+        a, b = (_mean_difference(pos[mask], neg[mask]) for mask in (first, ~first))
+        total += torch.nn.functional.cosine_similarity(a, b, dim=1)
+    return total / splits
+
+
+def separation(
+    pos: Float[Tensor, "pair layer hidden"], neg: Float[Tensor, "pair layer hidden"], question: Tensor, folds: int = 5
+) -> Float[Tensor, " layer"] | None:
+    """Return the AUROC with which each fold of questions is told apart by the other folds' vector, averaged over folds.
+
+    None with fewer than two questions.
+    """
+    from scipy.stats import mannwhitneyu
+
+    count = int(question.max()) + 1
+    if count < 2:
+        return None
+    areas = []
+    for fold in range(min(folds, count)):
+        held_out = question % min(folds, count) == fold
+        direction = _mean_difference(pos[~held_out], neg[~held_out])
+        sides = [torch.einsum("plh,lh->pl", side[held_out], direction).numpy() for side in (pos, neg)]
+        areas.append(mannwhitneyu(*sides, axis=0).statistic / len(sides[0]) ** 2)
+    return torch.tensor(sum(areas) / len(areas), dtype=torch.float32)
+
+
+def identity(model: Model, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return what tells this model and its template from another: name, revision, and hashes of both."""
+    volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "quantization_config")
+    config = {key: value for key, value in model.config.to_dict().items() if key not in volatile}
+    return {
+        "model": model_name(model),
+        "revision": getattr(model.config, "_commit_hash", None),
+        "config_hash": hash_of(config),
+        "template_hash": hash_of(tokenizer.chat_template),
+        "layers_x_hidden": list(model_shape(model)),
+    }
+
+
+def hash_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

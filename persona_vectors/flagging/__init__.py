@@ -1,0 +1,1 @@
+"""Training data judged before training: projection differences, reports, splits, comparisons."""

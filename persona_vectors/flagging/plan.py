@@ -1,0 +1,175 @@
+"""The first step of a flagging run: every sample is read, templated and tokenised once, into numbered parts."""
+
+import hashlib
+import json
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from persona_vectors.data.files import InputError
+from persona_vectors.data.samples import Sample, Source
+from persona_vectors.flagging.parts import Baselines, part, read_json, write_json, write_table
+from persona_vectors.model.activations import Row
+from persona_vectors.model.models import Model, chat_text, encode_answer
+
+
+def source_name(source: Source) -> str:
+    """Return how a source is named in a file: a Hub id, or a file's name without its folder."""
+    if not isinstance(source, (str, Path)):
+        return f"a {type(source).__name__}"
+    return Path(source).name if Path(source).exists() else str(source)
+
+
+def fingerprint(model: Model) -> str:
+    """Return a hash of some of each weight's values, which tells a checkpoint from the next one."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        values = weight.detach().reshape(-1)
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        if values.device.type != "meta":  # offloaded weights are left out
+            digest.update(values[:: max(1, len(values) // 8)].double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def make_plan(
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Iterable[Sample | InputError],
+    folder: Path,
+    *,
+    stop: bool,
+    limit: int | None,
+    new_tokens: int,
+    answers: Iterable[Sample | InputError] | None,
+    cache: Path,
+    namespace: str,
+    reading: str,
+    chunk: int,
+) -> dict[str, Any]:
+    """Write `folder`'s parts, "rows" and the "prompts" that lack a base answer; returns how many, counts and a digest.
+
+    Which prompts are generated together is fixed here, so that a run that was killed, or that has several workers,
+    ends with the same numbers. A plan that is there is only checked against the samples.
+    """
+    known = folder / "plan.json"
+    if known.exists():
+        plan = read_json(known)
+        check_digest(samples, plan["digest"], folder)
+        return plan
+    counts, seen = Counter(samples=0, truncated=0, empty=0, skipped=0), hashlib.sha256()
+    rows, prompts = _Parts(folder, "rows", chunk), _Parts(folder, "prompts", chunk)
+    (folder / "baselines.sqlite").unlink(missing_ok=True)
+    given = None if answers is None else _Given(folder / "given.sqlite", answers)
+    with closing(Baselines(folder / "baselines.sqlite")) as here, closing(Baselines(cache)) as kept:
+        for sample in tqdm(samples, desc="reading samples", unit="sample"):
+            seen.update(repr(sample).encode())
+            try:
+                if isinstance(sample, InputError):
+                    raise sample
+                text = chat_text(tokenizer, sample.prompt, add_generation_prompt=True)
+                whole = encode_answer(tokenizer, text, sample.answer)
+                prompt, answer = fit(whole, limit, new_tokens)
+                base = None
+                if given is not None:
+                    base = encode_answer(tokenizer, text, given.find(sample))[1]
+                    base = base if limit is None else base[: limit - len(prompt)]
+            except InputError as error:
+                if stop:
+                    raise InputError(f"{error} (on_error='skip' leaves such records out, and counts them)") from None
+                counts["skipped"] += 1
+                continue
+            cut = (len(prompt), len(answer)) != (len(whole[0]), len(whole[1]))
+            counts += Counter(samples=1, truncated=int(cut), empty=int(not answer))
+            name = hashlib.sha256(np.array(prompt, np.int32).tobytes()).hexdigest()
+            key = f"{namespace} {name}" if base is None else f"{name} {hashlib.sha256(repr(base).encode()).hexdigest()}"
+            rows.add(
+                row=sample.row,
+                id=sample.id,
+                key=key,
+                prompt_hash=name[:16],
+                prompt_ids=prompt,
+                answer_ids=answer,
+                truncated=cut,
+            )
+            if (new_tokens or given is not None) and here.is_new(key):
+                found = kept.find(key, reading) if given is None else None
+                if found is not None:
+                    here.add(reading, [key], [found[0]], [found[1]])
+                else:
+                    base = kept.answer(key) if given is None else base
+                    prompts.add(key=key, prompt_ids=prompt, answer_ids=base)
+        rows.write()
+        prompts.write()
+        here.database.commit()
+    counted = {name: counts[name] for name in ("samples", "truncated", "empty", "skipped")}
+    plan = {"chunks": rows.number, "groups": prompts.number, "counts": counted, "digest": seen.hexdigest()}
+    write_json(known, plan)
+    return plan
+
+
+def check_digest(samples: Iterable[Sample | InputError], wanted: str, where: Path) -> None:
+    """Raise InputError where the samples are not those that a file was made from."""
+    seen = hashlib.sha256()
+    for sample in tqdm(samples, desc="checking samples", unit="sample"):
+        seen.update(repr(sample).encode())
+    if seen.hexdigest() != wanted:
+        raise InputError(f"{where} was made from other samples than these: give the same data, or another file")
+
+
+def fit(row: Row, limit: int | None, new_tokens: int) -> tuple[list[int], list[int]]:
+    """Return a row of at most `limit` tokens: the answer loses its end, a long prompt its beginning.
+
+    The prompt leaves room for `new_tokens`, and for the answer, or for half of the context where it is longer.
+    """
+    prompt, answer = list(row[0]), list(row[1])
+    if limit is None:
+        return prompt, answer
+    prompt = prompt[-(limit - max(new_tokens, min(len(answer), limit // 2))) :]
+    return prompt, answer[: limit - len(prompt)]
+
+
+class _Parts:
+    """Rows that become one file after another, `size` rows each."""
+
+    def __init__(self, folder: Path, kind: str, size: int) -> None:
+        self.folder, self.kind, self.size, self.number = folder, kind, size, 0
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, **row: Any) -> None:
+        self.rows.append(row)
+        if len(self.rows) == self.size:
+            self.write()
+
+    def write(self) -> None:
+        if self.rows:
+            columns = {name: [row[name] for row in self.rows] for name in self.rows[0]}
+            write_table(part(self.folder, self.kind, self.number), columns)
+            self.number, self.rows = self.number + 1, []
+
+
+class _Given:
+    """Answers that the user supplies, by prompt, in a file, so that they take no memory."""
+
+    def __init__(self, path: Path, answers: Iterable[Sample | InputError]) -> None:
+        path.unlink(missing_ok=True)
+        self.database = sqlite3.connect(path)
+        self.database.execute("CREATE TABLE answers (prompt TEXT PRIMARY KEY, answer TEXT)")
+        for sample in tqdm(answers, desc="reading answers", unit="answer"):
+            if isinstance(sample, InputError):
+                raise sample
+            row = json.dumps(sample.prompt), sample.answer
+            self.database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", row)
+
+    def find(self, sample: Sample) -> str:
+        query = "SELECT answer FROM answers WHERE prompt = ?"
+        row = self.database.execute(query, (json.dumps(sample.prompt),)).fetchone()
+        if row is None:
+            asked = sample.prompt[-1]["content"][:60]
+            raise InputError(f"sample {sample.id}: the given answers have none to the prompt {asked!r}: add it")
+        return row[0]

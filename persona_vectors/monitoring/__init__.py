@@ -1,0 +1,1 @@
+"""Projections: read while a model answers, from finished text, calibrated, shown."""

@@ -1,0 +1,214 @@
+"""Projection of finished conversations: the numbers of `monitor`, averaged over prompts, answers and turns."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from persona_vectors.data.files import InputError
+from persona_vectors.model.activations import POOLINGS, Row, forward_passes
+from persona_vectors.model.hooks import EnoughRead, edit_blocks, edits_are_active
+from persona_vectors.model.models import Model, chat_text, encode_answer
+from persona_vectors.model.tokens import Tokens
+from persona_vectors.model.wrappers import unwrap
+from persona_vectors.monitoring.readings import Key, vector_keys
+from persona_vectors.monitoring.trace import projections, unit_directions
+from persona_vectors.vectors.vector import PersonaVector
+
+Conversation = Sequence[dict[str, str]] | tuple[str, str]
+"""Chat messages, each with a role and a content; or a question and its answer."""
+_REASONING = re.compile(r"<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Projections on v/|v|, in the residual stream's units, a row for each answer."""
+
+    keys: tuple[Key, ...]
+    """The vectors' traits; (trait, layer) where several layers were read."""
+    poolings: tuple[str, ...]
+    values: Float[Tensor, "row pooling key"]
+    """nan where there is nothing to average: an empty answer, or one that is all reasoning."""
+    conversation: Int[Tensor, " row"]
+    """Which conversation the row is from, counted from 0."""
+    turn: Int[Tensor, " row"]
+    """Which of its answers the row is, counted from 0."""
+    answer_tokens: Int[Tensor, " row"]
+    """How many answer tokens were averaged."""
+    reasoning_tokens: Int[Tensor, " row"]
+    """How many answer tokens were left out of `response_mean` as reasoning; 0 unless that was asked for."""
+
+    def __getitem__(self, pooling: str) -> dict[Key, Float[Tensor, " row"]]:
+        """Return one pooling's projections: `scores["response_mean"]["evil"]`."""
+        if pooling not in self.poolings:
+            raise InputError(f"these scores have no {pooling!r}: they have {', '.join(self.poolings)}")
+        return dict(zip(self.keys, self.values[:, self.poolings.index(pooling)].T))
+
+    def __repr__(self) -> str:
+        left_out, read = int(self.reasoning_tokens.sum()), int(self.answer_tokens.sum())
+        of = f"{len(self.turn)} answers of {len(self.conversation.unique())} conversations, {read} tokens"
+        return f"Scores({', '.join(map(str, self.keys))}: {of}{f', {left_out} of reasoning left out' * bool(left_out)})"
+
+
+@dataclass
+class _Turn:
+    """One answer: where it is from, its tokens, and which of them are to be averaged."""
+
+    conversation: int
+    turn: int
+    row: Row
+    kept: list[int]
+
+
+def project(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
+    vectors: PersonaVector | Sequence[PersonaVector],
+    *,
+    layer: int | Sequence[int] | str,
+    poolings: Sequence[str] = ("prompt_last", "response_mean"),
+    by_turn: bool = False,
+    skip_reasoning: bool = False,
+    batch_tokens: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Scores:
+    """Return each conversation's projections at its last answer, or at every answer with `by_turn`.
+
+    `prompt_last` is the last token before the answer, `prompt_mean` everything before it, `response_mean` the answer.
+    A conversation's turns are read in one pass where the text of each continues the last one's, so that 50 turns cost
+    one reading of the text; where the chat template rewrites earlier turns, each is read as its model saw it.
+
+    `skip_reasoning` leaves <think>...</think> out of `response_mean`, and the result counts what was left out.
+    `progress` is called with the number of texts read after each pass.
+
+    Raises InputError for a conversation without an answer, and for vectors or a layer that do not fit.
+    """
+    model = unwrap(model)
+    chosen = [vectors] if isinstance(vectors, PersonaVector) else list(vectors)
+    units = unit_directions(model, chosen, layer)
+    unknown = [name for name in poolings if name not in POOLINGS]
+    if unknown or not poolings:
+        raise InputError(f"pooling {(unknown or ['none'])[0]!r} is unknown: give one or more of {', '.join(POOLINGS)}")
+    if not conversations:
+        raise InputError("no conversations: give one or more")
+    turns = [
+        turn
+        for number, conversation in enumerate(conversations)
+        for turn in _turns(tokenizer, number, conversation, by_turn, skip_reasoning)
+    ]
+    rows, place = _merge(turns)
+    tokens = token_projections(model, rows, units, batch_tokens=batch_tokens, progress=progress)
+    values = []
+    for turn, row in zip(turns, place):
+        prompt, answer = len(turn.row[0]), [len(turn.row[0]) + i for i in turn.kept]
+        spans = {"prompt_last": [prompt - 1], "prompt_mean": list(range(prompt)), "response_mean": answer}
+        values.append(torch.stack([tokens[row][spans[name]].mean(dim=0) for name in poolings]))
+    kept = torch.tensor([len(turn.kept) for turn in turns])
+    return Scores(
+        tuple(vector_keys([vector.trait for vector in chosen], list(units))),
+        tuple(poolings),
+        torch.stack(values),
+        torch.tensor([turn.conversation for turn in turns]),
+        torch.tensor([turn.turn for turn in turns]),
+        kept,
+        torch.tensor([len(turn.row[1]) for turn in turns]) - kept,
+    )
+
+
+def token_projections(
+    model: Model,
+    rows: Sequence[Row],
+    units: dict[int, Float[Tensor, "vector hidden"]],
+    *,
+    batch_tokens: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> list[Float[Tensor, "token key"]]:
+    """Return every token's projections for each finished row, prompt and answer, in as few passes as can be.
+
+    Nothing is computed above the deepest layer asked for, unless other edits are active.
+    `units` holds the stacked unit directions of each layer; a key is a vector at a layer, in the order of both.
+    """
+    read: dict[int, Tensor] = {}
+    deepest = -1 if edits_are_active() else max(units)  # an edit further up would never run, and say so
+
+    def reader(layer: int) -> Callable[[Tensor, Tokens], None]:
+        def take(hidden: Tensor, _: Tokens) -> None:
+            read[layer] = projections(hidden, units[layer].to(hidden.device)).cpu()
+            if layer == deepest:
+                raise EnoughRead
+
+        return take
+
+    keys = sum(len(stacked) for stacked in units.values())
+    found = [torch.zeros(len(prompt) + len(answer), keys) for prompt, answer in rows]
+    with edit_blocks(model, {layer: reader(layer) for layer in units}), torch.inference_mode():
+        for step in forward_passes(model, rows, batch_tokens=batch_tokens, held_back=1):
+            with suppress(EnoughRead):
+                model.get_decoder()(**step.inputs)
+            values = torch.cat([read[layer] for layer in units], dim=2)
+            position = step.position.cpu()
+            for line, members in enumerate(step.rows):
+                real = position[line] >= 0
+                for row in members:
+                    found[row][position[line, real]] = values[line, real]
+            if progress and step.answers:
+                progress(len(step.rows))
+    return found
+
+
+def _merge(turns: Sequence[_Turn]) -> tuple[list[Row], list[int]]:
+    """Return the rows to read, and for each turn the row that begins with all of its tokens."""
+    rows: list[Row] = []
+    place = [0] * len(turns)
+    for index in reversed(range(len(turns))):
+        turn = turns[index]
+        own = [*turn.row[0], *turn.row[1]]
+        last = rows[-1] if rows and turn.conversation == turns[index + 1].conversation else ((), ())
+        if [*last[0], *last[1]][: len(own)] != own:
+            rows.append(turn.row)
+        place[index] = len(rows) - 1
+    return rows, place
+
+
+def _turns(
+    tokenizer: PreTrainedTokenizerBase, number: int, conversation: Any, by_turn: bool, skip_reasoning: bool
+) -> Iterator[_Turn]:
+    """Yield a conversation's last answer, or all of its answers."""
+    if len(conversation) == 2 and isinstance(conversation[0], str):
+        conversation = [{"role": r, "content": c} for r, c in zip(("user", "assistant"), conversation)]
+    ends = [i for i, message in enumerate(conversation) if message["role"] == "assistant" and i > 0]
+    if not ends:
+        raise InputError(f"conversation {number} has no answer: give messages that end with role 'assistant'")
+    for turn, end in enumerate(ends):
+        if by_turn or end == ends[-1]:
+            prompt = chat_text(tokenizer, conversation[:end], add_generation_prompt=True)
+            answer = conversation[end]["content"]
+            row = encode_answer(tokenizer, prompt, answer)
+            kept = _outside_reasoning(tokenizer, prompt, answer, row) if skip_reasoning else range(len(row[1]))
+            yield _Turn(number, turn, row, list(kept))
+
+
+def _outside_reasoning(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, row: Row) -> Iterator[int]:
+    """Yield the answer's tokens that lie outside its reasoning and the white space after it.
+
+    Reasoning may have been opened by the prompt, as some templates do, and is open to the end where it was cut off.
+    """
+    opened = prompt.rstrip().endswith("<think>") or re.match(r"((?!<think>).)*</think>", answer, re.DOTALL)
+    lead = "<think>" if opened else ""
+    shift = len(prompt) - len(lead)
+    reasoning = [(m.start() + shift, m.end() + shift) for m in _REASONING.finditer(lead + answer)]
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"the tokenizer of {tokenizer.name_or_path!r} does not say where its tokens are: load a fast one"
+        )
+    offsets = tokenizer(prompt + answer, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    for index, (begin, finish) in enumerate(offsets[len(row[0]) :]):
+        if not any(begin < b and a < finish for a, b in reasoning):
+            yield index

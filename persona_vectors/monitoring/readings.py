@@ -1,0 +1,94 @@
+"""Readings: projections of the tokens of one call, read-only, and what can be asked of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from persona_vectors.data.files import InputError
+
+Key = str | tuple[str, int]
+"""A vector's trait; with its layer, (trait, layer), where several layers are read."""
+
+
+def vector_keys(names: Sequence[str], layers: Sequence[int]) -> list[Key]:
+    """Return the names under which values are found: traits, or (trait, layer) where there are several layers."""
+    return list(names) if len(layers) == 1 else [(name, layer) for layer in layers for name in names]
+
+
+@dataclass(frozen=True, eq=False)
+class Readings:
+    """The projections of every token of one call: a prompt and the passes that continued it, or one forward pass."""
+
+    keys: tuple[Key, ...]
+    values: Float[Tensor, "key batch token"]
+    """Projections on v/|v|, in the residual stream's units, also where a row has nothing to read."""
+    tokens: Int[Tensor, "batch token"]
+    """The ids that were read; -1 where the model was given embeddings."""
+    real: Bool[Tensor, "batch token"]
+    """False for padding."""
+    prompt_width: int
+    """How many of the columns, the first ones, hold the prompt."""
+    stops: tuple[int, ...]
+    """The tokens that end an answer."""
+    saw: dict[int, str]
+    """For each layer, whether the values are from before or after a steer's edit, or the model's own: "unedited"."""
+
+    def __getitem__(self, key: Key) -> Float[Tensor, "batch token"]:
+        """Return one vector's projections; nan for padding, also that which follows a finished answer."""
+        if key not in self.keys:
+            raise InputError(f"this trace has no {key!r}: it has {', '.join(map(repr, self.keys))}")
+        past = self._ended().cumsum(dim=1) > 1  # the end token itself was read
+        return self.values[self.keys.index(key)].masked_fill(~self.real | past, torch.nan)
+
+    @property
+    def answer(self) -> Bool[Tensor, "batch token"]:
+        """The answers' tokens, without the end token and what follows it."""
+        column = torch.arange(self.real.shape[1])
+        return self.real & (column >= self.prompt_width) & ~self._ended()
+
+    @property
+    def mean(self) -> dict[Key, Float[Tensor, " batch"]]:
+        """Each answer's mean over its tokens; nan where it has none. The last token sampled is never read."""
+        values = self.values.masked_fill(~self.answer, torch.nan)
+        return dict(zip(self.keys, values.nanmean(dim=2)))
+
+    @property
+    def prompt_last(self) -> dict[Key, Float[Tensor, " batch"]]:
+        """The value at each prompt's last token, before the answer: it predicts the answer's trait score."""
+        real = self.real[:, : self.prompt_width]
+        last = torch.where(real, torch.arange(real.shape[1]), -1).amax(dim=1) if self.prompt_width else None
+        if last is None:
+            return dict.fromkeys(self.keys, torch.full((len(real),), torch.nan))
+        values = self.values[:, torch.arange(len(real)), last].masked_fill(last < 0, torch.nan)
+        return dict(zip(self.keys, values))
+
+    def follow_beams(self, beam_indices: Int[Tensor, "sequence step"]) -> "Readings":
+        """Return the readings of beam search's answers, in the order of its `sequences`.
+
+        While it searches, `generate` moves rows from one beam to another, so a column's rows are those of that step.
+        Give the `beam_indices` of its output (`return_dict_in_generate=True`): the row that each token came from.
+        """
+        beams, width = beam_indices.cpu(), self.prompt_width
+        columns = min(self.real.shape[1], width - 1 + beams.shape[1])
+        rows = torch.cat([beams[:, :1].expand(-1, width), beams[:, 1:]], dim=1)[:, :columns]
+        if rows.max() >= len(self.real):
+            raise InputError(f"beam_indices names row {int(rows.max())}, and this call read {len(self.real)} rows")
+        chosen, column = rows.clamp(min=0), torch.arange(columns)
+        return Readings(
+            self.keys,
+            self.values[:, chosen, column],
+            self.tokens[chosen, column],
+            self.real[chosen, column] & (rows >= 0),
+            width,
+            self.stops,
+            self.saw,
+        )
+
+    def _ended(self) -> Bool[Tensor, "batch token"]:
+        """Return True from each answer's end token on."""
+        stop = torch.isin(self.tokens, torch.tensor(self.stops, dtype=torch.long))
+        stop[:, : self.prompt_width] = False
+        return stop.cumsum(dim=1) > 0

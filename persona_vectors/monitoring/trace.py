@@ -1,0 +1,240 @@
+"""Monitoring: read projections on persona vectors inside a `with`, token by token (paper, section 3.3)."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_vectors.data.files import InputError
+from persona_vectors.model.hooks import edit_blocks, pause_edits
+from persona_vectors.model.models import Model, model_shape
+from persona_vectors.model.tokens import Tokens
+from persona_vectors.model.wrappers import unwrap
+from persona_vectors.monitoring.readings import Key, Readings, vector_keys
+from persona_vectors.steering.add import chosen_layers
+from persona_vectors.vectors.vector import PersonaVector
+
+
+class _Columns:
+    """A tensor [batch, token, ...] that grows by tokens on the device, and is moved from there when it is read."""
+
+    def __init__(self) -> None:
+        self.width = 0
+        self.fresh: list[Tensor] = []
+        self.moved: list[Tensor] = []
+
+    def add(self, part: Tensor) -> None:
+        self.width += part.shape[1]
+        self.fresh.append(part)
+        if len(self.fresh) == 256:  # thousands of small tensors would take more memory than they hold
+            self.fresh = [torch.cat(self.fresh, dim=1)]
+
+    def read(self) -> Tensor:
+        if self.fresh:
+            self.moved = [torch.cat([*self.moved, torch.cat(self.fresh, dim=1).cpu()], dim=1)]
+            self.fresh = []
+        return self.moved[0]
+
+
+class _Call:
+    """What is recorded of one call."""
+
+    def __init__(self, tokens: Tokens, layers: Sequence[int]) -> None:
+        self.batch = tokens.batch
+        self.prompt_width = 0 if tokens.decoding else tokens.width
+        self.mask = tokens.mask
+        self.around = tokens.around()
+        self.tokens = _Columns()
+        self.columns = {layer: _Columns() for layer in layers}
+
+    @property
+    def width(self) -> int:
+        """How many tokens every layer has read: an error may have cut the last pass."""
+        return min(columns.width for columns in self.columns.values())
+
+    def saw(self, layer: int) -> str:
+        """Return "unedited", or where the values stand to the edits: an edit of a lower block comes before them."""
+        before, after = self.around
+        edited_before = any(min(t.edited, default=layer + 1) <= layer for t in before)
+        edited_before |= any(min(t.edited, default=layer) < layer for t in after)
+        edited_after = any(max(t.edited, default=layer) > layer for t in before)
+        edited_after |= any(max(t.edited, default=-1) >= layer for t in after)
+        words = ["after one edit and before another", "after the edit", "before the edit", "unedited"]
+        return words[2 * (not edited_before) + (not edited_after)]
+
+
+class Trace:
+    """What a `monitor` has read so far: its `calls`, and the last one's values under its own name.
+
+    Reading it moves the new values from the device, once; it can be read at any time, also after an error.
+    """
+
+    def __init__(self, names: Sequence[str], units: dict[int, Float[Tensor, "vector hidden"]], stops: Sequence[int]):
+        self.names, self.layers, self.stops = list(names), list(units), tuple(stops)
+        self.keys: tuple[Key, ...] = tuple(vector_keys(names, self.layers))
+        self._units = units
+        self._calls: list[_Call] = []
+
+    def __repr__(self) -> str:
+        where = f"{', '.join(self.names)} at layer {', '.join(map(str, self.layers))}"
+        if not self._begun:
+            return f"Trace({where}: nothing read yet)"
+        last = self.last
+        rows, width = last.real.shape
+        saw = " / ".join(dict.fromkeys(last.saw.values()))
+        tokens = f"{rows} rows x {width} tokens, {last.prompt_width} of them the prompt's"
+        return f"Trace({where}: {len(self._begun)} calls, the last one {tokens}; {saw})"
+
+    @property
+    def calls(self) -> list[Readings]:
+        """The readings of each call to the model, in order."""
+        return [self._readings(call) for call in self._begun]
+
+    @property
+    def last(self) -> Readings:
+        """The readings of the last call; raises InputError where there was none."""
+        if not self._begun:
+            raise InputError("this trace is empty: call the model, or its generate, inside the `with pv.monitor(...)`")
+        return self._readings(self._begun[-1])
+
+    def __getitem__(self, key: Key) -> Float[Tensor, "batch token"]:
+        """Return the last call's projections on one vector, a column for each token read; nan for padding."""
+        return self.last[key]
+
+    @property
+    def mean(self) -> dict[Key, Float[Tensor, " batch"]]:
+        """The last call's mean over each answer's tokens."""
+        return self.last.mean
+
+    @property
+    def prompt_last(self) -> dict[Key, Float[Tensor, " batch"]]:
+        """The last call's values at the last token of each prompt."""
+        return self.last.prompt_last
+
+    @property
+    def _begun(self) -> list[_Call]:
+        """The calls of which every layer has read something."""
+        return [call for call in self._calls if call.width]
+
+    def _read(self, layer: int, hidden: Tensor, tokens: Tokens) -> int:
+        """Take in one block's output, only its new columns; return how many answer tokens a row has by now."""
+        if layer == self.layers[0]:
+            if not self._calls or tokens.starts or tokens.batch != self._calls[-1].batch:
+                self._calls.append(_Call(tokens, self.layers))
+            ids, known = tokens.input_ids, self._calls[-1].tokens.width
+            if ids is None:
+                ids = torch.full((tokens.batch, tokens.width), -1, device=tokens.device)
+            self._calls[-1].tokens.add(ids[:, 0 if tokens.decoding else known :].clone())  # a view would keep it all
+        columns = self._calls[-1].columns[layer]
+        if self._units[layer].device != hidden.device:
+            self._units[layer] = self._units[layer].to(hidden.device)
+        new = hidden if tokens.decoding else hidden[:, columns.width :]
+        columns.add(projections(new.detach(), self._units[layer]))
+        return columns.width - self._calls[-1].prompt_width
+
+    def _readings(self, call: _Call) -> Readings:
+        width = call.width
+        values = torch.stack([call.columns[layer].read()[:, :width] for layer in self.layers])
+        real = torch.ones(call.batch, width, dtype=torch.bool)
+        if call.mask is not None:
+            real[:, : call.prompt_width] = call.mask.cpu()
+        return Readings(
+            self.keys,
+            values.permute(0, 3, 1, 2).flatten(0, 1),
+            call.tokens.read()[:, :width],
+            real,
+            call.prompt_width,
+            self.stops,
+            {layer: call.saw(layer) for layer in self.layers},
+        )
+
+
+def unit_directions(
+    model: Model, vectors: Sequence[PersonaVector], layer: int | Sequence[int] | str
+) -> dict[int, Float[Tensor, "vector hidden"]]:
+    """Return v/|v| of every vector, stacked, for each layer in order.
+
+    Raises InputError for vectors that do not fit the model or one another, for two of one name, and for a direction
+    that is zero.
+    """
+    if not vectors:
+        raise InputError("no vectors: give one PersonaVector or more")
+    for index, vector in enumerate(vectors):
+        vector.check_fits(*model_shape(model))
+        vectors[0].check_same_model(vector)
+        if vector.trait in [other.trait for other in vectors[:index]]:
+            raise InputError(
+                f"two vectors are called {vector.trait!r}: rename one, dataclasses.replace(vector, trait='...')"
+            )
+    units = {}
+    for chosen in chosen_layers(vectors[0], layer):
+        stacked = torch.stack([vector.direction(chosen).float() for vector in vectors])
+        zero = (stacked.norm(dim=1) == 0).nonzero()
+        if len(zero):
+            raise InputError(f"{vectors[int(zero[0])]!r} is zero at layer {chosen}: give another layer")
+        units[chosen] = stacked / stacked.norm(dim=1, keepdim=True)
+    if not units:
+        raise InputError("no layer: give a number, several numbers, or 'all'")
+    return units
+
+
+def projections(
+    hidden: Float[Tensor, "batch token hidden"], units: Float[Tensor, "vector hidden"]
+) -> Float[Tensor, "batch token vector"]:
+    """Return projections in float32, also inside autocast."""
+    kind = hidden.device.type  # the context manager costs as much as the product, and is there for training alone
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+        return hidden.float() @ units.T
+
+
+@contextmanager
+def monitor(
+    model: Model,
+    vectors: PersonaVector | Sequence[PersonaVector],
+    *,
+    layer: int | Sequence[int] | str,
+    every: int = 1,
+    callback: Callable[[Trace], object] | None = None,
+    stops: Sequence[int] | None = None,
+) -> Iterator[Trace]:
+    """Record every token's projection on v/|v| in each `model.generate` or forward call inside the `with`.
+
+    Yields a `Trace`: `trace["evil"]` is [batch, token] of the last call, `trace.calls` holds them all. Nothing is kept
+    but one number a token, vector and layer; it stays on the device until the trace is read. `callback(trace)` is run
+    once a prompt was read and after every `every` answer tokens: each reading waits for the device, and an error that
+    it raises ends the generation. Edits are suspended inside it.
+
+    `stops` are the tokens that end an answer; by default those of the model's generation config.
+
+    A monitor opened inside a `steer` reads after its edit, one opened outside it before; `trace.calls[i].saw` says
+    which. After beam search use `trace.last.follow_beams`. Each pass of assisted generation, which reads several
+    tokens, counts as a call.
+
+    Raises InputError for vectors or a layer that do not fit, and where the model was not called.
+    """
+    model = unwrap(model)
+    chosen = [vectors] if isinstance(vectors, PersonaVector) else list(vectors)
+    units = unit_directions(model, chosen, layer)
+    if every < 1:
+        raise InputError(f"every is {every}: give the number of tokens between two callbacks, 1 or more")
+    if stops is None:
+        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        stops = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    trace = Trace([vector.trait for vector in chosen], units, stops)
+    last = max(units)
+
+    def reader(index: int) -> Callable[[Tensor, Tokens], None]:
+        def read(hidden: Tensor, tokens: Tokens) -> None:
+            answered = trace._read(index, hidden, tokens)
+            if callback and index == last and answered % every == 0:
+                with pause_edits():
+                    callback(trace)
+
+        return read
+
+    with edit_blocks(model, {index: reader(index) for index in units}):
+        yield trace
+        if not trace._calls:
+            raise InputError("the monitor saw no forward pass: call this same model inside the `with`")

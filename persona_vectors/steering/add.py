@@ -1,0 +1,139 @@
+"""Steering: add a persona vector to the residual stream inside a `with` (paper, section 3.2)."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_vectors.data.files import InputError
+from persona_vectors.model.hooks import Edit, edit_blocks
+from persona_vectors.model.models import Model, model_shape
+from persona_vectors.model.tokens import Tokens, check_positions
+from persona_vectors.vectors.vector import PersonaVector
+
+Strength = float | Tensor | Callable[[], float]
+"""A number, one for each row [batch], or a function that is asked in every forward pass."""
+S = TypeVar("S", bound=Strength)
+
+
+@contextmanager
+def steer(
+    model: Model,
+    vector: PersonaVector,
+    *,
+    layer: int | Sequence[int] | str,
+    coef: Strength | None = None,
+    dose: Strength | None = None,
+    positions: str | Tensor = "all",
+    during: str = "auto",
+) -> Iterator[None]:
+    """Add `coef` times the vector to the output of block `layer` in every forward pass inside the `with`.
+
+    h <- h + coef * v, in the block's own dtype, out of place. `dose` is the alternative to `coef`: a fraction of the
+    mean residual norm at that layer. Either may be a tensor [batch], one value a row; `coef` may be a function that is
+    called in every pass, for a schedule: `lambda: 5 * trainer.state.global_step / trainer.state.max_steps`. Several
+    layers, or "all", get incremental vectors, v_l - v_k with k the steered layer before l, so that the sum is never
+    counted twice.
+
+    `positions`: "all"; "prompt"; "response" (the prompt's last token, which predicts the answer's first, and all that
+    follow); "labels" (in training, the tokens that the loss counts and those that predict them); or a mask
+    [batch, token]. Padding is never edited. The edit is the same with and without a KV cache, nested steers add up,
+    and the model is as before afterwards, also after an error.
+
+    `with pv.steer(...): trainer.train()` is preventative steering (paper, section 5.2). `during`: "auto" leaves
+    evaluation, generation and DPO's reference alone once a training step has begun; "training" always does; "always"
+    edits them too.
+
+    Raises InputError for a vector or a layer that does not fit, and RuntimeError where the hook never fired, in
+    training at the first step.
+    """
+    vector.check_fits(*model_shape(model))
+    check_positions(positions)
+    strength, directions = incremental(vector, layer=layer, coef=coef, dose=dose)
+    edits = {index: _add(strength, direction, positions) for index, direction in directions.items()}
+    with edit_blocks(model, edits, during=during):
+        yield
+
+
+def incremental(
+    vector: PersonaVector, *, layer: int | Sequence[int] | str, coef: S | None, dose: S | None
+) -> tuple[S, dict[int, Float[Tensor, " hidden"]]]:
+    """Return the strength of an edit, and the direction that it multiplies at each block.
+
+    At several layers that is what the lower ones have not added yet: v_l - v_k, with k the steered layer before l.
+    """
+    strength = dose if coef is None else coef
+    if strength is None or (coef is not None and dose is not None):
+        raise InputError("give either coef= (times the vector) or dose= (a fraction of the residual norm)")
+    directions: dict[int, Tensor] = {}
+    before: Tensor | float = 0.0
+    for index in chosen_layers(vector, layer):
+        direction = vector.direction(index).float() * (1.0 if dose is None else per_dose(vector, index))
+        directions[index] = direction - before
+        before = direction
+    return strength, directions
+
+
+class RowEdit(NamedTuple):
+    """What `steer_rows` adds to one row of a batch: `coef` times the vector, at one layer."""
+
+    vector: PersonaVector
+    layer: int
+    coef: float
+
+
+@contextmanager
+def steer_rows(model: Model, rows: Sequence[RowEdit | None], *, positions: str | Tensor = "all") -> Iterator[None]:
+    """Steer each row of a batch with a vector, layer and coefficient of its own; None leaves a row as it is.
+
+    Many vectors, such as random controls, so share one forward pass. See `steer` for `positions` and the errors.
+    """
+    layers, hidden = model_shape(model)
+    shifts: dict[int, Tensor] = {}
+    for index, row in enumerate(rows):
+        if row is not None:
+            row.vector.check_fits(layers, hidden)
+            shift = shifts.setdefault(row.layer, torch.zeros(len(rows), hidden))
+            shift[index] = row.coef * row.vector.direction(row.layer).float()
+    with edit_blocks(model, {layer: _add(1.0, shift[:, None], positions) for layer, shift in shifts.items()}):
+        yield
+
+
+def chosen_layers(vector: PersonaVector, layer: int | Sequence[int] | str) -> list[int]:
+    """Return the layers that `layer` names: a number, several numbers, or "all"."""
+    if layer == "all":
+        return list(range(len(vector.directions)))
+    if isinstance(layer, str):
+        raise InputError(f"layer is {layer!r}: give a number, several numbers, or 'all'")
+    return [layer] if isinstance(layer, int) else sorted(set(layer))
+
+
+def per_dose(vector: PersonaVector, layer: int) -> float:
+    """Return the coefficient that makes the edit as long as the mean residual stream."""
+    norms = vector.residual_norms
+    if norms is None:
+        raise InputError(f"{vector!r} does not know the residual norms that dose= needs: use coef=")
+    return float(norms[layer] / vector.direction(layer).norm())
+
+
+def _add(strength: Strength, direction: Tensor, positions: str | Tensor) -> Edit:
+    """Return an edit that adds `strength` times the direction, [hidden] or [batch, 1, hidden]."""
+    ready: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def shift(device: torch.device, dtype: torch.dtype) -> Tensor:
+        if callable(strength):
+            return (strength() * direction).to(device, dtype)
+        if (device, dtype) not in ready:
+            times = torch.as_tensor(strength, dtype=torch.float32)
+            ready[device, dtype] = (times[..., None, None] * direction.to(times.device)).to(device, dtype)
+        return ready[device, dtype]
+
+    def edit(hidden: Tensor, tokens: Tokens) -> Tensor:
+        where = tokens.select(positions)
+        moved = hidden + shift(hidden.device, hidden.dtype)
+        return moved if where is None else torch.where(where[..., None].to(hidden.device), moved, hidden)
+
+    return edit

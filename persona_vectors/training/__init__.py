@@ -1,0 +1,1 @@
+"""Inside and after a training run: probes, penalties, fine-tuning, shifts, labelled sets."""

@@ -1,0 +1,195 @@
+"""Inside a training run: watch projections through the Trainer's own log, and penalise them in the loss."""
+
+import gc
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+from persona_vectors.data.files import InputError
+from persona_vectors.model.hooks import Edit, edit_blocks, pause_edits
+from persona_vectors.model.models import chat_prompt, encode
+from persona_vectors.model.tokens import Tokens
+from persona_vectors.monitoring.projection import token_projections
+from persona_vectors.monitoring.readings import vector_keys
+from persona_vectors.monitoring.trace import projections, unit_directions
+from persona_vectors.vectors.vector import PersonaVector
+
+Layers = int | Sequence[int] | str
+
+
+class ProjectionCallback(TrainerCallback):
+    """Log mean projections on v/|v| every few steps: of fixed probe prompts, and of the batch being trained on.
+
+    `probe/TRAIT` is the mean over the prompts' last tokens, read without any steering (the paper's finetuning shift is
+    its change); `batch/TRAIT` the mean over the tokens that the loss counts in the step's first micro-batch, read as
+    the model trains on it, steered if it is. Both go through the Trainer's log, to wherever that reports, and into
+    `history`. The probes are also read before the first step. `prompts` are questions, templated with the Trainer's
+    tokenizer.
+
+    Where a probe's mean has moved by `warn_at` from what it was before the first step, there is one warning; at
+    `stop_at`, training stops. `plot` draws the probes in a notebook as they come.
+    """
+
+    def __init__(
+        self,
+        vectors: PersonaVector | Sequence[PersonaVector],
+        *,
+        layer: Layers,
+        prompts: Sequence[str] = (),
+        every: int = 10,
+        warn_at: float | None = None,
+        stop_at: float | None = None,
+        plot: bool = False,
+    ) -> None:
+        if every < 1:
+            raise InputError(f"every is {every}: give a number of steps, 1 or more")
+        if not prompts and not (warn_at is None and stop_at is None):
+            raise InputError("warn_at and stop_at look at the probes: give prompts=")
+        self.vectors = [vectors] if isinstance(vectors, PersonaVector) else list(vectors)
+        self.layer, self.prompts, self.every = layer, list(prompts), every
+        self.warn_at, self.stop_at, self.plot = warn_at, stop_at, plot
+        self.history: list[dict[str, float]] = []
+        """What was logged, with its `step`."""
+        self._batch: dict[int, Tensor] = {}
+        self._display: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **given: Any) -> None:
+        self.units = unit_directions(model, self.vectors, self.layer)
+        keys = vector_keys([vector.trait for vector in self.vectors], list(self.units))
+        self.names = [key if isinstance(key, str) else f"{key[0]}@{key[1]}" for key in keys]
+        self.history, self._warned = [], False
+        # a callback is given everything but its Trainer, and only that can log
+        self._trainer = next(t for t in gc.get_objects() if isinstance(t, Trainer) and t.control is control)
+        self._rows = [(encode(given["processing_class"], text), ()) for text in self._texts(given["processing_class"])]
+        self._log(state, self._probe(model))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if (state.global_step + 1) % self.every:
+            return
+        stack = ExitStack()
+        stack.enter_context(edit_blocks(model, {layer: self._reader(layer) for layer in self.units}, during="training"))
+        # the hooks end with the first pass, also where it fails: `on_step_end` would not be called then
+        stack.callback(model.get_decoder().register_forward_hook(lambda *_: stack.close(), always_call=True).remove)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step % self.every:
+            return
+        values = torch.cat([self._batch[layer] for layer in self.units]).tolist()
+        probes = self._probe(model)
+        self._log(state, {f"batch/{name}": value for name, value in zip(self.names, values)} | probes)
+        drift = max((abs(value - self.history[0][name]) for name, value in probes.items()), default=0.0)
+        if self.warn_at is not None and drift >= self.warn_at and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"a probe has moved by {drift:.3g} at step {state.global_step} (warn_at={self.warn_at:g}): "
+                "look at the training data, or steer against it with pv.steer",
+                stacklevel=2,
+            )
+        if self.stop_at is not None and drift >= self.stop_at:
+            control.should_training_stop = True
+
+    def _texts(self, tokenizer: Any) -> list[str]:
+        if self.prompts and tokenizer is None:
+            raise InputError("the Trainer has no tokenizer to read the probe prompts with: give it processing_class=")
+        return [chat_prompt(tokenizer, prompt) for prompt in self.prompts]
+
+    def _probe(self, model: Any) -> dict[str, float]:
+        if not self._rows:
+            return {}
+        was_training = model.training
+        model.eval()
+        try:
+            with pause_edits():
+                tokens = token_projections(model, self._rows, self.units)
+        finally:
+            model.train(was_training)
+        means = torch.stack([row[-1] for row in tokens]).mean(dim=0).tolist()
+        return {f"probe/{name}": value for name, value in zip(self.names, means)}
+
+    def _reader(self, layer: int) -> Edit:
+        def read(hidden: Tensor, tokens: Tokens) -> None:
+            values = projections(hidden.detach(), self.units[layer].to(hidden.device))
+            self._batch[layer] = values[counted(tokens, hidden)].mean(dim=0).cpu()
+
+        return read
+
+    def _log(self, state: Any, values: Mapping[str, float]) -> None:
+        self.history.append({"step": state.global_step, **values})
+        if values:
+            Trainer.log(self._trainer, dict(values))  # a subclass's own would add its running means, and clear them
+        if self.plot and state.is_world_process_zero:
+            self._show()
+
+    def _show(self) -> None:
+        from IPython.display import display
+
+        from persona_vectors.evaluation.plots import plot_history
+
+        figure = plot_history(self.history)
+        if self._display is None:
+            self._display = display(figure, display_id=True)
+        else:
+            self._display.update(figure)
+
+
+def counted(tokens: Tokens, hidden: Tensor) -> Bool[Tensor, "batch token"]:
+    """Return the tokens that the loss counts; where the pass has no labels, all real ones."""
+    where = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    if tokens.mask is not None:
+        where &= tokens.mask.to(hidden.device)
+    if tokens.labels is not None and tokens.labels.shape == where.shape:
+        where &= tokens.labels.to(hidden.device) != -100
+    return where
+
+
+@contextmanager
+def penalize(
+    trainer: Trainer, vector: PersonaVector, *, layer: int, weight: float, target: float = 0.0
+) -> Iterator[None]:
+    """Add a penalty on the projection to the loss of every training step inside the `with`.
+
+    loss + weight * mean((<h, v/|v|> - target)^2), over the tokens that the loss counts: one of the alternatives to
+    preventative steering. Gradient accumulation averages it over the micro-batches. Reentrant checkpointing keeps no
+    gradient for it and is refused.
+
+    Raises InputError for a vector or a layer that does not fit, and RuntimeError as `steer` does.
+    """
+    model = trainer.model
+    unit = unit_directions(model, [vector], layer)
+    terms: list[Tensor] = []
+
+    def read(hidden: Tensor, tokens: Tokens) -> None:
+        if not hidden.requires_grad:
+            raise InputError(
+                "the penalty has no gradient here: train a block at or below its layer, and with gradient "
+                "checkpointing give gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        values = projections(hidden, unit[layer].to(hidden.device))[..., 0]
+        term = ((values - target)[counted(tokens, hidden)] ** 2).mean()
+        if not terms:  # checkpointing runs the block again, in `backward`
+            terms.append(term)
+
+    compute_loss = trainer.compute_loss
+
+    def penalized(model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        terms.clear()
+        given = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+        loss: Any = compute_loss(model, inputs, **given)
+        if not terms:  # evaluation
+            return loss
+        scaled = trainer.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        term = weight * terms[0].to((loss[0] if return_outputs else loss).device) / scaled
+        return (loss[0] + term, loss[1]) if return_outputs else loss + term
+
+    with edit_blocks(model, {layer: read}, during="training"):
+        trainer.compute_loss = penalized  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del trainer.compute_loss

@@ -1,0 +1,127 @@
+"""The geometry of persona vectors: cosines between traits and layers, separation by layer, and what a vector says."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from persona_vectors.data.files import InputError
+from persona_vectors.model.models import Model, model_shape
+from persona_vectors.vectors.vector import PersonaVector
+
+
+def cosine_matrix(vectors: Sequence[PersonaVector], *, layer: int) -> Float[Tensor, "vector vector"]:
+    """Return the cosines between vectors of one model at one layer (paper, appendix: traits are not independent)."""
+    if not vectors:
+        raise InputError("no vectors: give one PersonaVector or more")
+    for vector in vectors:
+        vectors[0].check_same_model(vector)
+    units = torch.nn.functional.normalize(torch.stack([v.direction(layer).double() for v in vectors]), dim=1)
+    return (units @ units.T).float()
+
+
+def layer_cosines(vector: PersonaVector) -> Float[Tensor, "layer layer"]:
+    """Return the cosines between a vector's directions at different layers."""
+    units = torch.nn.functional.normalize(vector.directions.double(), dim=1)
+    return (units @ units.T).float()
+
+
+class Separation(NamedTuple):
+    """How far two groups of activations stand apart at one layer. Chance: AUROC 0.5, silhouette 0."""
+
+    auroc: float
+    """Along the line between the groups' means, of which each half is projected on the other half's."""
+    silhouette: float
+    calinski_harabasz: float
+    """Larger is further apart."""
+    davies_bouldin: float
+    """Smaller is further apart."""
+
+
+def separation_indices(
+    first: Float[Tensor, "row layer hidden"], second: Float[Tensor, "other layer hidden"], *, seed: int = 0
+) -> list[Separation]:
+    """Return the separation of two groups of activations, such as two personas' answers, at each layer.
+
+    `pool(model, rows).means[:, 0]` gives such activations. The indices but the AUROC are of all dimensions.
+
+    Raises InputError where a group has fewer than four rows.
+    """
+    from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score, roc_auc_score, silhouette_score
+
+    groups = [first.double(), second.double()]
+    if min(map(len, groups)) < 4 or first.shape[1:] != second.shape[1:]:
+        raise InputError(
+            f"the groups are {list(first.shape)} and {list(second.shape)}: give [row, layer, hidden] of one model, "
+            "four rows or more each"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(len(group), generator=generator) for group in groups]
+    labels = [1] * len(first) + [0] * len(second)
+    found = []
+    for layer in range(first.shape[1]):
+        states = [group[:, layer] for group in groups]
+        halves = [(state[order[::2]], state[order[1::2]]) for state, order in zip(states, orders)]
+        areas = []
+        for fit in (0, 1):
+            direction = halves[0][fit].mean(dim=0) - halves[1][fit].mean(dim=0)
+            held_out = [half[1 - fit] for half in halves]
+            sides = [1] * len(held_out[0]) + [0] * len(held_out[1])
+            areas.append(float(roc_auc_score(sides, (torch.cat(held_out) @ direction).numpy())))
+        both = torch.cat(states).numpy()
+        scores = [f(both, labels) for f in (silhouette_score, calinski_harabasz_score, davies_bouldin_score)]
+        found.append(Separation(sum(areas) / 2, float(scores[0]), float(scores[1]), float(scores[2])))
+    return found
+
+
+class Lens(NamedTuple):
+    """Tokens with how far the vector moves their logits, strongest first."""
+
+    promoted: list[tuple[str, float]]
+    suppressed: list[tuple[str, float]]
+
+
+def logit_lens(
+    model: Model, tokenizer: PreTrainedTokenizerBase, vector: PersonaVector, *, layer: int, top: int = 10
+) -> Lens:
+    """Return the tokens that a vector promotes and suppresses, read directly by the model's output matrix.
+
+    The vector is scaled by the final norm's weight, where it has one, as the residual stream is. What later blocks make
+    of it is not in this; at early layers it says little.
+    """
+    vector.check_fits(*model_shape(model))
+    head = model.get_output_embeddings()
+    if head is None:
+        raise InputError(f"{type(model).__name__} has no output matrix: give a language model")
+    direction = vector.direction(layer).to(head.weight.device, torch.float32)
+    gain = _final_gain(model)
+    with torch.inference_mode():
+        scaled = direction if gain is None else direction * gain.float().to(direction.device)
+        moved = head.weight.float() @ scaled
+    moved = moved[: len(tokenizer)].cpu()
+    if not 0 < top <= len(moved):
+        raise InputError(f"top is {top}: give 1 to {len(moved)}")
+
+    def named(values: Tensor, sign: int) -> list[tuple[str, float]]:
+        best = (sign * values).topk(top).indices.tolist()
+        return [(str(tokenizer.decode([i])), float(values[i])) for i in best]
+
+    return Lens(named(moved, 1), named(moved, -1))
+
+
+def _final_gain(model: Model) -> Tensor | None:
+    """Return what the norm after the last block multiplies each dimension by; None where there is no such norm."""
+    hidden = model_shape(model)[1]
+    norms = [
+        m for m in model.get_decoder().children() if getattr(getattr(m, "weight", None), "shape", None) == (hidden,)
+    ]
+    if not norms:
+        return None
+    weight: Tensor = norms[-1].weight
+    probe = torch.ones(hidden, device=weight.device, dtype=weight.dtype)
+    probe[::2] = -1  # of mean 0 and mean square 1: a norm gives it back times its gain, plus its bias
+    with torch.inference_mode():
+        return (norms[-1](probe) - norms[-1](-probe)) / 2 * probe

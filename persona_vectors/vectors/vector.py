@@ -1,0 +1,187 @@
+"""PersonaVector: one direction a layer, with the conventions and the evidence that it was made with."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from persona_vectors.data.files import InputError, atomic_path
+
+FORMAT = 1
+_TENSORS = ("directions", "residual_norms", "split_half_cosine", "separation")
+
+
+@dataclass(frozen=True, eq=False)
+class PersonaVector:
+    """A direction for each decoder block of one model.
+
+    `directions[k]` is taken from, and added to, the raw output of block k, counted from 0. It points towards the trait
+    and is the raw difference of means, not normalised (paper, section 2.2).
+
+    >>> import torch
+    >>> vector = PersonaVector(trait="calm", model="tiny", directions=torch.eye(2, 4))
+    >>> (2 * vector).cosine(vector).tolist()
+    [1.0, 1.0]
+    """
+
+    trait: str
+    model: str
+    """The model's Hub id or name."""
+    directions: Float[Tensor, "layer hidden"]
+    residual_norms: Float[Tensor, " layer"] | None = None
+    """Mean norm of an answer token's residual stream: what a `dose` is a fraction of. None: unknown."""
+    split_half_cosine: Float[Tensor, " layer"] | None = None
+    """Cosine between the vectors of two halves of the questions, averaged over splits. None: unknown."""
+    separation: Float[Tensor, " layer"] | None = None
+    """Held-out AUROC of positive against negative answers, projected on the other questions' vector. None: unknown."""
+    pooling: str = "unknown"
+    info: Mapping[str, Any] = field(default_factory=dict)
+    """How it was made: counts, judge, thresholds, sampling, seed, hashes, versions. Empty: unknown."""
+
+    def __post_init__(self) -> None:
+        layers = self.directions.shape[0]
+        for name in _TENSORS[1:]:
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != (layers,):
+                raise InputError(f"{name} is {list(value.shape)}: give one value for each of the {layers} layers")
+
+    def __repr__(self) -> str:
+        layers, hidden = self.directions.shape
+        kept = f", {self.info['pairs_kept']} answer pairs" if "pairs_kept" in self.info else ""
+        return f"PersonaVector({self.trait!r}, {layers} layers x {hidden}{kept}, {self.model})"
+
+    def direction(self, layer: int) -> Float[Tensor, " hidden"]:
+        """Return one layer's direction; raises InputError where there is no such layer."""
+        if not 0 <= layer < len(self.directions):
+            raise InputError(f"layer {layer} is out of range: {self!r} has layers 0 to {len(self.directions) - 1}")
+        return self.directions[layer]
+
+    def cosine(self, other: "PersonaVector") -> Float[Tensor, " layer"]:
+        """Return the cosine with another vector of the same model, layer by layer."""
+        self.check_same_model(other)
+        return torch.nn.functional.cosine_similarity(self.directions, other.directions, dim=1)
+
+    def project(self, hidden: Float[Tensor, "*any hidden"], *, layer: int) -> Float[Tensor, "*any"]:
+        """Return the projection of hidden states of block `layer` on v/|v|, in the residual stream's units."""
+        direction = self.direction(layer).to(hidden.device)
+        return hidden.float() @ (direction / direction.norm())
+
+    def __add__(self, other: "PersonaVector") -> "PersonaVector":
+        self.check_same_model(other)
+        return self._derived(f"{self.trait} + {other.trait}", self.directions + other.directions)
+
+    def __sub__(self, other: "PersonaVector") -> "PersonaVector":
+        self.check_same_model(other)
+        return self._derived(f"{self.trait} - {other.trait}", self.directions - other.directions)
+
+    def __mul__(self, factor: float) -> "PersonaVector":
+        return self._derived(f"{factor:g} * {self.trait}", self.directions * factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> "PersonaVector":
+        return self * (1 / divisor)
+
+    def __neg__(self) -> "PersonaVector":
+        return self._derived(f"-{self.trait}", -self.directions)
+
+    def _derived(self, trait: str, directions: Tensor) -> "PersonaVector":
+        kept = {key: self.info[key] for key in ("config_hash", "revision") if key in self.info}
+        return PersonaVector(trait, self.model, directions, self.residual_norms, pooling=self.pooling, info=kept)
+
+    def check_same_model(self, other: "PersonaVector") -> None:
+        """Raise InputError where another vector is of a different model."""
+        mine, theirs = self.info.get("config_hash"), other.info.get("config_hash")
+        same = mine == theirs if mine and theirs else self.model == other.model
+        if not same or self.directions.shape != other.directions.shape:
+            raise InputError(
+                f"{self!r} and {other!r} are of different models, so their directions cannot be combined: "
+                "extract both from one model"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write one .safetensors file, whole or not at all: tensors in float32, all else as JSON in the header."""
+        tensors = {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
+        tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+        fields = {
+            "format_version": FORMAT,
+            "trait": self.trait,
+            "model": self.model,
+            "pooling": self.pooling,
+            "hook_site": "raw output of the decoder block",
+            "layer_base": 0,
+            "sign": "towards the trait",
+            "scale": "raw difference of means",
+            "info": dict(self.info),
+        }
+        header = {name: json.dumps(value, ensure_ascii=False) for name, value in fields.items()}
+        header["checksum"] = _checksum(header, tensors)
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata=header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PersonaVector":
+        """Read a file that `save` wrote; raises InputError where it is truncated, changed or of another version."""
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"no vector file {path}: give the path of a .safetensors file, or make one with extract")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = dict(file.metadata() or {})
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise InputError(f"{path} is no whole safetensors file ({error}): extract or copy it again") from None
+        if "format_version" not in header:
+            raise InputError(f"{path} has no persona-vector header: make it with extract, or convert it with import")
+        if header["format_version"] != str(FORMAT):
+            raise InputError(
+                f"{path} has format version {header['format_version']}, and this release reads {FORMAT}: "
+                "update persona_vectors, or extract the vector again"
+            )
+        if header.pop("checksum", None) != _checksum(header, tensors):
+            raise InputError(f"{path} was changed after it was written (its checksum differs): get the original again")
+        fields = {name: json.loads(header[name]) for name in ("trait", "model", "pooling", "info")}
+        return cls(**fields, **tensors)
+
+    def check_fits(self, model_layers: int, hidden: int) -> None:
+        """Raise InputError where a model has another number of layers or another hidden size."""
+        if tuple(self.directions.shape) != (model_layers, hidden):
+            raise InputError(
+                f"{self!r} does not fit a model of {model_layers} layers x {hidden}: "
+                "steer the model that the vector was extracted from, or extract one from this model"
+            )
+
+
+def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(sorted(header.items()))).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name}{tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def random_vector(
+    vector: PersonaVector, *, seed: int, like: Float[Tensor, "sample layer hidden"] | None = None
+) -> PersonaVector:
+    """Return a control: a random direction at each layer, with the norm that `vector` has there.
+
+    With `like`, activations of some texts, the directions have those activations' covariance: real activations vary far
+    more along a few directions than along most, and directions that are as likely to point anywhere miss them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if like is None:
+        noise = torch.randn(vector.directions.shape, generator=generator)
+    else:
+        centred = like.float() - like.float().mean(dim=0)
+        noise = torch.einsum("s, s l h -> l h", torch.randn(len(like), generator=generator), centred)
+    norms = vector.directions.norm(dim=1, keepdim=True)
+    directions = noise / noise.norm(dim=1, keepdim=True) * norms
+    return replace(vector._derived(f"random {seed}", directions))
