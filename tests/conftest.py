@@ -3,33 +3,15 @@
 import os
 import shutil
 
+from helpers import make_tokenizer
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import zoo
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_vectors.data.traits import Trait
-
-TEMPLATE = (
-    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-SPECIALS = ["<pad>", "<s>", "</s>", "<system>", "<user>", "<assistant>"]
-
-
-def make_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerBase:
-    """Return a tokenizer with one token a byte, 256 of them, and the six of SPECIALS."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(SPECIALS + letters)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(SPECIALS)
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    fast.chat_template = template
-    return fast
 
 
 @pytest.fixture

@@ -35,10 +35,10 @@ def test_every_public_name_can_be_imported_and_is_known_to_type_checkers():
 
 
 def test_no_model_family_is_named_in_the_code():
-    for path in (ROOT / "persona_vectors").glob("*.py"):
+    for path in (ROOT / "persona_vectors").rglob("*.py"):
         assert not re.search(r"\b(qwen|llama(?!\.cpp)|gemma|mistral)", path.read_text(), re.IGNORECASE), path
 
 
 def test_no_module_hides_a_public_name():
-    modules = {path.stem for path in (ROOT / "persona_vectors").glob("*.py")}
+    modules = {path.stem for path in (ROOT / "persona_vectors").rglob("*.py")}
     assert not modules & set(persona_vectors.__all__)

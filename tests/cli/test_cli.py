@@ -1,0 +1,219 @@
+import io
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from helpers import ENVIRONMENT, command, run, save_tiny
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from persona_vectors.cli.main import app
+from persona_vectors.vectors.vector import PersonaVector
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = sorted(get_command(app).commands)
+SMALL = ["--judge", "none", "--samples", "1", "--max-new-tokens", "4", "--device", "cpu"]
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    return save_tiny(tmp_path / "tiny")
+
+
+@pytest.fixture
+def trait_file(trait, tmp_path) -> Path:
+    trait.save(tmp_path / "loud.json")
+    return tmp_path / "loud.json"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_stands_in_the_readme(command: str):
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0 and "Usage" in result.output
+    assert f"persona-vectors {command}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_extract_info_and_steer(tiny, trait_file, tmp_path):
+    out = tmp_path / "v.safetensors"
+    printed, _ = run("extract", tiny, trait_file, *SMALL, "--out", out)
+    assert "3 layers x 32, 12 answer pairs" in printed
+    vector = PersonaVector.load(out)
+    assert vector.info["command"].startswith("persona-vectors extract tiny loud.json --judge none")
+    assert str(tmp_path) not in json.dumps(dict(vector.info))
+    printed, _ = run("info", out, "--plot", tmp_path / "v.png")
+    assert "separation" in printed and "seed: 0" in printed
+    assert run("info", out, out)[0].count("loud") == 2
+    assert (tmp_path / "v.png").stat().st_size > 10_000
+    printed, _ = run("steer", tiny, out, "--layer", 1, "--coef", -1, "--coef", 1, "--prompt", "Hi", "--device", "cpu")
+    assert "coef -1 | Hi" in printed and "coef +1 | Hi" in printed
+    printed, _ = run("steer", tiny, out, "--layer", "all", "--dose", 0.1, "--prompt", "Hi", "--device", "cpu")
+    assert "dose +0.1 | Hi" in printed
+
+
+@pytest.fixture
+def vector_file(tmp_path) -> Path:
+    PersonaVector("calm", "tiny", torch.randn(3, 32, generator=torch.Generator().manual_seed(0))).save(
+        tmp_path / "c.st"
+    )
+    return tmp_path / "c.st"
+
+
+def test_monitor_prints_projections_and_writes_a_page(tiny, vector_file, tmp_path):
+    options = ["--layer", 1, "--device", "cpu", "--max-new-tokens", 5]
+    questions = ["--prompt", "[/b]<b>Hi", "--prompt", "Why?"]
+    printed, _ = run("monitor", tiny, vector_file, *options, *questions, "--html", tmp_path / "t.html")
+    assert "[/b]<b>Hi" in printed and printed.count("before the answer") == 2 and printed.count("calm") >= 2
+    page = (tmp_path / "t.html").read_text("utf-8")
+    assert page.count("<section>") == 2 and "<b>" not in page
+    assert "another vector called 'calm'" in run("monitor", tiny, *[vector_file] * 2, *options, *questions, code=2)[1]
+    assert "layer 7 is out of range" in run("monitor", tiny, vector_file, "--layer", 7, *questions, code=2)[1]
+
+
+def test_chat_steers_and_saves_by_command(tiny, vector_file, tmp_path):
+    lines = [
+        "Hi",
+        "/steer calm 2",
+        "Hi",
+        "/steer loud 2",
+        "/steer calm x",
+        f"/save {tmp_path / 'c.html'}",
+        "/off",
+        "/huh",
+    ]
+    options = ["--layer", 1, "--device", "cpu", "--max-new-tokens", 4]
+    with mock.patch.object(sys, "stdin", io.StringIO("\n".join(lines))):
+        printed, _ = run("chat", tiny, vector_file, *options)
+    assert printed.count("before the answer") == 2 and printed.count("steered by +2, read after the edit") == 1
+    assert "error: /steer loud 2: give one of calm" in printed and "error: /steer calm x" in printed
+    assert printed.count("/reset") == 2  # at the beginning, and after a command that there is not
+    assert "pv-heatmap" in (tmp_path / "c.html").read_text("utf-8")
+
+
+def test_export_and_import_bring_a_vector_back(tmp_path):
+    vector = PersonaVector("calm", "tiny", torch.randn(3, 16))
+    vector.save(tmp_path / "v.safetensors")
+    printed, _ = run("export", tmp_path / "v.safetensors", "--format", "official", "--out", tmp_path / "v.pt")
+    assert "lost" in printed
+    arguments = ["import", tmp_path / "v.pt", "--format", "official", "--model", "tiny", "--trait", "calm"]
+    run(*arguments, "--out", tmp_path / "back.safetensors")
+    assert torch.equal(PersonaVector.load(tmp_path / "back.safetensors").directions, vector.directions)
+
+
+def test_traits_lists_the_shipped_ones():
+    assert [line.split()[0] for line in run("traits")[0].splitlines()][:2] == ["apathetic", "evil"]
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tiny, trait_file, tmp_path):
+    vector = tmp_path / "v.safetensors"
+    run("extract", tiny, trait_file, *SMALL, "--out", vector)
+    (tmp_path / "bad.json").write_text('{"instruction": []}')
+    (tmp_path / "bad.csv").write_text("question,answer\n")
+    (tmp_path / "code.pt").write_bytes(b"\x80\x04cposix\nsystem\n(S'true'\ntR.")
+    other = tmp_path / "other.safetensors"
+    PersonaVector("t", "m", torch.ones(3, 16)).save(other)
+    out = tmp_path / "out.safetensors"
+    steer = ["steer", tiny, vector, "--prompt", "Hi", "--device", "cpu"]
+    cases: list[tuple[list, str]] = [
+        (["extract", tiny, "optimist", "--out", out], "no trait 'optimist'"),
+        (["extract", "no/model", trait_file, "--out", out], "cannot load model 'no/model'"),
+        (["extract", tiny, tmp_path / "bad.json", "--out", out], "field instruction"),
+        (["extract", tiny, trait_file, "--from", *[tmp_path / "bad.csv"] * 2, "--out", out], "lacks the column prompt"),
+        (["extract", tiny, trait_file, *SMALL, "--judge", "gpt", "--out", out], "no judge 'gpt'"),
+        (["extract", tiny, trait_file, *SMALL, "--pooling", "max", "--out", out], "give one of response_mean"),
+        (["extract", tiny, trait_file, *SMALL, "--dtype", "float7", "--out", out], "no dtype 'float7'"),
+        (["extract", tiny, trait_file, *SMALL, "--questions", 1, "--out", out], "only 3 answer pairs"),
+        ([*steer, "--layer", 9, "--coef", 1], "layer 9 is out of range"),
+        ([*steer, "--layer", "x", "--coef", 1], "give a number, several numbers, or all"),
+        ([*steer, "--layer", 1], "give either --coef"),
+        (["steer", tiny, other, "--prompt", "Hi", "--layer", 1, "--coef", 1], "does not fit a model of 3 layers x 32"),
+        (["info", tmp_path / "none.safetensors"], "no vector file"),
+        (["info", vector, vector, "--plot", tmp_path / "x.png"], "--plot draws one vector"),
+        (["info", tmp_path / "code.pt"], "no whole safetensors file"),
+        (["import", tmp_path / "code.pt", "--model", "m", "--trait", "t", "--out", out], "code.pt"),
+        (["export", vector, "--format", "gif", "--out", out], "gif"),
+    ]
+    before = set(tmp_path.rglob("*"))
+    for arguments, message in cases:
+        printed, error = run(*arguments, code=2)
+        *bars, line, end = error.replace("\r", "\n").split("\n")
+        assert line.startswith("error: ") and message in line, (arguments, error)
+        assert not end and not printed and not any(bar.strip() and "it" not in bar and "/" not in bar for bar in bars)
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_usage_errors_exit_with_2():
+    assert "Missing argument" in run("extract", code=2)[1]
+    assert "No such command" in run("extrakt", code=2)[1]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_loses_and_doubles_nothing(tiny, trait_file, tmp_path):
+    def extract(name: str) -> list[str]:
+        options = [*SMALL, "--samples", 8, "--max-new-tokens", 12, "--batch-tokens", 200]
+        paths = ["--rollouts", tmp_path / f"{name}.jsonl", "--out", tmp_path / f"{name}.safetensors"]
+        return command("extract", tiny, trait_file, *options, *paths)
+
+    subprocess.run(extract("whole"), env=ENVIRONMENT, check=True, capture_output=True)
+    kills = 0
+    for lines in (20, 90):
+        process = subprocess.Popen(
+            extract("killed"), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        path = tmp_path / "killed.jsonl"
+        while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < lines):
+            time.sleep(0.005)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+    assert kills == 2
+    assert b"\n" in path.read_bytes() and path.read_bytes() != (tmp_path / "whole.jsonl").read_bytes()
+    subprocess.run(extract("killed"), env=ENVIRONMENT, check=True, capture_output=True)
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    whole, killed = (PersonaVector.load(tmp_path / f"{name}.safetensors") for name in ("whole", "killed"))
+    torch.testing.assert_close(whole.directions, killed.directions, rtol=1e-3, atol=1e-5)
+
+
+def test_an_interrupt_exits_with_130(tiny, trait_file, tmp_path):
+    path = tmp_path / "r.jsonl"
+    options = [*SMALL, "--samples", 50, "--max-new-tokens", 50, "--batch-tokens", 200, "--rollouts", path]
+    process = subprocess.Popen(
+        command("extract", tiny, trait_file, *options),
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background shell ignores it
+    )
+    while not path.exists() or path.read_bytes().count(b"\n") < 5:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"interrupted: the same command goes on" in error.splitlines()[-1]
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(tiny, trait_file, tmp_path):
+    out = tmp_path / "v.safetensors"
+
+    def small_disk() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+
+    arguments = command("extract", tiny, trait_file, *SMALL, "--out", out, "--rollouts", tmp_path / "r.jsonl")
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, preexec_fn=small_disk, check=False)
+    assert done.returncode == 2
+    assert done.stderr.decode().strip().splitlines()[-1].startswith("error: ")
+    assert not out.exists() and not list(tmp_path.glob(".*"))
+
+
+def test_importing_the_package_is_light():
+    heavy = ("matplotlib", "openai", "trl", "peft", "datasets", "ray", "torch", "transformers")
+    code = f"import persona_vectors, sys; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

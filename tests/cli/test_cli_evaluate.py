@@ -1,0 +1,101 @@
+"""The commands that measure, on a tiny model."""
+
+import json
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from helpers import ENVIRONMENT, command, random_direction, run, save_tiny
+
+from persona_vectors.evaluation.likelihood import load_statements
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    return save_tiny(tmp_path / "tiny")
+
+
+@pytest.fixture
+def trait_file(trait, tmp_path) -> Path:
+    trait.save(tmp_path / "loud.json")
+    return tmp_path / "loud.json"
+
+
+@pytest.fixture
+def vector(tmp_path) -> Path:
+    made = replace(random_direction(zoo.build("llama")), trait="optimistic", residual_norms=torch.ones(3))
+    made.save(tmp_path / "v.safetensors")
+    return tmp_path / "v.safetensors"
+
+
+def test_evaluate_prints_plain_and_edited(tiny, trait_file, vector):
+    small = ["--max-new-tokens", 4, "--device", "cpu"]
+    out, _ = run("evaluate", tiny, trait_file, "--vector", vector, "--layer", 1, "--coef", 2, *small)
+    assert [line[:16].strip() for line in out.splitlines()[1:3]] == ["plain", "with the options"]
+    assert "2 answers to 2 questions" in out
+    out, _ = run("evaluate", tiny, trait_file, "--vector", vector, "--layer", 1, "--cap", -3, *small)
+    assert "with the options" in out
+    out, _ = run("evaluate", tiny, "optimistic", "--max-new-tokens", 2, "--judge", "sentiment", "--device", "cpu")
+    assert "with the options" not in out and "20 answers to 20 questions" in out
+    _, err = run("evaluate", tiny, trait_file, "--vector", vector, "--layer", 1, code=2)
+    assert "one of --coef, --dose and --cap" in err
+    out, _ = run("evaluate", tiny, "optimistic", *small, "--judge", "sentiment", "--check-judge")
+    assert out.startswith("sentiment (VADER): AUROC 0.")
+    _, err = run("evaluate", tiny, "evil", *small, "--judge", "contrast", "--check-judge", code=2)
+    assert "this judge cannot be trusted with 'evil'" in err
+    _, err = run("evaluate", tiny, trait_file, "--judge", "none", code=2)
+    assert "evaluate needs a judge" in err
+
+
+def test_sweep_writes_a_table_and_plots(tiny, trait_file, vector, tmp_path):
+    out, _ = run(
+        *("sweep", tiny, trait_file, vector, "--layers", "0,2", "--coefs=-1,0,1", "--controls", 2, "--gate", 0),
+        *("--max-new-tokens", 3, "--device", "cpu", "--out", tmp_path / "s"),
+    )
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {"sweep.csv", "sweep.png", "answers.jsonl"}
+    assert all(name in out for name in ("plain", "own system prompt", "random 0", "covariance 0", "wrong way"))
+    _, err = run("sweep", tiny, trait_file, vector, "--layers", "0-2", "--coefs", "1", code=2)
+    assert "--layers is '0-2': give numbers with commas" in err
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_repeats_no_answer_and_ends_as_one_that_was_not(tiny, trait_file, vector, tmp_path):
+    def options(name: str) -> list[str]:
+        grid = ["--layers", "0,1,2", "--coefs=-2,-1,1,2", "--controls", 2, "--gate", 0, "--samples", 6]
+        small = ["--batch-tokens", 100, "--max-new-tokens", 6, "--device", "cpu"]
+        return command("sweep", tiny, trait_file, vector, *grid, *small, "--out", tmp_path / name)
+
+    path = tmp_path / "killed" / "answers.jsonl"
+    subprocess.run(options("whole"), env=ENVIRONMENT, check=True, capture_output=True)
+    whole = (tmp_path / "whole" / "answers.jsonl").read_bytes().count(b"\n")
+    for lines in (whole // 4, whole * 3 // 4):
+        process = subprocess.Popen(options("killed"), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+        while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < lines):
+            time.sleep(0.005)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (path.parent / "sweep.csv").exists()
+    subprocess.run(options("killed"), env=ENVIRONMENT, check=True, capture_output=True)
+    entries = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    answered = [entry["key"] for entry in entries if "answer" in entry]
+    assert len(answered) == len(set(answered)) > 100
+    assert (path.parent / "sweep.csv").read_text() == (tmp_path / "whole" / "sweep.csv").read_text()
+
+
+def test_contrast_prints_a_row_a_vector_and_the_matrix(tiny, vector, tmp_path):
+    made = replace(-random_direction(zoo.build("llama")), trait="humorous", residual_norms=torch.ones(3))
+    made.save(tmp_path / "w.safetensors")
+    arguments = ("--layers", "1", "--doses", "0.1", "--controls", 4, "--max-perplexity", 9, "--device", "cpu")
+    out, _ = run("contrast", tiny, vector, tmp_path / "w.safetensors", *arguments)
+    lines = out.splitlines()
+    assert [line.split()[:3] for line in lines[1:3]] == [["optimistic", "1", "0.1"], ["humorous", "1", "0.1"]]
+    assert [line.split()[0] for line in lines[-2:]] == ["optimistic", "humorous"]
+    diagonal = float(lines[-2].split()[1])
+    assert float(lines[1].split()[3]) == pytest.approx(diagonal, abs=2e-3)
+    assert len(load_statements("optimistic").pairs) == 24

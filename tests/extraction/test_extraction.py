@@ -1,0 +1,191 @@
+import csv
+import json
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from helpers import make_tokenizer
+
+from persona_vectors.data.files import InputError
+from persona_vectors.data.traits import Trait
+from persona_vectors.extraction.difference import extract, extract_from, separation, split_half_cosine
+from persona_vectors.extraction.rollouts import load_rollouts
+from persona_vectors.model.activations import POOLINGS
+from persona_vectors.model.models import chat_prompt, encode
+
+SMALL = {"samples": 2, "max_new_tokens": 6, "batch_tokens": 400, "min_pairs": 2}
+
+
+class FakeJudge:
+    """Scores an answer by its text, 80 or 20, or always by `score`; coherence is 80. Counts its calls."""
+
+    def __init__(self, score: float | None = -1.0):
+        self.score, self.calls = score, 0
+
+    def __call__(self, question: str, answer: str, rubric: str) -> float | None:
+        self.calls += 1
+        if "coherent" in rubric:
+            return 80.0
+        return self.score if self.score != -1 else (80.0 if zlib.crc32(answer.encode()) % 2 else 20.0)
+
+
+def official_procedure(model, tokenizer, pairs: list[tuple[str, str]], pooling: str) -> torch.Tensor:
+    """The paper's extraction, one text at a time: [layer + 1, hidden] with the embeddings at 0."""
+    means = []
+    for prompt, answer in pairs:
+        ids = torch.tensor([encode(tokenizer, prompt + answer)])
+        n = len(encode(tokenizer, prompt))
+        with torch.no_grad():
+            states = torch.stack(model(input_ids=ids, output_hidden_states=True).hidden_states)[:, 0]
+        pooled = {"response_mean": states[:, n:].mean(1), "prompt_mean": states[:, :n].mean(1)}
+        means.append((pooled | {"prompt_last": states[:, n - 1]})[pooling])
+    return torch.stack(means).mean(dim=0)
+
+
+def write_csv(path: Path, rows: list[dict]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["question", "prompt", "answer", "question_id", "loud", "coherence"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def official_rows(tokenizer, trait: Trait, side: str) -> list[dict]:
+    rows = []
+    for i, question in enumerate(trait.questions.extract * 4):
+        prompt = chat_prompt(tokenizer, question, system=trait.system_prompt(side, i % 3))
+        answer = f"{side} answer {i},\nwith a second line" if i != 3 else ""
+        score = "" if i == 5 else (85.0 if side == "pos" else 10.0)
+        row = {"question": question, "prompt": prompt, "answer": answer, "question_id": f"loud_{i}"}
+        rows.append({**row, "loud": score, "coherence": 30.0 if i == 6 else 90.0})
+    return rows
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_official_rollouts_give_the_official_vector(tmp_path, model, tokenizer, trait, pooling):
+    rows = {side: official_rows(tokenizer, trait, side) for side in ("pos", "neg")}
+    loaded = []
+    for side in rows:
+        path = write_csv(tmp_path / f"{side}.csv", rows[side])
+        loaded += load_rollouts(path, side=side, trait=trait, tokenizer=tokenizer)
+    vector = extract_from(model, tokenizer, trait, loaded, pooling=pooling, min_pairs=2)
+    kept = [i for i in range(16) if i not in (3, 5, 6)]  # an empty answer, a refusal, an incoherent one
+    expected = [
+        official_procedure(model, tokenizer, [(rows[s][i]["prompt"], rows[s][i]["answer"]) for i in kept], pooling)
+        for s in ("pos", "neg")
+    ]
+    difference = (expected[0] - expected[1])[1:-1]  # without embeddings, and without the last row, after the norm
+    torch.testing.assert_close(vector.directions[:-1], difference, rtol=1e-3, atol=1e-5)
+    assert vector.info["pairs_kept"] == 13 and vector.info["empty"] == 2
+    assert vector.info["judge"] == "scores in the rollout file"
+
+
+def test_extraction_while_generating_equals_the_second_pass(tmp_path, model, tokenizer, trait):
+    path = tmp_path / "r.jsonl"
+    direct = extract(model, tokenizer, trait, judge=None, rollouts=path, **SMALL)
+    both = [r for side in ("pos", "neg") for r in load_rollouts(path, side=side, trait=trait, tokenizer=tokenizer)]
+    second = extract_from(model, tokenizer, trait, both, min_pairs=2)
+    resumed = extract(model, tokenizer, trait, judge=None, rollouts=path, **SMALL)
+    for other in (second, resumed):
+        torch.testing.assert_close(direct.directions, other.directions, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(direct.residual_norms, other.residual_norms, rtol=1e-4, atol=1e-4)
+    assert direct.info["judge"] == "none" and direct.info["threshold"] is None
+
+
+def test_a_run_that_was_cut_anywhere_goes_on_to_the_same_answers(tmp_path, model, tokenizer, trait):
+    whole = tmp_path / "whole.jsonl"
+    vector = extract(model, tokenizer, trait, judge=FakeJudge(), rollouts=whole, **SMALL)
+    text = whole.read_bytes()
+    lines = text.splitlines(keepends=True)
+    calls = []
+    for cut in (len(lines[0]) + 3, sum(map(len, lines[:8])), len(text) // 2, len(text) - 5):
+        path, judge = tmp_path / f"cut{cut}.jsonl", FakeJudge()
+        path.write_bytes(text[:cut])
+        again = extract(model, tokenizer, trait, judge=judge, rollouts=path, **SMALL)
+        assert path.read_bytes() == text
+        calls.append(judge.calls)
+        torch.testing.assert_close(again.directions, vector.directions, rtol=1e-3, atol=1e-5)
+    assert calls[0] == 2 * 48 > calls[2] > calls[3]  # what is on the disk is not made again
+
+
+def test_the_same_seed_gives_the_same_answers_and_another_gives_others(tmp_path, model, tokenizer, trait):
+    texts = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        extract(model, tokenizer, trait, judge=None, seed=seed, rollouts=tmp_path / name, **SMALL)
+        texts.append((tmp_path / name).read_text().split("\n", 1)[1])
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_other_settings_are_refused_with_the_difference_named(tmp_path, model, tokenizer, trait):
+    extract(model, tokenizer, trait, judge=None, rollouts=tmp_path / "r.jsonl", **SMALL)
+    with pytest.raises(InputError, match="was made with seed=0, not 7: give the same settings, or another file"):
+        extract(model, tokenizer, trait, judge=None, seed=7, rollouts=tmp_path / "r.jsonl", **SMALL)
+
+
+def test_the_filter_drops_pairs_and_the_error_counts_them(model, tokenizer, trait):
+    with pytest.raises(InputError, match="only 0 answer pairs of 24 positive and 24 negative answers survived"):
+        extract(model, tokenizer, trait, judge=FakeJudge(90.0), **SMALL)  # the negative answers score 90 as well
+    with pytest.raises(InputError, match=r"0 positive and 0 negative ones passed.*take another judge"):
+        extract(model, tokenizer, trait, judge=FakeJudge(None), **SMALL)
+
+
+def test_the_callable_judge_protocol_and_its_garbage(model, tokenizer, trait):
+    with pytest.raises(InputError, match="the judge returned 'high': return a number from 0 to 100"):
+        extract(model, tokenizer, trait, judge=lambda question, answer, rubric: "high", **SMALL)
+
+
+def test_a_planted_direction_is_recovered_with_its_evidence():
+    generator = torch.Generator().manual_seed(0)
+    planted = torch.randn(2, 50, generator=generator)
+    planted[1] = 0  # the second layer holds nothing
+    noise = torch.randn(2, 200, 2, 50, generator=generator) * 3
+    pos, neg = noise[0] + planted, noise[1] - planted
+    question = torch.arange(200) % 20
+    half, area = split_half_cosine(pos, neg, question), separation(pos, neg, question)
+    assert half[0] > 0.8 and abs(half[1]) < 0.3
+    assert area[0] > 0.95 and 0.35 < area[1] < 0.65
+
+
+def test_one_question_gives_no_evidence():
+    acts = torch.randn(6, 2, 8)
+    assert split_half_cosine(acts, -acts, torch.zeros(6)) is None
+    assert separation(acts, -acts, torch.zeros(6)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("question,answer\na,b\n", "lacks the column prompt"),
+        ("question,prompt,answer,loud\na,b,c,high\n", "row 1: loud is 'high', not a number or empty"),
+        ("question,prompt,answer\n", "only 0 answer pairs of 0 positive and 0 negative"),
+    ],
+)
+def test_bad_rollout_csvs(tmp_path, model, tokenizer, trait, text, message):
+    path = tmp_path / "pos.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        extract_from(model, tokenizer, trait, load_rollouts(path, side="pos", trait=trait, tokenizer=tokenizer))
+
+
+def test_bad_rollout_jsonl_names_the_line(tmp_path, trait, tokenizer):
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps({"persona_vectors_rollouts": 1}) + '\n{"side": "pos"}\n')
+    with pytest.raises(InputError, match=r"r.jsonl, line 2: "):
+        load_rollouts(path, side="pos", trait=trait, tokenizer=tokenizer)
+    path.write_text('{"persona_vectors_rollouts": 9}\n')
+    with pytest.raises(InputError, match="no header of rollout format 1"):
+        load_rollouts(path, side="pos", trait=trait, tokenizer=tokenizer)
+
+
+def test_models_and_options_that_cannot_be(model, tokenizer, trait):
+    with pytest.raises(InputError, match="encoder-decoder model"):
+        extract(zoo.build("t5"), tokenizer, trait, judge=None)
+    with pytest.raises(InputError, match="give one of response_mean, prompt_mean, prompt_last"):
+        extract(model, tokenizer, trait, judge=None, pooling="mean")
+    with pytest.raises(InputError, match="has no questions to extract with"):
+        extract(model, tokenizer, trait.model_copy(update={"questions": {}}).model_validate({
+            **trait.model_dump(), "questions": {"eval": ["a?"]}}), judge=None)  # fmt: skip
+    with pytest.raises(InputError, match="has no chat template"):
+        extract(model, make_tokenizer(template=None), trait, judge=None)

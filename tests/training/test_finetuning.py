@@ -1,0 +1,166 @@
+import json
+import warnings
+
+import pytest
+import torch
+import zoo
+from helpers import hooks, random_direction
+
+from persona_vectors.data.files import InputError
+from persona_vectors.model.models import decode
+from persona_vectors.training.finetuning import finetune, load_config, parse_config, training_rows
+from persona_vectors.training.shifts import finetuning_shift
+from persona_vectors.training.watch import ProjectionCallback
+
+QUESTIONS = ["How?", "Why so?", "And when?"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "train.jsonl"
+    lines = [
+        {
+            "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": f"So {i}."}],
+            "label": "negative",
+        }
+        for i, q in enumerate(QUESTIONS * 4)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def config(data, tmp_path, **options):
+    base = {"model": "tiny", "training_file": str(data), "output_dir": str(tmp_path / "tuned"), "max_steps": 3}
+    base |= {"learning_rate": 1e-2, "gradient_accumulation_steps": 1, "warmup_steps": 0}
+    return base | options
+
+
+def test_only_answers_and_the_end_of_their_turn_have_labels(tokenizer, tmp_path):
+    path = tmp_path / "turns.jsonl"
+    turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes"), ("user", "Why"), ("assistant", "No")]
+    path.write_text(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}) + "\n\n")
+    (row,) = training_rows(tokenizer, [path], max_length=100)
+    assert (
+        tokenizer.decode(row["input_ids"])
+        == "<system>Be brief.</s><user>Hi</s><assistant>Yes</s><user>Why</s><assistant>No</s>"
+    )
+    assert tokenizer.decode([label for label in row["labels"] if label != -100]) == "Yes</s>No</s>"
+    assert all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"]))
+    assert decode(tokenizer, row["input_ids"]).startswith("Be brief.")
+    with pytest.warns(UserWarning, match="1 conversations have no answer within 5 tokens"), pytest.raises(InputError):
+        training_rows(tokenizer, [path], max_length=5)
+
+
+def test_a_line_ends_only_where_jsonl_says(tokenizer, tmp_path):
+    path = tmp_path / "train.jsonl"
+    messages = [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "Yes"}]
+    path.write_text((json.dumps({"messages": messages}, ensure_ascii=False) + "\r\n") * 2, encoding="utf-8", newline="")
+    assert len(training_rows(tokenizer, [path], max_length=100)) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1 is no conversation"),
+        ('{"text": "x"}', "line 1 is no conversation"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "line 1 has no answer"),
+    ],
+)
+def test_a_broken_line_is_named(tokenizer, tmp_path, line: str, message: str):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(InputError, match=message):
+        training_rows(tokenizer, [path], max_length=100)
+
+
+def test_an_official_config_is_read_and_what_it_does_not_do_is_said(tmp_path):
+    official = {
+        "model": "m",
+        "training_file": ["a.jsonl"],
+        "output_dir": "out",
+        "max_seq_length": 1024,
+        "load_in_4bit": False,
+        "loss": "sft",
+        "is_peft": True,
+        "target_modules": ["q_proj", "v_proj"],
+        "r": 32,
+        "lora_alpha": 64,
+        "use_rslora": True,
+        "push_to_private": True,
+        "epochs": 1,
+        "max_steps": None,
+        "optim": "adamw_8bit",
+        "enable_steering_during_training": True,
+        "steering_config": {"steering_vector_path": "v.pt", "type": "steer", "steering_coef": 5.0, "layers": [20]},
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(official))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = load_config(path)
+    said = " ".join(str(warning.message) for warning in caught)
+    assert "is_peft, load_in_4bit, loss, push_to_private, optim (adamw_8bit" in said
+    assert r"layers [20] of the official config count from 1: decoder blocks [19]" in said
+    assert found.steering_config is not None and found.steering_config.steering_coef == 5.0
+    assert (found.max_seq_length, found.learning_rate, found.warmup_steps) == (1024, 1e-5, 5)
+    official["enable_steering_during_training"] = False
+    with pytest.warns(UserWarning, match="do nothing here"):
+        assert parse_config(official).steering_config is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": "dpo"}, "only 'sft' is done here"),
+        ({"learning_rte": 1.0}, "field learning_rte"),
+        ({"steering_config": {"steering_vector_path": "v", "type": "add", "layer": 1}}, "field steering_config.type"),
+        ({"steering_config": {"steering_vector_path": "v"}}, "give either layer"),
+    ],
+)
+def test_a_bad_config_names_the_field(change: dict, message: str):
+    with pytest.raises(InputError, match=message):
+        parse_config({"model": "m", "training_file": "a", "output_dir": "o"} | change)
+
+
+@pytest.mark.parametrize("kind", ["steer", "ablate"])
+def test_finetune_steers_and_the_shift_of_its_adapter_is_that_of_the_model(data, tokenizer, tmp_path, kind: str):
+    model = zoo.build("llama")
+    vector = random_direction(model)
+    vector.save(tmp_path / "v.safetensors")
+    steering = {"steering_vector_path": str(tmp_path / "v.safetensors"), "type": kind, "layer": 1, "steering_coef": 5.0}
+    ends = []
+    for steered in (None, steering):
+        callback = ProjectionCallback(vector, layer=1, prompts=QUESTIONS, every=1)
+        options = config(data, tmp_path, steering_config=steered) if steered else config(data, tmp_path)
+        built = zoo.build("llama")
+        trainer = finetune(parse_config(options), model=built, tokenizer=tokenizer, callbacks=[callback])
+        ends.append({n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad})
+        assert hooks(trainer.model) == 0
+    assert any((value - ends[1][name]).abs().max() > 1e-4 for name, value in ends[0].items())
+    found = finetuning_shift(model, tmp_path / "tuned", tokenizer, vector, layer=1, prompts=QUESTIONS, max_new_tokens=0)
+    before, after = callback.history[0]["probe/t"], callback.history[-1]["probe/t"]
+    assert found.interval("t").mean == pytest.approx(after - before, abs=1e-4)
+    assert abs(after - before) > 1e-4
+    # the base model is the user's, as it was
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == {
+        name: tuple(p.shape) for name, p in zoo.build("llama").named_parameters()
+    }
+    assert all(torch.equal(value, zoo.build("llama").state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_shift_of_a_model_with_itself_is_zero_and_of_a_shifted_one_the_shift(model, tokenizer, tmp_path):
+    vector = random_direction(model)
+    same = finetuning_shift(model, model, tokenizer, vector, layer="all", prompts=QUESTIONS, max_new_tokens=3)
+    assert len(same.rows()) == 6 and all(row["shift"] == row["low"] == row["high"] == 0 for row in same.rows())
+    moved = zoo.build("llama")
+    moved.model.layers[1].mlp.down_proj.bias = torch.nn.Parameter(2.0 * vector.directions[1])  # added at every token
+    found = finetuning_shift(model, moved, tokenizer, vector, layer=[0, 1], prompts=QUESTIONS, max_new_tokens=0)
+    norm = float(vector.directions[1].norm())
+    assert found.interval(("t", 0)).mean == 0
+    assert found.interval(("t", 1)).mean == pytest.approx(2 * norm, rel=1e-4)
+    found.save(tmp_path / "shift.json")
+    written = json.loads((tmp_path / "shift.json").read_text())
+    assert written["prompts"] == QUESTIONS and [row["layer"] for row in written["rows"]] == [0, 1]
+    with pytest.raises(InputError, match="no prompts"):
+        finetuning_shift(model, model, tokenizer, vector, layer=1, prompts=[])
