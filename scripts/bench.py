@@ -32,28 +32,22 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding
 from transformers.utils import logging
 
-from persona_vectors.data.files import InputError, atomic_path
+from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import atomic_path
 from persona_vectors.data.traits import load_trait
 from persona_vectors.extraction.rollouts import plan
 from persona_vectors.flagging import actors as flag_ray
 from persona_vectors.flagging.run import answer_means, flag
-from persona_vectors.model.activations import POOLINGS, Row, pool, pool_while_generating
-from persona_vectors.model.models import (
-    EMBEDDED,
-    Model,
-    batch_tokens_for,
-    decoder_layers,
-    generate_tokens,
-    left_pad,
-    length_batches,
-    load_model,
-    model_name,
-    model_shape,
-    stop_tokens,
-)
+from persona_vectors.model.blocks import Model, decoder_layers, model_name, model_shape
+from persona_vectors.model.generation import generate_tokens, stop_tokens
+from persona_vectors.model.loading import EMBEDDED, load_model
+from persona_vectors.model.passes import Row
+from persona_vectors.model.pooling import POOLINGS, pool, pool_while_generating
+from persona_vectors.model.prompts import batch_tokens_for, left_pad, length_batches
 from persona_vectors.monitoring.projection import token_projections
-from persona_vectors.monitoring.trace import monitor, unit_directions
+from persona_vectors.monitoring.trace import monitor
 from persona_vectors.steering.add import steer
+from persona_vectors.vectors.directions import unit_directions
 from persona_vectors.vectors.vector import PersonaVector
 
 # The shape of a model, for random weights: speed and memory do not depend on what the weights are.

@@ -22,8 +22,8 @@ from transformers import AutoModel, AutoTokenizer
 import persona_vectors as pv
 from persona_vectors.cli.options import Device, MaxNewTokens, ModelArg, Seed, load
 from persona_vectors.data.files import atomic_path
-from persona_vectors.model.activations import pool
-from persona_vectors.model.models import chat_prompt, encode_answer
+from persona_vectors.model.pooling import pool
+from persona_vectors.model.prompts import chat_prompt, encode_answer
 from persona_vectors.training.sets import FRACTIONS
 
 POOLINGS = ("response_mean", "prompt_last")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from persona_vectors.cli.options import Device, DeviceMap, DType, Fold, MaxNewTokens, ModelArg, Seed, load
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 from persona_vectors.data.traits import load_trait
 from persona_vectors.training.sets import make_training_sets
 

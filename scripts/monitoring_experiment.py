@@ -27,22 +27,18 @@ from sklearn.pipeline import make_pipeline
 from torch import Tensor
 from tqdm import tqdm
 
+from persona_vectors.cli.judges import make_judge
 from persona_vectors.cli.options import Device, DType, ModelArg, load
-from persona_vectors.data.files import InputError, atomic_path
+from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import atomic_path
+from persona_vectors.data.intervals import Interval, correlation_interval
 from persona_vectors.data.traits import Trait, load_trait
-from persona_vectors.evaluation.answers import Interval, correlation_interval
-from persona_vectors.evaluation.judge import Answer, make_judge, score
-from persona_vectors.model.activations import pool_while_generating
-from persona_vectors.model.models import (
-    batch_tokens_for,
-    chat_text,
-    decode,
-    encode,
-    generate_tokens,
-    length_batches,
-    stop_tokens,
-)
-from persona_vectors.vectors.vector import PersonaVector, random_vector
+from persona_vectors.evaluation.judge import Answer, score
+from persona_vectors.model.generation import generate_tokens, stop_tokens
+from persona_vectors.model.pooling import pool_while_generating
+from persona_vectors.model.prompts import batch_tokens_for, chat_text, decode, encode, length_batches
+from persona_vectors.vectors.controls import random_vector
+from persona_vectors.vectors.vector import PersonaVector
 
 SHOTS = (0, 5, 10, 15, 20)
 Messages = list[dict[str, str]]

@@ -26,18 +26,24 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from persona_vectors.cli.options import Device, DType, ModelArg, load
-from persona_vectors.data.files import InputError, atomic_path
+from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import atomic_path
+from persona_vectors.data.intervals import Interval, mean_interval
 from persona_vectors.data.traits import Trait, load_trait
-from persona_vectors.evaluation.answers import Interval, mean_interval
-from persona_vectors.evaluation.judge import Answer, PerplexityJudge, SentimentJudge, answer_logprobs, score
-from persona_vectors.model.activations import pool
-from persona_vectors.model.models import chat_prompt, encode_answer, generate
+from persona_vectors.evaluation.judge import Answer, score
+from persona_vectors.evaluation.judges import PerplexityJudge, SentimentJudge
+from persona_vectors.evaluation.logprobs import answer_logprobs
+from persona_vectors.model.generation import generate
+from persona_vectors.model.pooling import pool
+from persona_vectors.model.prompts import chat_prompt, encode_answer
 from persona_vectors.steering.add import steer
 from persona_vectors.steering.bounds import ablate
-from persona_vectors.training.finetuning import FinetuneConfig, make_trainer
+from persona_vectors.training.config import FinetuneConfig
+from persona_vectors.training.finetuning import make_trainer
 from persona_vectors.training.sets import make_training_sets
 from persona_vectors.training.watch import penalize
-from persona_vectors.vectors.vector import PersonaVector, random_vector
+from persona_vectors.vectors.controls import random_vector
+from persona_vectors.vectors.vector import PersonaVector
 
 MIXTURES = {  # fractions of positive and negative answers; the rest is plain
     "positive": (1.0, 0.0),

@@ -58,6 +58,6 @@ def browser():
 @pytest.fixture(scope="session")
 def embedded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The real model; its tests are marked `real`."""
-    from persona_vectors.model.models import load_model
+    from persona_vectors.model.loading import load_model
 
     return load_model("smollm2-135m", device="cpu")

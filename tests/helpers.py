@@ -22,12 +22,10 @@ from transformers import (
 )
 
 from persona_vectors.cli.main import main
-from persona_vectors.model.models import (
-    decoder_layers,
-    left_pad,
-    model_shape,
-)
-from persona_vectors.vectors.vector import PersonaVector, random_vector
+from persona_vectors.model.blocks import decoder_layers, model_shape
+from persona_vectors.model.prompts import left_pad
+from persona_vectors.vectors.controls import random_vector
+from persona_vectors.vectors.vector import PersonaVector
 
 DECODERS = [name for name in zoo.ARCHITECTURES if name not in ("t5", "bart", "t5gemma")]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}

@@ -14,7 +14,8 @@ import torch
 import persona_vectors as pv
 from persona_vectors.evaluation.answers import steered_answers
 from persona_vectors.extraction.rollouts import load_rollouts
-from persona_vectors.model.models import chat_prompt, encode, generate_tokens
+from persona_vectors.model.generation import generate_tokens
+from persona_vectors.model.prompts import chat_prompt, encode
 
 pytestmark = pytest.mark.real
 VECTORS = Path(__file__).parent.parent / "vectors" / "smollm2-135m"
@@ -57,7 +58,7 @@ def test_steered_text_is_the_same_with_and_without_a_cache(embedded, positions: 
     for use_cache in (True, False):
         with pv.steer(model, optimistic(), layer=14, coef=2.0, positions=positions):
             options = {"max_new_tokens": 10, "temperature": 0.0, "use_cache": use_cache}
-            texts.append(pv.models.generate_tokens(model, tokenizer, prompts, **options))
+            texts.append(generate_tokens(model, tokenizer, prompts, **options))
     assert texts[0] == texts[1]
 
 

@@ -9,12 +9,15 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.files import atomic_path
+from persona_vectors.data.intervals import Interval, mean_interval
 from persona_vectors.data.traits import Trait
-from persona_vectors.evaluation.answers import Interval, mean_interval, steered_answers
-from persona_vectors.evaluation.judge import Answer, ContrastJudge, PerplexityJudge, SentimentJudge, score
+from persona_vectors.evaluation.answers import steered_answers
+from persona_vectors.evaluation.judge import Answer, score
+from persona_vectors.evaluation.judges import ContrastJudge, PerplexityJudge, SentimentJudge
 from persona_vectors.extraction.difference import extract
-from persona_vectors.model.models import Model
-from persona_vectors.vectors.vector import PersonaVector, random_vector
+from persona_vectors.model.blocks import Model
+from persona_vectors.vectors.controls import random_vector
+from persona_vectors.vectors.vector import PersonaVector
 
 COEFS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 
@@ -78,7 +81,8 @@ def run_demo(
     scored. The score is VADER's, so the trait should be one of valence. Writes the vector, the rollouts and two plots
     to `out`; a second run goes on from the rollouts there.
     """
-    from persona_vectors.evaluation.plots import plot_scores, plot_vector
+    from persona_vectors.evaluation.plots import plot_scores
+    from persona_vectors.vectors.plots import plot_vector
 
     out = Path(out)
     judge = ContrastJudge(model, tokenizer, trait, pairs=2)

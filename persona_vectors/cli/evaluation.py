@@ -19,7 +19,7 @@ from persona_vectors.cli.options import (
     app,
     load,
 )
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 
 TraitArg = Annotated[str, typer.Argument(metavar="TRAIT", help="a shipped trait's name, or a JSON file")]
 
@@ -61,11 +61,11 @@ def evaluate(
     Example: persona-vectors evaluate smollm2-135m optimistic --vector vectors/smollm2-135m/optimistic.safetensors
     --layer 13 --coef 2 --max-new-tokens 40
     """
+    from persona_vectors.cli.judges import make_judge
     from persona_vectors.data.traits import load_trait
     from persona_vectors.evaluation import answers as evaluation
     from persona_vectors.evaluation import likelihood
     from persona_vectors.evaluation.contrast import by_pair
-    from persona_vectors.evaluation.judge import make_judge
     from persona_vectors.evaluation.judge_check import require_valid_judge
     from persona_vectors.steering import add as steering
     from persona_vectors.steering import bounds as control
@@ -143,10 +143,10 @@ def sweep(
     Example: persona-vectors sweep smollm2-135m optimistic vectors/smollm2-135m/optimistic.safetensors
     --layers 10,13,16,19,22 --coefs -2,-1,0,1,2 --max-new-tokens 40
     """
+    from persona_vectors.cli.judges import make_judge
     from persona_vectors.data.files import atomic_path
     from persona_vectors.data.traits import load_trait
     from persona_vectors.evaluation import sweeping
-    from persona_vectors.evaluation.judge import make_judge
     from persona_vectors.evaluation.plots import plot_sweep
     from persona_vectors.vectors.vector import PersonaVector
 

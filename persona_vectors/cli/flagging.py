@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from persona_vectors.cli.options import JUDGES, BatchTokens, Device, DeviceMap, DType, Fold, ModelArg, app, load
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 
 FlagsArg = Annotated[Path, typer.Option(help="a file that flag wrote")]
 Data = Annotated[str, typer.Option(help="a .jsonl, .json, .csv or .parquet file, a dataset folder, or a Hub id")]
@@ -52,8 +52,8 @@ def flag(
     Example: persona-vectors flag smollm2-135m optimistic.safetensors --layer 19 --data train.jsonl
     --out flags.parquet --baseline prompt_last --html flags.html
     """
+    from persona_vectors.cli.judges import make_judge
     from persona_vectors.data.traits import load_trait
-    from persona_vectors.evaluation.judge import make_judge
     from persona_vectors.flagging import run as flagging
     from persona_vectors.flagging import screening
     from persona_vectors.flagging.report import write_report
@@ -113,7 +113,7 @@ def split(
 
     Example: persona-vectors split train.jsonl --flags flags.parquet --kept clean.jsonl --removed flagged.jsonl
     """
-    from persona_vectors.flagging.screening import split_dataset
+    from persona_vectors.flagging.split import split_dataset
 
     counts = split_dataset(data, flags, kept=kept, removed=removed, judge_above=judge_above, split=split)
     typer.echo(", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()))
@@ -128,7 +128,7 @@ def compare(
 
     Example: persona-vectors compare mine.parquet theirs.parquet
     """
-    from persona_vectors.flagging.screening import compare_datasets
+    from persona_vectors.flagging.compare import compare_datasets
 
     for key, found in compare_datasets(first, second).items():
         typer.echo(f"{key}: {found}")

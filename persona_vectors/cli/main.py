@@ -12,7 +12,7 @@ from persona_vectors.cli import training as cli_training
 from persona_vectors.cli import traits as cli_traits
 from persona_vectors.cli import vectors as cli_vectors
 from persona_vectors.cli.options import app
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 
 # Importing a module adds its commands, in this order.
 COMMANDS = (cli_vectors, cli_traits, cli_steer, cli_watch, cli_evaluate, cli_flag, cli_training)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from persona_vectors.cli.options import Device, DeviceMap, DType, Fold, MaxNewTokens, ModelArg, Seed, app, load
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 
 Vectors = Annotated[list[Path], typer.Argument(metavar="VECTOR...", help="one or more .safetensors files")]
 Layer = Annotated[int, typer.Option(help="the decoder block whose output is read, from 0")]
@@ -44,16 +44,16 @@ def monitor(
     from rich.console import Console
     from rich.table import Table
 
-    from persona_vectors.model import models
+    from persona_vectors.model import generation, prompts
     from persona_vectors.monitoring import heatmaps
     from persona_vectors.monitoring import trace as monitoring
 
     loaded_vectors = _load_vectors(vectors)
     loaded, tokenizer = load(model, device, dtype, device_map, fold_system)
-    encoded = [models.encode(tokenizer, models.chat_prompt(tokenizer, text, system=system)) for text in prompt]
-    options: dict[str, Any] = {"layer": layer, "stops": models.stop_tokens(loaded, tokenizer)}
+    encoded = [prompts.encode(tokenizer, prompts.chat_prompt(tokenizer, text, system=system)) for text in prompt]
+    options: dict[str, Any] = {"layer": layer, "stops": generation.stop_tokens(loaded, tokenizer)}
     with monitoring.monitor(loaded, list(loaded_vectors.values()), **options) as trace:
-        rows = models.generate_tokens(
+        rows = generation.generate_tokens(
             loaded,
             tokenizer,
             encoded,
@@ -66,7 +66,7 @@ def monitor(
     for index, (text, (tokens, _)) in enumerate(zip(prompt, rows)):
         kept = tokens[:max_new_tokens]
         console.print(text, style="bold", markup=False)
-        console.print(models.decode(tokenizer, kept).strip(), markup=False)
+        console.print(prompts.decode(tokenizer, kept).strip(), markup=False)
         table = Table("vector", "before the answer", "mean over it", "highest", "at the token")
         for name in loaded_vectors:
             values = readings[name][index][readings.answer[index]]

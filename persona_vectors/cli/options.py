@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 
 JUDGES = "contrast[:PAIRS], sentiment, openai:MODEL, local:MODEL or none"
 app = typer.Typer(
@@ -28,7 +28,8 @@ def load(name: str, device: str | None, dtype: str | None, device_map: str | Non
     import torch
     from transformers.utils import logging
 
-    from persona_vectors.model.models import fold_system_role, load_model
+    from persona_vectors.model.loading import load_model
+    from persona_vectors.model.prompts import fold_system_role
 
     logging.disable_progress_bar()
 

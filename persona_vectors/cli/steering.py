@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from persona_vectors.cli.options import Device, DeviceMap, DType, Fold, MaxNewTokens, ModelArg, Seed, app, load
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 
 
 @app.command()
@@ -34,7 +34,7 @@ def steer(
     Example: persona-vectors steer smollm2-135m vectors/smollm2-135m/optimistic.safetensors --layer 19
     --coef -2 --coef 0 --coef 2 --prompt "How will my exam go?"
     """
-    from persona_vectors.model import models
+    from persona_vectors.model import generation
     from persona_vectors.steering import add as steering
     from persona_vectors.vectors.vector import PersonaVector
 
@@ -51,7 +51,7 @@ def steer(
             for vector in loaded_vectors:
                 edit: dict[str, Any] = {"layer": where, name: strength, "positions": positions}
                 stack.enter_context(steering.steer(loaded, vector, **edit))
-            answers = models.generate(
+            answers = generation.generate(
                 loaded,
                 tokenizer,
                 prompt,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from persona_vectors.cli.options import Device, DeviceMap, DType, ModelArg, app, load
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 
 
 @app.command()
@@ -22,7 +22,8 @@ def finetune(
     "runs/tuned", "steering_config": {"steering_vector_path": "optimistic.safetensors", "layer": 14, "steering_coef":
     -2}}
     """
-    from persona_vectors.training.finetuning import finetune, load_config
+    from persona_vectors.training.config import load_config
+    from persona_vectors.training.finetuning import finetune
 
     loaded = load_config(config)
     finetune(loaded, resume=resume)
@@ -50,7 +51,7 @@ def shift(
     --prompts optimistic
     """
     from persona_vectors.data.traits import load_trait
-    from persona_vectors.evaluation.plots import plot_shift
+    from persona_vectors.training.plots import plot_shift
     from persona_vectors.training.shifts import finetuning_shift
     from persona_vectors.vectors.vector import PersonaVector
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from persona_vectors.cli.options import app
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 
 
 @app.command(name="new-trait")

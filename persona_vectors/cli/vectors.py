@@ -22,7 +22,7 @@ from persona_vectors.cli.options import (
     app,
     load,
 )
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 
 FORMATS = "official, assistant-axis, assistant-axis-capping, steering-vectors, lm-eval, gguf or safetensors"
 
@@ -65,8 +65,8 @@ def extract(
 
     Example: persona-vectors extract smollm2-135m optimistic --samples 2 --max-new-tokens 40
     """
+    from persona_vectors.cli.judges import make_judge
     from persona_vectors.data.traits import load_trait
-    from persona_vectors.evaluation.judge import make_judge
     from persona_vectors.extraction import difference as extraction
     from persona_vectors.extraction.rollouts import load_rollouts
 
@@ -125,7 +125,7 @@ def info(
         norm, residual, half, auroc = ("?" if c is None else f"{c[layer]:.2f}" for c in columns)
         typer.echo(f"{layer:5} {norm:>6} {residual:>9} {half:>11} {auroc:>11}")
     if plot:
-        from persona_vectors.evaluation.plots import plot_vector
+        from persona_vectors.vectors.plots import plot_vector
 
         with atomic_path(plot) as temporary:
             plot_vector(vector).savefig(temporary, dpi=150)
@@ -157,7 +157,7 @@ def import_(
 
     Example: persona-vectors import evil_response_avg_diff.pt --model my-org/my-7b --trait evil --out evil.safetensors
     """
-    from persona_vectors.vectors.formats import import_vector
+    from persona_vectors.vectors.imports import import_vector
 
     vector = import_vector(file, model=model, trait=trait, format=format, layers=layers, experiment=experiment)
     vector.save(out)
@@ -178,7 +178,7 @@ def export(
 
     Example: persona-vectors export optimistic.safetensors --format gguf --layer 13 --out optimistic.gguf
     """
-    from persona_vectors.vectors.formats import export_vector
+    from persona_vectors.vectors.exports import export_vector
     from persona_vectors.vectors.vector import PersonaVector
 
     lost = export_vector(PersonaVector.load(vector), out, format=format, layer=layer, hookpoint=hookpoint)

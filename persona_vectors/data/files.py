@@ -7,10 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-class InputError(ValueError):
-    """Raise for input that a user can mend: says what was given, what is allowed and what to do."""
-
-
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that becomes `path` when the block ends without an error."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 
 
 class Ledger:

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 
 Source = str | Path | Iterable[Any]
 """A .jsonl, .json, .csv, .tsv or .parquet file, a dataset saved to disk, a Hub id ("name" or "name:config"), or an

@@ -8,13 +8,15 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
+from persona_vectors.data.intervals import Interval, mean_interval
+from persona_vectors.data.texts import assistant_prompts
 from persona_vectors.data.traits import Trait
-from persona_vectors.evaluation.answers import Interval, mean_interval
-from persona_vectors.evaluation.controls import assistant_prompts, random_vectors
 from persona_vectors.evaluation.likelihood import State, Statements, likelihood_contrasts, neutral_perplexity
-from persona_vectors.model.models import Model
-from persona_vectors.steering.add import RowEdit, per_dose
+from persona_vectors.model.blocks import Model
+from persona_vectors.steering.add import RowEdit
+from persona_vectors.vectors.controls import random_vectors
+from persona_vectors.vectors.directions import per_dose
 from persona_vectors.vectors.vector import PersonaVector
 
 

@@ -8,10 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_vectors.data.files import InputError
-from persona_vectors.evaluation.judge import answer_logprobs
-from persona_vectors.evaluation.likelihood import DATA
-from persona_vectors.model.models import Model, chat_prompt, encode_answer
+from persona_vectors.data.errors import InputError
+from persona_vectors.data.texts import DATA
+from persona_vectors.evaluation.logprobs import answer_logprobs
+from persona_vectors.model.blocks import Model
+from persona_vectors.model.prompts import chat_prompt, encode_answer
 
 OPTIONS = (
     "very inaccurate",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 from persona_vectors.data.traits import Trait
 from persona_vectors.evaluation.judge import Answer, Judge, judge_name, score
 from persona_vectors.evaluation.likelihood import Statements

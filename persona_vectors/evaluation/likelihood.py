@@ -1,9 +1,7 @@
 """The likelihood contrast: a score of a model's state that needs no judge and no sampling."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,13 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
+from persona_vectors.data.texts import DATA, neutral_texts
 from persona_vectors.data.traits import InstructionPair
-from persona_vectors.evaluation.judge import answer_logprobs
-from persona_vectors.model.models import Model, chat_prompt, encode_answer
+from persona_vectors.evaluation.logprobs import answer_logprobs
+from persona_vectors.model.blocks import Model
+from persona_vectors.model.prompts import chat_prompt, encode_answer
 from persona_vectors.steering.add import RowEdit
 
-DATA = files("persona_vectors") / "data" / "shipped"
 CHOOSING = 8
 """How many of the pairs choose a layer and dose; the others are for reporting."""
 
@@ -102,11 +101,6 @@ def likelihood_contrasts(
     edited = edits if any(edits) else None
     sides = answer_logprobs(model, rows, edits=edited, progress=progress).view(len(states), -1, 2)
     return sides[..., 0] - sides[..., 1]
-
-
-def neutral_texts() -> list[tuple[str, str]]:
-    """Return questions and answers on plain facts: text that no trait should make less likely."""
-    return [(question, answer) for question, answer in json.loads((DATA / "neutral.json").read_text(encoding="utf-8"))]
 
 
 def neutral_perplexity(

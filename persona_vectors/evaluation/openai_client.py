@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 
 BACKOFF = 0.5
 """Seconds before the first repetition; each later one waits twice as long, up to LONGEST."""

@@ -13,11 +13,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 from persona_vectors.data.ledger import Ledger
 from persona_vectors.evaluation.judge import Answer, fill
 from persona_vectors.evaluation.openai_client import Malformed, ask, connect
-from persona_vectors.model.models import cache_dir
+from persona_vectors.model.loading import cache_dir
 
 
 @dataclass

@@ -10,16 +10,20 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from persona_vectors.data.files import InputError, atomic_path
+from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import atomic_path
+from persona_vectors.data.intervals import Interval, mean_interval
 from persona_vectors.data.ledger import Ledger
 from persona_vectors.data.traits import Trait
-from persona_vectors.evaluation.answers import Ask, Interval, answer_batches, check_abstentions, mean_interval, number
-from persona_vectors.evaluation.controls import random_vectors
-from persona_vectors.evaluation.judge import Answer, Judge, judge_name, score_both
+from persona_vectors.evaluation.answers import Ask, answer_batches, check_abstentions, number
+from persona_vectors.evaluation.judge import Answer, Judge, judge_name
+from persona_vectors.evaluation.judges import score_both
 from persona_vectors.evaluation.likelihood import neutral_perplexity
-from persona_vectors.extraction.difference import hash_of, identity
-from persona_vectors.model.models import Model, model_shape
-from persona_vectors.steering.add import RowEdit, per_dose
+from persona_vectors.model.blocks import Model, model_shape
+from persona_vectors.model.identity import hash_of, identity
+from persona_vectors.steering.add import RowEdit
+from persona_vectors.vectors.controls import random_vectors
+from persona_vectors.vectors.directions import per_dose
 from persona_vectors.vectors.vector import PersonaVector
 
 Case = tuple[str, int | None, float]

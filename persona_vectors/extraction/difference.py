@@ -1,8 +1,6 @@
 """Extraction: rollouts, judged and filtered, become a persona vector (paper, section 2.2)."""
 
 import datetime
-import hashlib
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,12 +14,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 from persona_vectors.data.traits import Trait
-from persona_vectors.evaluation.judge import Answer, Judge, judge_name, score_both
+from persona_vectors.evaluation.judge import Answer, Judge, judge_name
+from persona_vectors.evaluation.judges import score_both
+from persona_vectors.extraction.evidence import mean_difference, separation, split_half_cosine
 from persona_vectors.extraction.rollouts import Rollout, RolloutFile, generate_batch, plan, rollout_batches
-from persona_vectors.model.activations import POOLINGS, pool, pool_while_generating
-from persona_vectors.model.models import Model, batch_tokens_for, model_name, model_shape, stop_tokens
+from persona_vectors.model.blocks import Model, model_name
+from persona_vectors.model.generation import stop_tokens
+from persona_vectors.model.identity import hash_of, identity
+from persona_vectors.model.pooling import POOLINGS, pool, pool_while_generating
+from persona_vectors.model.prompts import batch_tokens_for
 from persona_vectors.model.wrappers import keeps_cache, unwrap
 from persona_vectors.vectors.vector import PersonaVector
 
@@ -232,7 +235,7 @@ def _difference(
     return PersonaVector(
         trait=trait.name,
         model=model_name(model),
-        directions=_mean_difference(pos, neg),
+        directions=mean_difference(pos, neg),
         residual_norms=torch.stack([reads[index].norm for pair in kept for index in pair]).double().mean(dim=0).float(),
         split_half_cosine=split_half_cosine(pos, neg, numbers),
         separation=separation(pos, neg, numbers),
@@ -247,63 +250,3 @@ def _difference(
             "licence": "MIT for the format and the tools; the directions derive from the model, whose licence applies",
         },
     )
-
-
-def _mean_difference(pos: Tensor, neg: Tensor) -> Tensor:
-    return (pos.double().mean(dim=0) - neg.double().mean(dim=0)).float()
-
-
-def split_half_cosine(
-    pos: Float[Tensor, "pair layer hidden"], neg: Float[Tensor, "pair layer hidden"], question: Tensor, splits: int = 20
-) -> Float[Tensor, " layer"] | None:
-    """Return the cosine between the vectors of two random halves of the questions, averaged over splits.
-
-    None with fewer than two questions.
-    """
-    count = int(question.max()) + 1
-    if count < 2:
-        return None
-    generator, total = torch.Generator().manual_seed(0), torch.zeros(pos.shape[1])
-    for _ in range(splits):
-        first = torch.isin(question, torch.randperm(count, generator=generator)[: count // 2])
-        a, b = (_mean_difference(pos[mask], neg[mask]) for mask in (first, ~first))
-        total += torch.nn.functional.cosine_similarity(a, b, dim=1)
-    return total / splits
-
-
-def separation(
-    pos: Float[Tensor, "pair layer hidden"], neg: Float[Tensor, "pair layer hidden"], question: Tensor, folds: int = 5
-) -> Float[Tensor, " layer"] | None:
-    """Return the AUROC with which each fold of questions is told apart by the other folds' vector, averaged over folds.
-
-    None with fewer than two questions.
-    """
-    from scipy.stats import mannwhitneyu
-
-    count = int(question.max()) + 1
-    if count < 2:
-        return None
-    areas = []
-    for fold in range(min(folds, count)):
-        held_out = question % min(folds, count) == fold
-        direction = _mean_difference(pos[~held_out], neg[~held_out])
-        sides = [torch.einsum("plh,lh->pl", side[held_out], direction).numpy() for side in (pos, neg)]
-        areas.append(mannwhitneyu(*sides, axis=0).statistic / len(sides[0]) ** 2)
-    return torch.tensor(sum(areas) / len(areas), dtype=torch.float32)
-
-
-def identity(model: Model, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return what tells this model and its template from another: name, revision, and hashes of both."""
-    volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "quantization_config")
-    config = {key: value for key, value in model.config.to_dict().items() if key not in volatile}
-    return {
-        "model": model_name(model),
-        "revision": getattr(model.config, "_commit_hash", None),
-        "config_hash": hash_of(config),
-        "template_hash": hash_of(tokenizer.chat_template),
-        "layers_x_hidden": list(model_shape(model)),
-    }
-
-
-def hash_of(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -10,17 +10,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from persona_vectors.data.files import InputError, atomic_path
+from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import atomic_path
 from persona_vectors.data.traits import Trait
-from persona_vectors.model.models import (
-    Model,
-    chat_prompt,
-    decode,
-    encode,
-    encode_answer,
-    generate_tokens,
-    length_batches,
-)
+from persona_vectors.model.blocks import Model
+from persona_vectors.model.generation import generate_tokens
+from persona_vectors.model.prompts import chat_prompt, decode, encode, encode_answer, length_batches
 
 FORMAT = 1
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 from persona_vectors.data.traits import InstructionPair, Questions, Trait
 from persona_vectors.evaluation.openai_client import Malformed, ask, connect
 

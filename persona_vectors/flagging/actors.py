@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers.utils import output_capturing
 
-from persona_vectors.data.files import InputError
-from persona_vectors.model.models import Model
+from persona_vectors.data.errors import InputError
+from persona_vectors.model.blocks import Model
 
 
 def run_in_actors(

@@ -13,11 +13,12 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 from persona_vectors.data.samples import Sample, Source
-from persona_vectors.flagging.parts import Baselines, part, read_json, write_json, write_table
-from persona_vectors.model.activations import Row
-from persona_vectors.model.models import Model, chat_text, encode_answer
+from persona_vectors.flagging.parts import part, read_json, write_json, write_table
+from persona_vectors.flagging.store import Baselines
+from persona_vectors.model.passes import Row
+from persona_vectors.model.prompts import chat_text, encode_answer
 
 
 def source_name(source: Source) -> str:
@@ -25,17 +26,6 @@ def source_name(source: Source) -> str:
     if not isinstance(source, (str, Path)):
         return f"a {type(source).__name__}"
     return Path(source).name if Path(source).exists() else str(source)
-
-
-def fingerprint(model: Model) -> str:
-    """Return a hash of some of each weight's values, which tells a checkpoint from the next one."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        values = weight.detach().reshape(-1)
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        if values.device.type != "meta":  # offloaded weights are left out
-            digest.update(values[:: max(1, len(values) // 8)].double().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def make_plan(

@@ -12,14 +12,17 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from transformers import PreTrainedTokenizerBase
 
-from persona_vectors.data.files import InputError, atomic_path
+from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import atomic_path
 from persona_vectors.data.samples import Sample, Source, read_samples
 from persona_vectors.flagging.parts import Flags, flag_batches, load_flags
-from persona_vectors.flagging.plan import fingerprint, fit
-from persona_vectors.model.models import Model, chat_text, encode_answer
+from persona_vectors.flagging.plan import fit
+from persona_vectors.model.blocks import Model
+from persona_vectors.model.identity import fingerprint
+from persona_vectors.model.prompts import chat_text, encode_answer
 from persona_vectors.monitoring.heatmaps import robust_span, token_texts
 from persona_vectors.monitoring.projection import token_projections
-from persona_vectors.monitoring.trace import unit_directions
+from persona_vectors.vectors.directions import unit_directions
 from persona_vectors.vectors.vector import PersonaVector
 
 BARS = 40

@@ -15,16 +15,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 from persona_vectors.data.samples import Source, import_pyarrow, read_samples
-from persona_vectors.extraction.difference import identity
+from persona_vectors.flagging.merge import merge
 from persona_vectors.flagging.parts import (
-    Baselines,
     Flags,
     check_same,
     is_flags,
     load_flags,
-    merge,
     part,
     read_header,
     read_json,
@@ -32,19 +30,17 @@ from persona_vectors.flagging.parts import (
     write_json,
     write_table,
 )
-from persona_vectors.flagging.plan import check_digest, fingerprint, make_plan, source_name
+from persona_vectors.flagging.plan import check_digest, make_plan, source_name
+from persona_vectors.flagging.store import Baselines
+from persona_vectors.model.blocks import Model
+from persona_vectors.model.generation import generate_tokens, stop_tokens
 from persona_vectors.model.hooks import edits_are_active
-from persona_vectors.model.models import (
-    Model,
-    batch_tokens_for,
-    cache_dir,
-    generate_tokens,
-    length_batches,
-    stop_tokens,
-)
+from persona_vectors.model.identity import fingerprint, identity
+from persona_vectors.model.loading import cache_dir
+from persona_vectors.model.prompts import batch_tokens_for, length_batches
 from persona_vectors.monitoring.projection import token_projections
-from persona_vectors.monitoring.readings import vector_keys
-from persona_vectors.monitoring.trace import monitor, unit_directions
+from persona_vectors.monitoring.trace import monitor
+from persona_vectors.vectors.directions import unit_directions, vector_keys
 from persona_vectors.vectors.vector import PersonaVector
 
 BASELINES = ("generate", "prompt_last", "none")

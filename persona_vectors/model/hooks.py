@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from persona_vectors.data.files import InputError
-from persona_vectors.model.models import Model, decoder_layers
+from persona_vectors.data.errors import InputError
+from persona_vectors.model.blocks import Model, decoder_layers
 from persona_vectors.model.tokens import Tokens, active
 from persona_vectors.model.wrappers import unwrap
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 
 POSITIONS = ("all", "prompt", "response", "labels")
 

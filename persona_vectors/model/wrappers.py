@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 
 
 def unwrap(model: Any) -> Any:

@@ -11,17 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_vectors.data.files import InputError, atomic_path
-from persona_vectors.model.models import (
-    Model,
-    batch_tokens_for,
-    chat_prompt,
-    encode,
-    generate_tokens,
-    length_batches,
-    model_name,
-    stop_tokens,
-)
+from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import atomic_path
+from persona_vectors.model.blocks import Model, model_name
+from persona_vectors.model.generation import generate_tokens, stop_tokens
+from persona_vectors.model.prompts import batch_tokens_for, chat_prompt, encode, length_batches
 from persona_vectors.model.wrappers import unwrap
 from persona_vectors.monitoring.trace import monitor
 from persona_vectors.vectors.vector import PersonaVector

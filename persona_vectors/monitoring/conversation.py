@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from persona_vectors.model.models import Model, chat_text, decode, encode, stop_tokens
+from persona_vectors.model.blocks import Model
+from persona_vectors.model.generation import stop_tokens
+from persona_vectors.model.prompts import chat_text, decode, encode
 from persona_vectors.model.wrappers import keeps_cache, unwrap
 from persona_vectors.monitoring.heatmaps import token_texts
 from persona_vectors.monitoring.readings import Readings

@@ -8,7 +8,8 @@ from pathlib import Path
 from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
 
-from persona_vectors.data.files import InputError, atomic_path
+from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import atomic_path
 from persona_vectors.monitoring.readings import Readings
 from persona_vectors.monitoring.trace import Trace
 

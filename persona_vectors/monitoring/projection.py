@@ -11,14 +11,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_vectors.data.files import InputError
-from persona_vectors.model.activations import POOLINGS, Row, forward_passes
+from persona_vectors.data.errors import InputError
+from persona_vectors.model.blocks import Model
 from persona_vectors.model.hooks import EnoughRead, edit_blocks, edits_are_active
-from persona_vectors.model.models import Model, chat_text, encode_answer
+from persona_vectors.model.passes import Row, forward_passes
+from persona_vectors.model.pooling import POOLINGS
+from persona_vectors.model.prompts import chat_text, encode_answer
 from persona_vectors.model.tokens import Tokens
 from persona_vectors.model.wrappers import unwrap
-from persona_vectors.monitoring.readings import Key, vector_keys
-from persona_vectors.monitoring.trace import projections, unit_directions
+from persona_vectors.vectors.directions import Key, projections, unit_directions, vector_keys
 from persona_vectors.vectors.vector import PersonaVector
 
 Conversation = Sequence[dict[str, str]] | tuple[str, str]

@@ -1,21 +1,13 @@
 """Readings: projections of the tokens of one call, read-only, and what can be asked of them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from persona_vectors.data.files import InputError
-
-Key = str | tuple[str, int]
-"""A vector's trait; with its layer, (trait, layer), where several layers are read."""
-
-
-def vector_keys(names: Sequence[str], layers: Sequence[int]) -> list[Key]:
-    """Return the names under which values are found: traits, or (trait, layer) where there are several layers."""
-    return list(names) if len(layers) == 1 else [(name, layer) for layer in layers for name in names]
+from persona_vectors.data.errors import InputError
+from persona_vectors.vectors.directions import Key
 
 
 @dataclass(frozen=True, eq=False)

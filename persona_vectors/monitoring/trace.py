@@ -1,19 +1,19 @@
 """Monitoring: read projections on persona vectors inside a `with`, token by token (paper, section 3.3)."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
+from persona_vectors.model.blocks import Model
 from persona_vectors.model.hooks import edit_blocks, pause_edits
-from persona_vectors.model.models import Model, model_shape
 from persona_vectors.model.tokens import Tokens
 from persona_vectors.model.wrappers import unwrap
-from persona_vectors.monitoring.readings import Key, Readings, vector_keys
-from persona_vectors.steering.add import chosen_layers
+from persona_vectors.monitoring.readings import Readings
+from persona_vectors.vectors.directions import Key, projections, unit_directions, vector_keys
 from persona_vectors.vectors.vector import PersonaVector
 
 
@@ -149,44 +149,6 @@ class Trace:
             self.stops,
             {layer: call.saw(layer) for layer in self.layers},
         )
-
-
-def unit_directions(
-    model: Model, vectors: Sequence[PersonaVector], layer: int | Sequence[int] | str
-) -> dict[int, Float[Tensor, "vector hidden"]]:
-    """Return v/|v| of every vector, stacked, for each layer in order.
-
-    Raises InputError for vectors that do not fit the model or one another, for two of one name, and for a direction
-    that is zero.
-    """
-    if not vectors:
-        raise InputError("no vectors: give one PersonaVector or more")
-    for index, vector in enumerate(vectors):
-        vector.check_fits(*model_shape(model))
-        vectors[0].check_same_model(vector)
-        if vector.trait in [other.trait for other in vectors[:index]]:
-            raise InputError(
-                f"two vectors are called {vector.trait!r}: rename one, dataclasses.replace(vector, trait='...')"
-            )
-    units = {}
-    for chosen in chosen_layers(vectors[0], layer):
-        stacked = torch.stack([vector.direction(chosen).float() for vector in vectors])
-        zero = (stacked.norm(dim=1) == 0).nonzero()
-        if len(zero):
-            raise InputError(f"{vectors[int(zero[0])]!r} is zero at layer {chosen}: give another layer")
-        units[chosen] = stacked / stacked.norm(dim=1, keepdim=True)
-    if not units:
-        raise InputError("no layer: give a number, several numbers, or 'all'")
-    return units
-
-
-def projections(
-    hidden: Float[Tensor, "batch token hidden"], units: Float[Tensor, "vector hidden"]
-) -> Float[Tensor, "batch token vector"]:
-    """Return projections in float32, also inside autocast."""
-    kind = hidden.device.type  # the context manager costs as much as the product, and is there for training alone
-    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-        return hidden.float() @ units.T
 
 
 @contextmanager

@@ -1,22 +1,17 @@
 """Steering: add a persona vector to the residual stream inside a `with` (paper, section 3.2)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from persona_vectors.data.files import InputError
+from persona_vectors.model.blocks import Model, model_shape
 from persona_vectors.model.hooks import Edit, edit_blocks
-from persona_vectors.model.models import Model, model_shape
 from persona_vectors.model.tokens import Tokens, check_positions
+from persona_vectors.vectors.directions import Strength, incremental
 from persona_vectors.vectors.vector import PersonaVector
-
-Strength = float | Tensor | Callable[[], float]
-"""A number, one for each row [batch], or a function that is asked in every forward pass."""
-S = TypeVar("S", bound=Strength)
 
 
 @contextmanager
@@ -58,25 +53,6 @@ def steer(
         yield
 
 
-def incremental(
-    vector: PersonaVector, *, layer: int | Sequence[int] | str, coef: S | None, dose: S | None
-) -> tuple[S, dict[int, Float[Tensor, " hidden"]]]:
-    """Return the strength of an edit, and the direction that it multiplies at each block.
-
-    At several layers that is what the lower ones have not added yet: v_l - v_k, with k the steered layer before l.
-    """
-    strength = dose if coef is None else coef
-    if strength is None or (coef is not None and dose is not None):
-        raise InputError("give either coef= (times the vector) or dose= (a fraction of the residual norm)")
-    directions: dict[int, Tensor] = {}
-    before: Tensor | float = 0.0
-    for index in chosen_layers(vector, layer):
-        direction = vector.direction(index).float() * (1.0 if dose is None else per_dose(vector, index))
-        directions[index] = direction - before
-        before = direction
-    return strength, directions
-
-
 class RowEdit(NamedTuple):
     """What `steer_rows` adds to one row of a batch: `coef` times the vector, at one layer."""
 
@@ -100,23 +76,6 @@ def steer_rows(model: Model, rows: Sequence[RowEdit | None], *, positions: str |
             shift[index] = row.coef * row.vector.direction(row.layer).float()
     with edit_blocks(model, {layer: _add(1.0, shift[:, None], positions) for layer, shift in shifts.items()}):
         yield
-
-
-def chosen_layers(vector: PersonaVector, layer: int | Sequence[int] | str) -> list[int]:
-    """Return the layers that `layer` names: a number, several numbers, or "all"."""
-    if layer == "all":
-        return list(range(len(vector.directions)))
-    if isinstance(layer, str):
-        raise InputError(f"layer is {layer!r}: give a number, several numbers, or 'all'")
-    return [layer] if isinstance(layer, int) else sorted(set(layer))
-
-
-def per_dose(vector: PersonaVector, layer: int) -> float:
-    """Return the coefficient that makes the edit as long as the mean residual stream."""
-    norms = vector.residual_norms
-    if norms is None:
-        raise InputError(f"{vector!r} does not know the residual norms that dose= needs: use coef=")
-    return float(norms[layer] / vector.direction(layer).norm())
 
 
 def _add(strength: Strength, direction: Tensor, positions: str | Tensor) -> Edit:

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from persona_vectors.data.files import InputError
-from persona_vectors.model.models import decoder_layers, model_shape
+from persona_vectors.data.errors import InputError
+from persona_vectors.model.blocks import decoder_layers, model_shape
 from persona_vectors.model.wrappers import unwrap
-from persona_vectors.steering.add import incremental
+from persona_vectors.vectors.directions import incremental
 from persona_vectors.vectors.vector import PersonaVector
 
 

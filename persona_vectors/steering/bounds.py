@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
+from persona_vectors.model.blocks import Model, model_shape
 from persona_vectors.model.hooks import Edit, edit_blocks
-from persona_vectors.model.models import Model, model_shape
 from persona_vectors.model.tokens import Tokens, check_positions
-from persona_vectors.monitoring.trace import projections, unit_directions
+from persona_vectors.vectors.directions import projections, unit_directions
 from persona_vectors.vectors.vector import PersonaVector
 
 Layers = int | Sequence[int] | str

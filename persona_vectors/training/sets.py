@@ -9,11 +9,13 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from persona_vectors.data.files import InputError, atomic_path
+from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import atomic_path
 from persona_vectors.data.traits import Trait
-from persona_vectors.extraction.difference import identity
 from persona_vectors.extraction.rollouts import Rollout, RolloutFile, generate_batch, plan, rollout_batches
-from persona_vectors.model.models import Model, batch_tokens_for, chat_prompt, encode
+from persona_vectors.model.blocks import Model
+from persona_vectors.model.identity import identity
+from persona_vectors.model.prompts import batch_tokens_for, chat_prompt, encode
 
 SIDES = {"positive": "pos", "negative": "neg", "plain": "none"}
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -11,11 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_vectors.data.files import InputError, atomic_path
-from persona_vectors.evaluation.answers import Interval, mean_interval
-from persona_vectors.model.models import Model, generate, load_model
+from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import atomic_path
+from persona_vectors.data.intervals import Interval, mean_interval
+from persona_vectors.model.blocks import Model
+from persona_vectors.model.generation import generate
+from persona_vectors.model.loading import load_model
 from persona_vectors.monitoring.projection import project
-from persona_vectors.monitoring.readings import Key
+from persona_vectors.vectors.directions import Key
 from persona_vectors.vectors.vector import PersonaVector
 
 POOLINGS = ("prompt_last", "response_mean")

@@ -11,13 +11,12 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 from persona_vectors.model.hooks import Edit, edit_blocks, pause_edits
-from persona_vectors.model.models import chat_prompt, encode
+from persona_vectors.model.prompts import chat_prompt, encode
 from persona_vectors.model.tokens import Tokens
 from persona_vectors.monitoring.projection import token_projections
-from persona_vectors.monitoring.readings import vector_keys
-from persona_vectors.monitoring.trace import projections, unit_directions
+from persona_vectors.vectors.directions import projections, unit_directions, vector_keys
 from persona_vectors.vectors.vector import PersonaVector
 
 Layers = int | Sequence[int] | str
@@ -129,7 +128,7 @@ class ProjectionCallback(TrainerCallback):
     def _show(self) -> None:
         from IPython.display import display
 
-        from persona_vectors.evaluation.plots import plot_history
+        from persona_vectors.training.plots import plot_history
 
         figure = plot_history(self.history)
         if self._display is None:

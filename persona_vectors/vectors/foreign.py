@@ -14,7 +14,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 
 MAX_LAYERS, MAX_HIDDEN = 1024, 2**16
 _MAX_PICKLE = 2**22

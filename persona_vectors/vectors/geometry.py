@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_vectors.data.files import InputError
-from persona_vectors.model.models import Model, model_shape
+from persona_vectors.data.errors import InputError
+from persona_vectors.model.blocks import Model, model_shape
 from persona_vectors.vectors.vector import PersonaVector
 
 

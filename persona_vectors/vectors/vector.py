@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from persona_vectors.data.files import InputError, atomic_path
+from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import atomic_path
 
 FORMAT = 1
 _TENSORS = ("directions", "residual_norms", "split_half_cosine", "separation")
@@ -166,22 +167,3 @@ def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}{tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def random_vector(
-    vector: PersonaVector, *, seed: int, like: Float[Tensor, "sample layer hidden"] | None = None
-) -> PersonaVector:
-    """Return a control: a random direction at each layer, with the norm that `vector` has there.
-
-    With `like`, activations of some texts, the directions have those activations' covariance: real activations vary far
-    more along a few directions than along most, and directions that are as likely to point anywhere miss them.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    if like is None:
-        noise = torch.randn(vector.directions.shape, generator=generator)
-    else:
-        centred = like.float() - like.float().mean(dim=0)
-        noise = torch.einsum("s, s l h -> l h", torch.randn(len(like), generator=generator), centred)
-    norms = vector.directions.norm(dim=1, keepdim=True)
-    directions = noise / noise.norm(dim=1, keepdim=True) * norms
-    return replace(vector._derived(f"random {seed}", directions))

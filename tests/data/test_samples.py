@@ -5,7 +5,7 @@ import datasets
 import pytest
 from helpers import write
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 from persona_vectors.data.samples import Sample, read_samples
 
 USER, SYSTEM = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be kind."}

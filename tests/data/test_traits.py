@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 from persona_vectors.data.traits import Trait, list_traits, load_trait
 
 PAPER = ["apathetic", "evil", "hallucinating", "humorous", "impolite", "optimistic", "sycophantic"]

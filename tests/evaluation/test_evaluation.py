@@ -7,20 +7,14 @@ import torch
 from helpers import random_direction
 
 from persona_vectors.cli.demo import choose_layer, run_demo
-from persona_vectors.data.files import InputError
-from persona_vectors.evaluation.answers import (
-    Ask,
-    Interval,
-    answer_batches,
-    correlation_interval,
-    evaluate,
-    mean_interval,
-    steered_answers,
-)
-from persona_vectors.evaluation.plots import plot_scores, plot_vector
-from persona_vectors.model.models import generate
+from persona_vectors.data.errors import InputError
+from persona_vectors.data.intervals import Interval, correlation_interval, mean_interval
+from persona_vectors.evaluation.answers import Ask, answer_batches, evaluate, steered_answers
+from persona_vectors.evaluation.plots import plot_scores
+from persona_vectors.model.generation import generate
 from persona_vectors.steering.add import RowEdit, steer
 from persona_vectors.steering.bounds import cap
+from persona_vectors.vectors.plots import plot_vector
 from persona_vectors.vectors.vector import PersonaVector
 
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 from helpers import hooks, plain_logprob, random_direction
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 from persona_vectors.evaluation.harness import side_effects
-from persona_vectors.model.models import encode
+from persona_vectors.model.prompts import encode
 from persona_vectors.steering.add import steer
 
 pytestmark = pytest.mark.slow

@@ -4,9 +4,9 @@ import pytest
 import torch
 from helpers import random_direction
 
+from persona_vectors.data.texts import DATA
 from persona_vectors.evaluation.inventory import LETTERS, OPTIONS, big_five, item_scores
-from persona_vectors.evaluation.likelihood import DATA
-from persona_vectors.model.models import chat_prompt, encode
+from persona_vectors.model.prompts import chat_prompt, encode
 from persona_vectors.steering.add import steer
 
 

@@ -9,19 +9,12 @@ import torch
 import zoo
 from helpers import make_tokenizer, plain_logprob
 
-from persona_vectors.data.files import InputError
-from persona_vectors.evaluation.judge import (
-    Answer,
-    ContrastJudge,
-    LocalJudge,
-    PerplexityJudge,
-    SentimentJudge,
-    answer_logprobs,
-    fill,
-    make_judge,
-    score,
-)
-from persona_vectors.model.models import chat_prompt, encode
+from persona_vectors.cli.judges import make_judge
+from persona_vectors.data.errors import InputError
+from persona_vectors.evaluation.judge import Answer, fill, score
+from persona_vectors.evaluation.judges import ContrastJudge, LocalJudge, PerplexityJudge, SentimentJudge
+from persona_vectors.evaluation.logprobs import answer_logprobs
+from persona_vectors.model.prompts import chat_prompt, encode
 from persona_vectors.steering.add import steer
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 from persona_vectors.data.traits import load_trait
 from persona_vectors.evaluation.judge_check import Labelled, check_judge, load_labels, require_valid_judge
 from persona_vectors.evaluation.likelihood import load_statements

@@ -7,10 +7,10 @@ import torch
 import zoo
 from helpers import hooks, plain_logprob, random_direction
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
+from persona_vectors.data.texts import assistant_prompts, neutral_texts
 from persona_vectors.data.traits import list_traits
 from persona_vectors.evaluation.contrast import contrast_effect, effect_matrix
-from persona_vectors.evaluation.controls import assistant_prompts, covariance_vectors, random_vectors
 from persona_vectors.evaluation.likelihood import (
     State,
     Statements,
@@ -18,11 +18,11 @@ from persona_vectors.evaluation.likelihood import (
     likelihood_contrasts,
     load_statements,
     neutral_perplexity,
-    neutral_texts,
 )
 from persona_vectors.model.hooks import edit_blocks
-from persona_vectors.model.models import chat_prompt, encode
+from persona_vectors.model.prompts import chat_prompt, encode
 from persona_vectors.steering.add import RowEdit, steer
+from persona_vectors.vectors.controls import covariance_vectors, random_vectors
 
 PAIRS = [{"pos": f"Loud it is, {i}!", "neg": f"It is quiet, {i}."} for i in range(12)]
 STATEMENTS = Statements(question="And?", pairs=PAIRS)

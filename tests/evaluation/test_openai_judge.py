@@ -12,11 +12,12 @@ import time
 import numpy as np
 import pytest
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 from persona_vectors.evaluation import openai_client
 from persona_vectors.evaluation.judge import Answer, fill, score
 from persona_vectors.evaluation.openai_judge import OpenAIJudge
-from persona_vectors.model.models import chat_prompt, embedded_gguf, encode
+from persona_vectors.model.loading import embedded_gguf
+from persona_vectors.model.prompts import chat_prompt, encode
 
 RUBRIC = "Score {question} {answer}"
 FAULTS = ["429", "500", "timeout", "cut", "malformed", "empty"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import random_direction
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 from persona_vectors.data.ledger import Ledger
 from persona_vectors.evaluation import answers as evaluation
 from persona_vectors.evaluation.answers import steered_answers

@@ -8,12 +8,13 @@ import torch
 import zoo
 from helpers import make_tokenizer
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 from persona_vectors.data.traits import Trait
-from persona_vectors.extraction.difference import extract, extract_from, separation, split_half_cosine
+from persona_vectors.extraction.difference import extract, extract_from
+from persona_vectors.extraction.evidence import separation, split_half_cosine
 from persona_vectors.extraction.rollouts import load_rollouts
-from persona_vectors.model.activations import POOLINGS
-from persona_vectors.model.models import chat_prompt, encode
+from persona_vectors.model.pooling import POOLINGS
+from persona_vectors.model.prompts import chat_prompt, encode
 
 SMALL = {"samples": 2, "max_new_tokens": 6, "batch_tokens": 400, "min_pairs": 2}
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 from persona_vectors.data.traits import load_trait
 from persona_vectors.evaluation import openai_client
 from persona_vectors.extraction.trait_writer import check_reply, write_trait

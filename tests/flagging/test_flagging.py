@@ -14,13 +14,15 @@ from helpers import hooks, make_tokenizer, random_direction
 from torch import nn
 
 import persona_vectors as pv
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 from persona_vectors.flagging import run as flagging
 from persona_vectors.flagging.plan import fit
-from persona_vectors.model.models import chat_prompt, encode_answer, generate_tokens
+from persona_vectors.model.generation import generate_tokens
+from persona_vectors.model.prompts import chat_prompt, encode_answer
 from persona_vectors.monitoring.projection import token_projections
-from persona_vectors.monitoring.trace import unit_directions
-from persona_vectors.vectors.vector import PersonaVector, random_vector
+from persona_vectors.vectors.controls import random_vector
+from persona_vectors.vectors.directions import unit_directions
+from persona_vectors.vectors.vector import PersonaVector
 
 QUESTIONS = ["How?", "Why so?", "Where to, my friend?", "How?", "Who?"]
 SAMPLES = [{"question": q, "answer": f"{'so ' * (i % 4)}it is {i}"} for i, q in enumerate(QUESTIONS * 5)]

@@ -6,9 +6,9 @@ import pytest
 from helpers import random_direction
 
 import persona_vectors as pv
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 from persona_vectors.flagging.report import pick_rows, render
-from persona_vectors.vectors.vector import random_vector
+from persona_vectors.vectors.controls import random_vector
 
 HOSTILE = "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\"></script>"
 SAMPLES = [{"question": f"Question {i}?", "answer": f"{'yes ' * (i % 7)}answer {i}"} for i in range(120)]

@@ -8,8 +8,10 @@ import pytest
 from helpers import random_direction, write
 
 import persona_vectors as pv
-from persona_vectors.data.files import InputError
-from persona_vectors.flagging.screening import add_scores, compare_datasets, split_dataset
+from persona_vectors.data.errors import InputError
+from persona_vectors.flagging.compare import compare_datasets
+from persona_vectors.flagging.screening import add_scores
+from persona_vectors.flagging.split import split_dataset
 
 RECORDS = [{"id": f"s{i}", "question": f"{i % 6}?", "answer": f"{'so ' * (i % 4)}{i}", "kept": i} for i in range(30)]
 

@@ -7,9 +7,10 @@ from helpers import block_output, hooks, random_direction
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
+from persona_vectors.model.blocks import decoder_layers
 from persona_vectors.model.hooks import edit_blocks, pause_edits
-from persona_vectors.model.models import decoder_layers, left_pad
+from persona_vectors.model.prompts import left_pad
 from persona_vectors.model.tokens import Tokens
 from persona_vectors.steering.add import steer
 

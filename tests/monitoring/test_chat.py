@@ -1,7 +1,7 @@
 import torch
 from helpers import random_direction
 
-from persona_vectors.model.models import chat_text, encode
+from persona_vectors.model.prompts import chat_text, encode
 from persona_vectors.monitoring.conversation import Chat
 from persona_vectors.monitoring.trace import monitor
 

@@ -6,8 +6,8 @@ import torch
 import zoo
 from helpers import generate, random_direction, two_vectors
 
-from persona_vectors.data.files import InputError
-from persona_vectors.model.models import encode
+from persona_vectors.data.errors import InputError
+from persona_vectors.model.prompts import encode
 from persona_vectors.monitoring.heatmaps import _STRONGEST, _STYLE, Heatmap, heatmap, save_heatmaps, token_texts
 from persona_vectors.monitoring.trace import monitor
 

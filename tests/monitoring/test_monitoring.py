@@ -5,10 +5,11 @@ from helpers import DECODERS, PROMPTS, block_outputs, generate, hooks, random_di
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from persona_vectors.data.files import InputError
-from persona_vectors.model.models import left_pad
-from persona_vectors.monitoring.trace import Trace, _Columns, monitor, projections
+from persona_vectors.data.errors import InputError
+from persona_vectors.model.prompts import left_pad
+from persona_vectors.monitoring.trace import Trace, _Columns, monitor
 from persona_vectors.steering.add import steer
+from persona_vectors.vectors.directions import projections
 from persona_vectors.vectors.vector import PersonaVector
 
 

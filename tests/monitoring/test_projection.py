@@ -4,13 +4,13 @@ import pytest
 import torch
 from helpers import block_outputs, hooks, make_tokenizer, random_direction
 
-from persona_vectors.data.files import InputError
-from persona_vectors.evaluation.plots import plot_drift
-from persona_vectors.model.activations import POOLINGS, pool
-from persona_vectors.model.models import chat_prompt, encode, encode_answer
+from persona_vectors.data.errors import InputError
+from persona_vectors.model.pooling import POOLINGS, pool
+from persona_vectors.model.prompts import chat_prompt, encode, encode_answer
+from persona_vectors.monitoring.plots import plot_drift
 from persona_vectors.monitoring.projection import project, token_projections
-from persona_vectors.monitoring.trace import unit_directions
-from persona_vectors.vectors.vector import random_vector
+from persona_vectors.vectors.controls import random_vector
+from persona_vectors.vectors.directions import unit_directions
 
 PAIRS = [("How?", "Well."), ("Why so?", "No idea, sorry"), ("How?", "Badly")]
 CHAT = [

@@ -8,7 +8,7 @@ import torch
 import zoo
 from transformers import GenerationConfig
 
-from persona_vectors.model.activations import POOLINGS, pool
+from persona_vectors.model.pooling import POOLINGS, pool
 
 PATH = Path(__file__).parents[2] / "scripts" / "bench.py"
 SPEC = importlib.util.spec_from_file_location("bench", PATH)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import save_tiny
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 from persona_vectors.vectors.vector import PersonaVector
 
 PATH = Path(__file__).parents[2] / "scripts" / "monitoring_experiment.py"

@@ -4,9 +4,9 @@ import zoo
 from helpers import make_tokenizer, random_direction
 from torch import nn
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 from persona_vectors.extraction.difference import extract, extract_from
-from persona_vectors.model.models import generate
+from persona_vectors.model.generation import generate
 from persona_vectors.model.wrappers import unwrap
 from persona_vectors.monitoring.projection import project
 from persona_vectors.monitoring.trace import monitor

@@ -6,8 +6,9 @@ import zoo
 from helpers import DECODERS, block_output, hooks, logits_while_generating, random_direction
 from torch import Tensor, nn
 
-from persona_vectors.data.files import InputError
-from persona_vectors.model.models import chat_prompt, encode, generate_tokens, left_pad
+from persona_vectors.data.errors import InputError
+from persona_vectors.model.generation import generate_tokens
+from persona_vectors.model.prompts import chat_prompt, encode, left_pad
 from persona_vectors.monitoring.calibration import Calibration, calibrate
 from persona_vectors.monitoring.trace import Trace, monitor
 from persona_vectors.steering.add import steer

@@ -3,8 +3,8 @@ import torch
 import zoo
 from helpers import block_output, hooks, logits_while_generating, random_direction
 
-from persona_vectors.data.files import InputError
-from persona_vectors.model.models import left_pad
+from persona_vectors.data.errors import InputError
+from persona_vectors.model.prompts import left_pad
 from persona_vectors.steering.add import steer
 from persona_vectors.vectors.vector import PersonaVector
 

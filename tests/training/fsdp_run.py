@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import default_collate
 
-from persona_vectors.model.models import decoder_layers
+from persona_vectors.model.blocks import decoder_layers
 from persona_vectors.steering.add import steer
 
 dist.init_process_group("gloo")

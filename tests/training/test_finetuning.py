@@ -6,9 +6,10 @@ import torch
 import zoo
 from helpers import hooks, random_direction
 
-from persona_vectors.data.files import InputError
-from persona_vectors.model.models import decode
-from persona_vectors.training.finetuning import finetune, load_config, parse_config, training_rows
+from persona_vectors.data.errors import InputError
+from persona_vectors.model.prompts import decode
+from persona_vectors.training.config import load_config, parse_config
+from persona_vectors.training.finetuning import finetune, training_rows
 from persona_vectors.training.shifts import finetuning_shift
 from persona_vectors.training.watch import ProjectionCallback
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 from transformers import TrainerCallback, set_seed
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 from persona_vectors.model.hooks import edit_blocks
 from persona_vectors.steering.add import steer
 from persona_vectors.steering.bounds import ablate, cap

@@ -7,8 +7,8 @@ from helpers import CHECKPOINTING, batch, hooks, logged, lora, make_trainer, ran
 from torch import Tensor
 from transformers import TrainerCallback
 
-from persona_vectors.data.files import InputError
-from persona_vectors.model.models import chat_prompt, encode
+from persona_vectors.data.errors import InputError
+from persona_vectors.model.prompts import chat_prompt, encode
 from persona_vectors.steering.add import steer
 from persona_vectors.training.watch import ProjectionCallback, penalize
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 from persona_vectors.extraction.rollouts import read_jsonl
-from persona_vectors.model.models import chat_prompt
+from persona_vectors.model.prompts import chat_prompt
 from persona_vectors.training import sets as training_sets
 from persona_vectors.training.sets import make_training_sets
 

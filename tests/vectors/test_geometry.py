@@ -3,10 +3,11 @@ import torch
 import zoo
 from helpers import random_direction
 
-from persona_vectors.data.files import InputError
-from persona_vectors.evaluation.plots import plot_cosines, plot_separation
+from persona_vectors.data.errors import InputError
+from persona_vectors.vectors.controls import random_vector
 from persona_vectors.vectors.geometry import cosine_matrix, layer_cosines, logit_lens, separation_indices
-from persona_vectors.vectors.vector import PersonaVector, random_vector
+from persona_vectors.vectors.plots import plot_cosines, plot_separation
+from persona_vectors.vectors.vector import PersonaVector
 
 
 def test_cosines_between_vectors_and_layers_are_the_pairwise_ones(model):

@@ -6,8 +6,10 @@ from jaxtyping import TypeCheckError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from persona_vectors.data.files import InputError, atomic_path
-from persona_vectors.vectors.vector import PersonaVector, random_vector
+from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import atomic_path
+from persona_vectors.vectors.controls import random_vector
+from persona_vectors.vectors.vector import PersonaVector
 
 
 def make(trait: str = "calm", seed: int = 0, **fields) -> PersonaVector:

@@ -16,10 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from persona_vectors.data.files import InputError
+from persona_vectors.data.errors import InputError
 from persona_vectors.steering.add import steer
 from persona_vectors.vectors import foreign as interop_files
-from persona_vectors.vectors.formats import FORMATS, export_vector, import_vector
+from persona_vectors.vectors.exports import export_vector
+from persona_vectors.vectors.formats import FORMATS
+from persona_vectors.vectors.imports import import_vector
 from persona_vectors.vectors.vector import PersonaVector
 
 NAMES = {"official": "loud_response_avg_diff.pt", "assistant-axis": "assistant_axis.pt"}
@@ -460,7 +462,7 @@ def agreement(a: Sequence[float], b: Sequence[float]) -> float:
 
 @pytest.mark.real
 def test_llama_cpp_moves_the_logits_as_we_do_layer_by_layer(embedded: tuple, tmp_path: Path):
-    from persona_vectors.model.models import embedded_gguf
+    from persona_vectors.model.loading import embedded_gguf
 
     pytest.importorskip("xllamacpp")
     theirs, (model, tokenizer) = LlamaCpp(embedded_gguf()), embedded
@@ -489,7 +491,7 @@ def test_llama_cpp_moves_the_logits_as_we_do_layer_by_layer(embedded: tuple, tmp
 
 @pytest.mark.real
 def test_llama_cpp_refuses_a_direction_for_block_0(tmp_path: Path):
-    from persona_vectors.model.models import embedded_gguf
+    from persona_vectors.model.loading import embedded_gguf
 
     pytest.importorskip("xllamacpp")
     theirs = LlamaCpp(embedded_gguf())

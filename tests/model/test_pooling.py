@@ -4,16 +4,9 @@ import zoo
 from helpers import DECODERS, block_outputs, make_tokenizer
 from torch import nn
 
-from persona_vectors.model.activations import (
-    POOLINGS,
-    Pooled,
-    Row,
-    _cache_argument,
-    forward_passes,
-    pool,
-    pool_while_generating,
-)
-from persona_vectors.model.models import generate_tokens, stop_tokens
+from persona_vectors.model.generation import generate_tokens, stop_tokens
+from persona_vectors.model.passes import Row, cache_argument, forward_passes
+from persona_vectors.model.pooling import POOLINGS, Pooled, pool, pool_while_generating
 
 # Three prompts, two of them shared; answers of unequal lengths.
 A, B, C = [5, 6, 7], [8, 9, 10, 11, 12], [13, 14]
@@ -55,7 +48,7 @@ def test_one_pass_equals_all_hidden_states_one_row_at_a_time(name: str):
 
 
 def test_most_architectures_share_prefixes():
-    shared = {name for name in DECODERS if _cache_argument(zoo.build(name))}
+    shared = {name for name in DECODERS if cache_argument(zoo.build(name))}
     assert len(shared) >= 36
     assert not shared & {"mamba", "mamba2", "recurrent_gemma", "jamba", "bloom"}
 

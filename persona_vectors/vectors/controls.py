@@ -1,28 +1,40 @@
-"""What an effect is compared with: random vectors of the same norm, and the band of prompts that mean the same."""
+"""What an effect is compared with: random vectors of the same norm, isotropic or with the covariance of activations."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_vectors.data.files import InputError
-from persona_vectors.evaluation.likelihood import DATA, neutral_texts
-from persona_vectors.model.activations import forward_passes
+from persona_vectors.data.errors import InputError
+from persona_vectors.data.texts import neutral_texts
+from persona_vectors.model.blocks import Model
 from persona_vectors.model.hooks import edit_blocks
-from persona_vectors.model.models import Model, chat_prompt, encode_answer
+from persona_vectors.model.passes import forward_passes
+from persona_vectors.model.prompts import chat_prompt, encode_answer
 from persona_vectors.model.tokens import Tokens
-from persona_vectors.vectors.vector import PersonaVector, random_vector
+from persona_vectors.vectors.vector import PersonaVector
 
 
-def assistant_prompts() -> list[str]:
-    """Return thirty ways to say "You are a helpful assistant.", and first the empty one.
+def random_vector(
+    vector: PersonaVector, *, seed: int, like: Float[Tensor, "sample layer hidden"] | None = None
+) -> PersonaVector:
+    """Return a control: a random direction at each layer, with the norm that `vector` has there.
 
-    They mean the same, so how far they move a score is the band within which an effect is noise.
+    With `like`, activations of some texts, the directions have those activations' covariance: real activations vary far
+    more along a few directions than along most, and directions that are as likely to point anywhere miss them.
     """
-    return json.loads((DATA / "assistants.json").read_text(encoding="utf-8"))
+    generator = torch.Generator().manual_seed(seed)
+    if like is None:
+        noise = torch.randn(vector.directions.shape, generator=generator)
+    else:
+        centred = like.float() - like.float().mean(dim=0)
+        noise = torch.einsum("s, s l h -> l h", torch.randn(len(like), generator=generator), centred)
+    norms = vector.directions.norm(dim=1, keepdim=True)
+    directions = noise / noise.norm(dim=1, keepdim=True) * norms
+    return replace(vector._derived(f"random {seed}", directions))
 
 
 def covariance_vectors(

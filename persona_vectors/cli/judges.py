@@ -1,0 +1,36 @@
+"""The judge that a command line names."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from persona_vectors.data.errors import InputError
+from persona_vectors.data.traits import Trait
+from persona_vectors.evaluation.judge import Judge
+from persona_vectors.evaluation.judges import ContrastJudge, LocalJudge, SentimentJudge
+from persona_vectors.model.blocks import Model
+
+
+def make_judge(
+    spec: str,
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    trait: Trait,
+    load: Callable[[str], tuple[Any, Any]],
+) -> Judge | None:
+    """Return the judge that a command line names: contrast[:PAIRS], sentiment, openai:MODEL, local:MODEL or none."""
+    kind, _, name = spec.partition(":")
+    if kind == "none":
+        return None
+    if kind == "contrast" and (not name or name.isdigit()):
+        return ContrastJudge(model, tokenizer, trait, pairs=int(name) if name else None)
+    if kind == "sentiment":
+        return SentimentJudge()
+    if kind == "local" and name:
+        return LocalJudge(*load(name))
+    if kind == "openai" and name:
+        from persona_vectors.evaluation.openai_judge import OpenAIJudge
+
+        return OpenAIJudge(name)
+    raise InputError(f"no judge {spec!r}: give contrast[:PAIRS], sentiment, openai:MODEL, local:MODEL or none")

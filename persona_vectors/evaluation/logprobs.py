@@ -1,0 +1,49 @@
+"""Log-probabilities of answers, each under an edit of its own."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_vectors.model.blocks import Model
+from persona_vectors.model.passes import Row, forward_passes
+from persona_vectors.model.prompts import batch_tokens_for
+from persona_vectors.model.tokens import answers_at
+from persona_vectors.steering.add import RowEdit, steer_rows
+
+
+def answer_logprobs(
+    model: Model,
+    rows: Sequence[Row],
+    *,
+    edits: Sequence[RowEdit | None] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Float[Tensor, " row"]:
+    """Return the mean log-probability of each row's answer tokens, in nats; nan for an empty answer.
+
+    Edits that are active apply, with their own positions; `edits` steers each row besides, at positions "response", so
+    that rows under different edits still share their prompts. `progress` is called with the number of answers read.
+    """
+    total = torch.zeros(len(rows), dtype=torch.float64)
+    budget = batch_tokens_for(model) // 2  # logits take more memory than hidden states
+    with torch.inference_mode():
+        for step in forward_passes(model, rows, batch_tokens=budget, held_back=1):
+            index = torch.tensor([members[0] for members in step.rows])
+            place = step.position - torch.tensor([[len(rows[row][0])] for row in index], device=step.position.device)
+            if not step.answers:
+                with answers_at(place):
+                    model.get_decoder()(**step.inputs)
+                continue
+            own = steer_rows(model, [edits[row] for row in index], positions="response") if edits else nullcontext()
+            with answers_at(place), own:
+                logits = model(**step.inputs).logits[:, :-1]
+            counted = place[:, 1:] >= 0
+            targets = step.inputs["input_ids"][:, 1:][counted]
+            losses = torch.nn.functional.cross_entropy(logits[counted].float(), targets, reduction="none")
+            total.index_add_(0, index[counted.nonzero()[:, 0].cpu()], -losses.double().cpu())
+            if progress:
+                progress(len(step.rows))
+    count = torch.tensor([len(answer) for _, answer in rows], dtype=torch.float64)
+    return (total / count).float()

