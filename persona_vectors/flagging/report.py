@@ -22,7 +22,7 @@ from persona_vectors.model.identity import fingerprint
 from persona_vectors.model.prompts import chat_text, encode_answer
 from persona_vectors.monitoring.heatmaps import robust_span, token_texts
 from persona_vectors.monitoring.projection import token_projections
-from persona_vectors.vectors.directions import unit_directions
+from persona_vectors.vectors.directions import unit_directions, vector_list
 from persona_vectors.vectors.vector import PersonaVector
 
 BARS = 40
@@ -48,7 +48,7 @@ def write_report(
     Raises InputError where the flags were made with another model or other vectors, or `samples` cannot be read twice.
     """
     found = load_flags(flags)
-    chosen = [vectors] if isinstance(vectors, PersonaVector) else list(vectors)
+    chosen = vector_list(vectors)
     if found.settings["weights"] != fingerprint(model) or list(found.settings["vectors"]) != [v.trait for v in chosen]:
         names = ", ".join(found.settings["vectors"])
         raise InputError(f"{flags} was made with model {found.settings['model']} and {names}: give the same ones")

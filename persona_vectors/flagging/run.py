@@ -32,7 +32,7 @@ from persona_vectors.flagging.parts import (
 )
 from persona_vectors.flagging.plan import check_digest, make_plan, source_name
 from persona_vectors.flagging.store import Baselines
-from persona_vectors.model.blocks import Model
+from persona_vectors.model.blocks import Layer, Model
 from persona_vectors.model.generation import generate_tokens, stop_tokens
 from persona_vectors.model.hooks import edits_are_active
 from persona_vectors.model.identity import fingerprint, identity
@@ -40,7 +40,7 @@ from persona_vectors.model.loading import cache_dir
 from persona_vectors.model.prompts import batch_tokens_for, length_batches
 from persona_vectors.monitoring.projection import token_projections
 from persona_vectors.monitoring.trace import monitor
-from persona_vectors.vectors.directions import unit_directions, vector_keys
+from persona_vectors.vectors.directions import unit_directions, vector_keys, vector_list
 from persona_vectors.vectors.vector import PersonaVector
 
 BASELINES = ("generate", "prompt_last", "none")
@@ -52,7 +52,7 @@ def flag(
     samples: Source,
     vectors: PersonaVector | Sequence[PersonaVector],
     *,
-    layer: int | Sequence[int] | str,
+    layer: Layer,
     out: str | Path,
     baseline: str | Path = "generate",
     columns: tuple[str, str] | None = None,
@@ -93,7 +93,7 @@ def flag(
     Raises InputError for data, vectors or a layer that do not fit, and for an `out` that was made with other settings.
     """
     import_pyarrow()
-    chosen = [vectors] if isinstance(vectors, PersonaVector) else list(vectors)
+    chosen = vector_list(vectors)
     units = unit_directions(model, chosen, layer)
     limit = max_length or getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     generates = str(baseline) == "generate"
@@ -167,7 +167,7 @@ def flag(
     _keep_answers(folder, plan["groups"], reading, kept if generates else None)
     _run(model, partial(project_rows, folder, units, budget), folder, "values", plan["chunks"], workers)
     named = vector_keys([vector.trait for vector in chosen], list(units))
-    keys = [key if isinstance(key, str) else f"{key[0]}@{key[1]}" for key in named]
+    keys = list(named)
     ranked = None if reference is None else Path(str(reference))
     return merge(folder, out, keys=keys, reading=reading, plan=plan, settings={**settings, **judged}, reference=ranked)
 

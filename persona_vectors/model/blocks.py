@@ -1,7 +1,9 @@
 """What a model is made of: its decoder blocks, shape and name."""
 
+import operator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import nn
 
@@ -10,6 +12,8 @@ from persona_vectors.model.wrappers import unwrap
 
 Model = Any
 """A transformers language model, PEFT-wrapped or not; or one inside nnsight's or TransformerLens's wrapper."""
+Layer = SupportsIndex | Iterable[SupportsIndex] | str
+"""A decoder block's index from 0 (a Python, numpy or torch integer), several of them, or "all"."""
 
 
 def decoder_layers(model: Model) -> nn.ModuleList:
@@ -39,3 +43,32 @@ def model_name(model: Model) -> str:
     """Return the model's Hub id, or its folder's name: never a path of the machine it was loaded on."""
     name = str(model.config._name_or_path)
     return Path(name).name if Path(name).is_absolute() else name or type(model).__name__
+
+
+def chosen_layers(layer: Layer, blocks: int) -> list[int]:
+    """Return the block indices that `layer` names, in order; `blocks` is how many there are.
+
+    Raises InputError where it names none, one that is not there, or something else than whole numbers and "all".
+    """
+    if isinstance(layer, str):
+        if layer != "all":
+            raise InputError(f"layer is {layer!r}: give a number, several numbers, or 'all'")
+        return list(range(blocks))
+    given: Any = [layer] if _is_number(layer) else layer
+    if not isinstance(given, Iterable) or not all(map(_is_number, given := list(given))):
+        raise InputError(f"layer is {layer!r}: give a whole number, several numbers, or 'all'")
+    chosen = sorted({operator.index(index) for index in given})
+    if not chosen:
+        raise InputError("layer names no layer: give a number, several numbers, or 'all'")
+    for index in chosen:
+        if not 0 <= index < blocks:
+            raise InputError(f"layer {index} is out of range: this model has layers 0 to {blocks - 1}")
+    return chosen
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool) and not getattr(value, "ndim", 0)

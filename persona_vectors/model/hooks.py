@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.model.blocks import Model, decoder_layers
+from persona_vectors.model.blocks import Model, chosen_layers, decoder_layers
 from persona_vectors.model.tokens import Tokens, active
 from persona_vectors.model.wrappers import unwrap
 
@@ -61,9 +61,8 @@ def edit_blocks(model: Model, edits: Mapping[int, Edit], *, during: str = "alway
     if during not in DURING:
         raise InputError(f"during is {during!r}: give one of {', '.join(DURING)}")
     layers = decoder_layers(model)
-    for layer in edits:
-        if not isinstance(layer, int) or not 0 <= layer < len(layers):
-            raise InputError(f"layer {layer} is out of range: this model has layers 0 to {len(layers) - 1}")
+    if edits:
+        chosen_layers(edits, len(layers))
     eager = torch.compiler.disable  # hooks stay out of compiled graphs, where they would be frozen
     run = _Run(model, Tokens(), frozenset(edits), during)
     with ExitStack() as stack:

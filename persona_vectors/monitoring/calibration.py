@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path
-from persona_vectors.model.blocks import Model, model_name
+from persona_vectors.model.blocks import Layer, Model, model_name
 from persona_vectors.model.generation import generate_tokens, stop_tokens
 from persona_vectors.model.prompts import batch_tokens_for, chat_prompt, encode, length_batches
 from persona_vectors.model.wrappers import unwrap
@@ -85,7 +85,7 @@ def calibrate(
     vector: PersonaVector,
     prompts: Sequence[str],
     *,
-    layer: int | Sequence[int] | str,
+    layer: Layer,
     percentiles: Sequence[float] = PERCENTILES,
     max_new_tokens: int = 128,
     temperature: float = 1.0,

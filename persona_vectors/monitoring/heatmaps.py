@@ -114,7 +114,7 @@ def heatmap(
     answer = int((shown < readings.prompt_width).sum())
     return Heatmap(
         token_texts(tokenizer, ids),
-        {key if isinstance(key, str) else f"{key[0]}, layer {key[1]}": v[shown].tolist() for key, v in values.items()},
+        {key: v[shown].tolist() for key, v in values.items()},
         answer=answer if answer < len(ids) else None,
         span=span,
     )

@@ -19,9 +19,7 @@ def plot_drift(scores: Scores, *, pooling: str = "response_mean", title: str = "
         count = len(scores.conversation.unique())
         label = "mean" if count == 1 else f"mean of {count} conversations"
         axes.plot(turns, means, color=BLUE, marker="o", markersize=4, label=label)
-        axes.set(
-            ylabel=key if isinstance(key, str) else f"{key[0]}, layer {key[1]}", xticks=turns[:: 1 + len(turns) // 12]
-        )
+        axes.set(ylabel=key, xticks=turns[:: 1 + len(turns) // 12])
         bare(axes)
     panels[0].set_title(title)
     panels[0].legend(frameon=False, fontsize=9)

@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.model.blocks import Model
+from persona_vectors.model.blocks import Layer, Model
 from persona_vectors.model.hooks import EnoughRead, edit_blocks, edits_are_active
 from persona_vectors.model.passes import Row, forward_passes
 from persona_vectors.model.pooling import POOLINGS
 from persona_vectors.model.prompts import chat_text, encode_answer
 from persona_vectors.model.tokens import Tokens
 from persona_vectors.model.wrappers import unwrap
-from persona_vectors.vectors.directions import Key, projections, unit_directions, vector_keys
+from persona_vectors.vectors.directions import Key, projections, unit_directions, vector_keys, vector_list
 from persona_vectors.vectors.vector import PersonaVector
 
 Conversation = Sequence[dict[str, str]] | tuple[str, str]
@@ -73,7 +73,7 @@ def project(
     conversations: Sequence[Conversation],
     vectors: PersonaVector | Sequence[PersonaVector],
     *,
-    layer: int | Sequence[int] | str,
+    layer: Layer,
     poolings: Sequence[str] = ("prompt_last", "response_mean"),
     by_turn: bool = False,
     skip_reasoning: bool = False,
@@ -92,7 +92,7 @@ def project(
     Raises InputError for a conversation without an answer, and for vectors or a layer that do not fit.
     """
     model = unwrap(model)
-    chosen = [vectors] if isinstance(vectors, PersonaVector) else list(vectors)
+    chosen = vector_list(vectors)
     units = unit_directions(model, chosen, layer)
     unknown = [name for name in poolings if name not in POOLINGS]
     if unknown or not poolings:

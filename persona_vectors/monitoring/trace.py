@@ -8,12 +8,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.model.blocks import Model
+from persona_vectors.model.blocks import Layer, Model
 from persona_vectors.model.hooks import edit_blocks, pause_edits
 from persona_vectors.model.tokens import Tokens
 from persona_vectors.model.wrappers import unwrap
 from persona_vectors.monitoring.readings import Readings
-from persona_vectors.vectors.directions import Key, projections, unit_directions, vector_keys
+from persona_vectors.vectors.directions import Key, projections, unit_directions, vector_keys, vector_list
 from persona_vectors.vectors.vector import PersonaVector
 
 
@@ -156,7 +156,7 @@ def monitor(
     model: Model,
     vectors: PersonaVector | Sequence[PersonaVector],
     *,
-    layer: int | Sequence[int] | str,
+    layer: Layer,
     every: int = 1,
     callback: Callable[[Trace], object] | None = None,
     stops: Sequence[int] | None = None,
@@ -177,7 +177,7 @@ def monitor(
     Raises InputError for vectors or a layer that do not fit, and where the model was not called.
     """
     model = unwrap(model)
-    chosen = [vectors] if isinstance(vectors, PersonaVector) else list(vectors)
+    chosen = vector_list(vectors)
     units = unit_directions(model, chosen, layer)
     if every < 1:
         raise InputError(f"every is {every}: give the number of tokens between two callbacks, 1 or more")

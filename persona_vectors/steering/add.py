@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from persona_vectors.model.blocks import Model, model_shape
+from persona_vectors.model.blocks import Layer, Model, model_shape
 from persona_vectors.model.hooks import Edit, edit_blocks
 from persona_vectors.model.tokens import Tokens, check_positions
 from persona_vectors.vectors.directions import Strength, incremental
@@ -19,7 +19,7 @@ def steer(
     model: Model,
     vector: PersonaVector,
     *,
-    layer: int | Sequence[int] | str,
+    layer: Layer,
     coef: Strength | None = None,
     dose: Strength | None = None,
     positions: str | Tensor = "all",

@@ -1,19 +1,19 @@
 """A persona vector for people who work inside TransformerLens or nnsight; neither library is imported."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.model.blocks import decoder_layers, model_shape
+from persona_vectors.model.blocks import Layer, decoder_layers, model_shape
 from persona_vectors.model.wrappers import unwrap
 from persona_vectors.vectors.directions import incremental
 from persona_vectors.vectors.vector import PersonaVector
 
 
 def lens_hooks(
-    vector: PersonaVector, *, layer: int | Sequence[int] | str, coef: float | None = None, dose: float | None = None
+    vector: PersonaVector, *, layer: Layer, coef: float | None = None, dose: float | None = None
 ) -> list[tuple[str, Callable[..., Tensor]]]:
     """Return TransformerLens hooks that steer: `bridge.run_with_hooks(tokens, fwd_hooks=pv.lens_hooks(...))`.
 
@@ -32,7 +32,7 @@ def steer_trace(
     model: Any,
     vector: PersonaVector,
     *,
-    layer: int | Sequence[int] | str,
+    layer: Layer,
     coef: float | None = None,
     dose: float | None = None,
 ) -> None:

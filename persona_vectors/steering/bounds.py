@@ -1,6 +1,6 @@
 """Control: remove or bound a projection inside a `with`, or steer only where it crosses a threshold."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -8,13 +8,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.model.blocks import Model, model_shape
+from persona_vectors.model.blocks import Layer, Model, model_shape
 from persona_vectors.model.hooks import Edit, edit_blocks
 from persona_vectors.model.tokens import Tokens, check_positions
 from persona_vectors.vectors.directions import projections, unit_directions
 from persona_vectors.vectors.vector import PersonaVector
 
-Layers = int | Sequence[int] | str
 Limit = float | Tensor | Mapping[int, float]
 """A projection on v/|v|, in the residual stream's units: one for all, one a row [batch], or one a layer."""
 Change = Callable[[Float[Tensor, "batch token"]], Float[Tensor, "batch token"]]
@@ -23,7 +22,7 @@ Change = Callable[[Float[Tensor, "batch token"]], Float[Tensor, "batch token"]]
 
 @contextmanager
 def ablate(
-    model: Model, vector: PersonaVector, *, layer: Layers, positions: str | Tensor = "all", during: str = "auto"
+    model: Model, vector: PersonaVector, *, layer: Layer, positions: str | Tensor = "all", during: str = "auto"
 ) -> Iterator[None]:
     """Project the vector out of the output of block `layer` in every forward pass inside the `with`.
 
@@ -39,7 +38,7 @@ def cap(
     model: Model,
     vector: PersonaVector,
     *,
-    layer: Layers,
+    layer: Layer,
     limit: Limit | None = None,
     positions: str | Tensor = "all",
     during: str = "auto",
@@ -58,7 +57,7 @@ def floor(
     model: Model,
     vector: PersonaVector,
     *,
-    layer: Layers,
+    layer: Layer,
     limit: Limit | None = None,
     positions: str | Tensor = "all",
     during: str = "auto",
@@ -124,7 +123,7 @@ def _clamp(verb: str, limit: Limit | None, bound: Callable[[Tensor, Tensor], Ten
 def _set_projections(
     model: Model,
     vector: PersonaVector,
-    layer: Layers,
+    layer: Layer,
     positions: str | Tensor,
     during: str,
     change: Callable[[int], Change],

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path
 from persona_vectors.data.intervals import Interval, mean_interval
-from persona_vectors.model.blocks import Model
+from persona_vectors.model.blocks import Layer, Model
 from persona_vectors.model.generation import generate
 from persona_vectors.model.loading import load_model
 from persona_vectors.monitoring.projection import project
-from persona_vectors.vectors.directions import Key
+from persona_vectors.vectors.directions import Key, vector_list
 from persona_vectors.vectors.vector import PersonaVector
 
 POOLINGS = ("prompt_last", "response_mean")
@@ -48,7 +48,8 @@ class Shift:
         """Return a row for each vector, layer and pooling: the means, their difference and its interval."""
         found = []
         for index, key in enumerate(self.keys):
-            trait, layer = key if isinstance(key, tuple) else (key, None)
+            trait, _, named_layer = key.rpartition("@") if "@" in key else (key, "", "")
+            layer = int(named_layer) if named_layer else None
             for number, pooling in enumerate(POOLINGS):
                 means = [float(side[:, number, index].nanmean()) for side in (self.base, self.tuned)]
                 if means[0] == means[0]:
@@ -69,7 +70,7 @@ def finetuning_shift(
     tokenizer: PreTrainedTokenizerBase,
     vectors: PersonaVector | Sequence[PersonaVector],
     *,
-    layer: int | Sequence[int] | str = "all",
+    layer: Layer = "all",
     prompts: Sequence[str],
     max_new_tokens: int = 48,
     batch_tokens: int | None = None,
@@ -82,7 +83,7 @@ def finetuning_shift(
 
     Raises InputError for vectors or a layer that do not fit both models, and where there are no prompts.
     """
-    chosen = [vectors] if isinstance(vectors, PersonaVector) else list(vectors)
+    chosen = vector_list(vectors)
     if not prompts:
         raise InputError("no prompts: give one question or more")
 

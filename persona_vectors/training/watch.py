@@ -12,14 +12,13 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.model.blocks import Layer
 from persona_vectors.model.hooks import Edit, edit_blocks, pause_edits
 from persona_vectors.model.prompts import chat_prompt, encode
 from persona_vectors.model.tokens import Tokens
 from persona_vectors.monitoring.projection import token_projections
-from persona_vectors.vectors.directions import projections, unit_directions, vector_keys
+from persona_vectors.vectors.directions import projections, unit_directions, vector_keys, vector_list
 from persona_vectors.vectors.vector import PersonaVector
-
-Layers = int | Sequence[int] | str
 
 
 class ProjectionCallback(TrainerCallback):
@@ -39,7 +38,7 @@ class ProjectionCallback(TrainerCallback):
         self,
         vectors: PersonaVector | Sequence[PersonaVector],
         *,
-        layer: Layers,
+        layer: Layer,
         prompts: Sequence[str] = (),
         every: int = 10,
         warn_at: float | None = None,
@@ -50,7 +49,7 @@ class ProjectionCallback(TrainerCallback):
             raise InputError(f"every is {every}: give a number of steps, 1 or more")
         if not prompts and not (warn_at is None and stop_at is None):
             raise InputError("warn_at and stop_at look at the probes: give prompts=")
-        self.vectors = [vectors] if isinstance(vectors, PersonaVector) else list(vectors)
+        self.vectors = vector_list(vectors)
         self.layer, self.prompts, self.every = layer, list(prompts), every
         self.warn_at, self.stop_at, self.plot = warn_at, stop_at, plot
         self.history: list[dict[str, float]] = []
@@ -61,7 +60,7 @@ class ProjectionCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **given: Any) -> None:
         self.units = unit_directions(model, self.vectors, self.layer)
         keys = vector_keys([vector.trait for vector in self.vectors], list(self.units))
-        self.names = [key if isinstance(key, str) else f"{key[0]}@{key[1]}" for key in keys]
+        self.names = keys
         self.history, self._warned = [], False
         # a callback is given everything but its Trainer, and only that can log
         self._trainer = next(t for t in gc.get_objects() if isinstance(t, Trainer) and t.control is control)

@@ -9,28 +9,24 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.model.blocks import Model, model_shape
+from persona_vectors.model.blocks import Layer, Model, chosen_layers, model_shape
 from persona_vectors.vectors.vector import PersonaVector
 
-Key = str | tuple[str, int]
-"""A vector's trait; with its layer, (trait, layer), where several layers are read."""
+Key = str
+"""A vector's trait, "evil"; with its layer, "evil@13", where several layers are read."""
 Strength = float | Tensor | Callable[[], float]
 """A number, one for each row [batch], or a function that is asked in every forward pass."""
 S = TypeVar("S", bound=Strength)
 
 
 def vector_keys(names: Sequence[str], layers: Sequence[int]) -> list[Key]:
-    """Return the names under which values are found: traits, or (trait, layer) where there are several layers."""
-    return list(names) if len(layers) == 1 else [(name, layer) for layer in layers for name in names]
+    """Return the names under which values are found: traits, or "trait@layer" where there are several layers."""
+    return list(names) if len(layers) == 1 else [f"{name}@{layer}" for layer in layers for name in names]
 
 
-def chosen_layers(vector: PersonaVector, layer: int | Sequence[int] | str) -> list[int]:
-    """Return the layers that `layer` names: a number, several numbers, or "all"."""
-    if layer == "all":
-        return list(range(len(vector.directions)))
-    if isinstance(layer, str):
-        raise InputError(f"layer is {layer!r}: give a number, several numbers, or 'all'")
-    return [layer] if isinstance(layer, int) else sorted(set(layer))
+def vector_list(vectors: PersonaVector | Sequence[PersonaVector]) -> list[PersonaVector]:
+    """Return one vector, or several, as a list."""
+    return [vectors] if isinstance(vectors, PersonaVector) else list(vectors)
 
 
 def per_dose(vector: PersonaVector, layer: int) -> float:
@@ -42,7 +38,7 @@ def per_dose(vector: PersonaVector, layer: int) -> float:
 
 
 def incremental(
-    vector: PersonaVector, *, layer: int | Sequence[int] | str, coef: S | None, dose: S | None
+    vector: PersonaVector, *, layer: Layer, coef: S | None, dose: S | None
 ) -> tuple[S, dict[int, Float[Tensor, " hidden"]]]:
     """Return the strength of an edit, and the direction that it multiplies at each block.
 
@@ -53,7 +49,7 @@ def incremental(
         raise InputError("give either coef= (times the vector) or dose= (a fraction of the residual norm)")
     directions: dict[int, Tensor] = {}
     before: Tensor | float = 0.0
-    for index in chosen_layers(vector, layer):
+    for index in chosen_layers(layer, len(vector.directions)):
         direction = vector.direction(index).float() * (1.0 if dose is None else per_dose(vector, index))
         directions[index] = direction - before
         before = direction
@@ -61,7 +57,7 @@ def incremental(
 
 
 def unit_directions(
-    model: Model, vectors: Sequence[PersonaVector], layer: int | Sequence[int] | str
+    model: Model, vectors: Sequence[PersonaVector], layer: Layer
 ) -> dict[int, Float[Tensor, "vector hidden"]]:
     """Return v/|v| of every vector, stacked, for each layer in order.
 
@@ -78,14 +74,12 @@ def unit_directions(
                 f"two vectors are called {vector.trait!r}: rename one, dataclasses.replace(vector, trait='...')"
             )
     units = {}
-    for chosen in chosen_layers(vectors[0], layer):
+    for chosen in chosen_layers(layer, len(vectors[0].directions)):
         stacked = torch.stack([vector.direction(chosen).float() for vector in vectors])
         zero = (stacked.norm(dim=1) == 0).nonzero()
         if len(zero):
             raise InputError(f"{vectors[int(zero[0])]!r} is zero at layer {chosen}: give another layer")
         units[chosen] = stacked / stacked.norm(dim=1, keepdim=True)
-    if not units:
-        raise InputError("no layer: give a number, several numbers, or 'all'")
     return units
 
 

@@ -158,8 +158,8 @@ def test_the_shift_of_a_model_with_itself_is_zero_and_of_a_shifted_one_the_shift
     moved.model.layers[1].mlp.down_proj.bias = torch.nn.Parameter(2.0 * vector.directions[1])  # added at every token
     found = finetuning_shift(model, moved, tokenizer, vector, layer=[0, 1], prompts=QUESTIONS, max_new_tokens=0)
     norm = float(vector.directions[1].norm())
-    assert found.interval(("t", 0)).mean == 0
-    assert found.interval(("t", 1)).mean == pytest.approx(2 * norm, rel=1e-4)
+    assert found.interval("t@0").mean == 0
+    assert found.interval("t@1").mean == pytest.approx(2 * norm, rel=1e-4)
     found.save(tmp_path / "shift.json")
     written = json.loads((tmp_path / "shift.json").read_text())
     assert written["prompts"] == QUESTIONS and [row["layer"] for row in written["rows"]] == [0, 1]
