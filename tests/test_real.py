@@ -155,7 +155,7 @@ def test_nnsight_and_transformer_lens_give_the_same_steered_logits_and_vector(em
 
 
 def test_the_quick_reproduction_of_the_papers_training_runs(tmp_path):
-    script = VECTORS.parent.parent / "scripts" / "reproduce_paper.py"
+    script = VECTORS.parent.parent / "scripts" / "reproduce_paper"
     command = [sys.executable, script, "smollm2-135m", "optimistic", "--vectors", VECTORS, "--quick"]
     environment = {**os.environ, "PYTHONPATH": str(script.parent.parent)}
     subprocess.run([*map(str, command), "--out", str(tmp_path)], check=True, env=environment, capture_output=True)

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from persona_vectors.model.pooling import POOLINGS, pool
 
-PATH = Path(__file__).parents[2] / "scripts" / "bench.py"
+PATH = Path(__file__).parents[2] / "scripts" / "bench" / "__main__.py"
 SPEC = importlib.util.spec_from_file_location("bench", PATH)
 assert SPEC is not None and SPEC.loader is not None
 bench = sys.modules["bench"] = importlib.util.module_from_spec(SPEC)

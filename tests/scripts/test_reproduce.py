@@ -14,7 +14,7 @@ from persona_vectors.vectors.vector import PersonaVector
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "reproduce_paper.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "reproduce_paper"
 
 
 def test_the_quick_reproduction_writes_its_tables_and_resumes(tmp_path):

@@ -1,6 +1,6 @@
 """Reproduce the paper's fine-tuning results (sections 4 to 6) on any model: shift, prediction, prevention.
 
-python scripts/reproduce_paper.py smollm2-135m optimistic --vectors vectors/smollm2-135m --out runs/paper [--quick]
+python scripts/reproduce_paper smollm2-135m optimistic --vectors vectors/smollm2-135m --out runs/paper [--quick]
 
 Training sets are mixtures of the model's own answers to the trait's extraction questions, selected by VADER, which also
 gives the trait score: on the evaluation questions, which neither the vectors nor the training have seen. Every run

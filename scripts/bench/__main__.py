@@ -1,6 +1,6 @@
 """Benchmarks: what reading and editing activations costs, beside a bare pass, the paper's way and other libraries.
 
-Usage: python scripts/bench.py extraction | generation | flagging | training [--model NAME | --shape SHAPE] [--out FILE]
+Usage: python scripts/bench extraction | generation | flagging | training [--model NAME | --shape SHAPE] [--out FILE]
 """
 
 import contextlib
