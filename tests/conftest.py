@@ -1,7 +1,10 @@
 """A byte tokenizer and tiny random models, built in code: the unit tests need no network and no files."""
 
+import marshal
 import os
 import shutil
+import sys
+from pathlib import Path
 
 from helpers import make_tokenizer
 
@@ -12,6 +15,60 @@ import zoo
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_vectors.data.traits import Trait
+
+ROOT = Path(__file__).parents[1]
+NOT_OURS = {".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache"}
+BEFORE, FAULTS = pytest.StashKey[set[str]](), pytest.StashKey[list[str]]()
+
+
+def checkout_files() -> set[str]:
+    """Return the names of the checkout's files, without those that tools keep for themselves."""
+    found = set()
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = [name for name in folders if name not in NOT_OURS]
+        found |= {os.path.relpath(os.path.join(folder, name), ROOT) for name in names if name not in NOT_OURS}
+    return found
+
+
+def broken_bytecode() -> list[str]:
+    """Return the .pyc files beside our modules that Python would fail to load in every later process."""
+    broken = []
+    for path in [path for room in ("persona_vectors", "tests") for path in (ROOT / room).rglob("*.pyc")]:
+        try:
+            if sys.implementation.cache_tag in path.name:  # another Python's are not ours to read
+                marshal.loads(path.read_bytes()[16:])
+        except (EOFError, ValueError, TypeError):
+            broken.append(str(path.relative_to(ROOT)))
+        except FileNotFoundError:  # written anew by somebody else, under another name first
+            continue
+    return broken
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):  # xdist's workers come and go; the controller sees them all end
+        session.config.stash[BEFORE] = checkout_files()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail the run where it leaves something behind: files in the checkout, or bytecode that is cut short."""
+    if BEFORE not in session.config.stash:
+        return
+    before, after = session.config.stash[BEFORE], checkout_files()
+    faults = [f"{name}: left in the checkout; write it to tmp_path" for name in sorted(after - before)]
+    faults += [f"{name}: gone from the checkout; work on a copy" for name in sorted(before - after)]
+    advice = "remove it, and run the test's program with helpers.ENVIRONMENT"
+    faults += [f"{name}: bytecode that cannot be loaded; {advice}" for name in broken_bytecode()]
+    session.config.stash[FAULTS] = faults
+    if faults and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    faults = terminalreporter.config.stash.get(FAULTS, [])
+    if faults:
+        terminalreporter.section("what the run left behind", red=True, bold=True)
+        for fault in faults:
+            terminalreporter.line(f"FAILED {fault}", red=True)
 
 
 @pytest.fixture

@@ -4,6 +4,9 @@ import contextlib
 import io
 import json
 import os
+import resource
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -99,6 +102,19 @@ def run(*arguments: object, code: int = 0) -> tuple[str, str]:
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-c", "from persona_vectors.cli.main import main; main()", *map(str, arguments)]
+
+
+def run_with_file_limit(arguments: list[str], size: int) -> subprocess.CompletedProcess[str]:
+    """Run a program for which the disk is full: no file that it writes can be longer than `size` bytes.
+
+    Python would cut the bytecode that it keeps beside our modules too, silently, so it is told to keep none.
+    """
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return subprocess.run(arguments, env=ENVIRONMENT, preexec_fn=limit, capture_output=True, text=True, check=False)
 
 
 def rows(count: int = 8, width: int = 6) -> list[dict[str, Tensor]]:

@@ -1,6 +1,7 @@
 """The house: which room may import which, read from the code's own imports."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import persona_vectors
@@ -21,6 +22,7 @@ ROOMS = (
 )
 
 
+@cache
 def modules() -> dict[str, ast.Module]:
     """Return every module of the rooms by its dotted name."""
     paths = [path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE]
@@ -67,3 +69,13 @@ def test_the_rooms_are_the_folders_and_hold_nothing_but_a_docstring_at_their_doo
 
 def test_no_room_bears_a_public_name():
     assert not set(ROOMS) & set(persona_vectors.__all__)
+
+
+def test_files_and_functions_stay_small():
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        assert text.count("\n") < 250, f"{path.name} has {text.count(chr(10))} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                assert lines < 60, f"{path.name}: {node.name} has {lines} lines"
