@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from persona_vectors.data.errors import InputError
+from persona_vectors.data.checks import check_settings
 
 
 class Ledger:
@@ -22,12 +22,8 @@ class Ledger:
         for entry in filter(None, map(_parse, lines)):
             if "key" in entry:
                 self.found.setdefault(entry["key"], {}).update(entry)
-            for name, value in (settings or {}).items() if "settings" in entry else ():
-                if entry["settings"].get(name) != value:
-                    raise InputError(
-                        f"{path} was made with {name}={entry['settings'].get(name)!r}, not {value!r}: "
-                        "give the same settings, or another file"
-                    )
+            if "settings" in entry:
+                check_settings(str(path), entry["settings"], settings or {})
         if lines[-1]:
             self._write("\n")  # after a cut line
         elif settings is not None and lines == [b""]:

@@ -14,7 +14,7 @@ from persona_vectors.data.files import atomic_path
 FORMAT = 1
 T = TypeVar("T", bound="Table")
 Stored = (BeforeValidator(torch.as_tensor), PlainSerializer(lambda tensor: tensor.tolist()))
-"""What a tensor field of a table is annotated with: `Annotated[Float[Tensor, "row"], *Stored]`."""
+"""What a tensor field of a table is annotated with: `Annotated[Float[Tensor, "row"], Stored[0], Stored[1]]`."""
 
 
 class Table:
@@ -36,7 +36,7 @@ class Table:
 
     def save(self, path: str | Path) -> None:
         """Write JSON that `load` reads, whole or not at all."""
-        fields = json.loads(TypeAdapter(type(self)).dump_json(self))
+        fields = TypeAdapter(type(self)).dump_python(self)  # pydantic's own JSON makes a tensor's nan a null
         text = json.dumps(
             {"kind": type(self).__name__, "format_version": FORMAT, **fields}, indent=1, ensure_ascii=False
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from persona_vectors.data.checks import first_fault
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path
 
@@ -142,9 +143,7 @@ def _parse(data: Any, name: str, source: str) -> Trait:
     try:
         return Trait.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the whole"
         raise InputError(
-            f"{source} is no trait: field {field}: {first['msg']}; a trait needs instruction [{{pos, neg}}], "
+            f"{source} is no trait: {first_fault(error)}; a trait needs instruction [{{pos, neg}}], "
             "questions, and eval_prompt with {question} and {answer}"
         ) from None
