@@ -41,6 +41,7 @@ def model_shape(model: Model) -> tuple[int, int]:
 
 def model_name(model: Model) -> str:
     """Return the model's Hub id, or its folder's name: never a path of the machine it was loaded on."""
+    model = unwrap(model)
     name = str(model.config._name_or_path)
     return Path(name).name if Path(name).is_absolute() else name or type(model).__name__
 
@@ -64,6 +65,14 @@ def chosen_layers(layer: Layer, blocks: int) -> list[int]:
         if not 0 <= index < blocks:
             raise InputError(f"layer {index} is out of range: this model has layers 0 to {blocks - 1}")
     return chosen
+
+
+def one_layer(layer: Layer, blocks: int) -> int:
+    """Return the one block index that `layer` names; raises InputError where it names several, or as above."""
+    chosen = chosen_layers(layer, blocks)
+    if len(chosen) > 1:
+        raise InputError(f"layer is {layer!r}: give one layer here")
+    return chosen[0]
 
 
 def _is_number(value: Any) -> bool:

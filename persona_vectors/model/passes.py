@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from persona_vectors.model.blocks import Model, model_shape
 from persona_vectors.model.prompts import batch_tokens_for, left_pad, length_batches
-from persona_vectors.model.wrappers import keeps_cache
+from persona_vectors.model.wrappers import keeps_cache, unwrap
 
 Row = tuple[Sequence[int], Sequence[int]]
 """The token ids of a templated prompt, and of the answer that follows it."""
@@ -51,6 +51,7 @@ class _SharedPrefix(DynamicLayer):
 
 def cache_argument(model: Model) -> str | None:
     """Return the name of the decoder's cache argument where answers can share their prompt's cache, else None."""
+    model = unwrap(model)
     parameters = inspect.signature(model.get_decoder().forward).parameters
     name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
     if name is None or "position_ids" not in parameters or model.config.is_encoder_decoder or not keeps_cache(model):
@@ -69,6 +70,7 @@ def forward_passes(
     read with the answer (1 to have the logits of its first token). Models whose state cannot be shared (state-space
     and encoder-decoder models), and rows that share no prompt, are read whole.
     """
+    model = unwrap(model)
     budget = batch_tokens or batch_tokens_for(model)
     device = model.get_input_embeddings().weight.device
     cache_name = cache_argument(model)

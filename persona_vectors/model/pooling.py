@@ -8,10 +8,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from persona_vectors.data.progress import bar
 from persona_vectors.model.blocks import Model, model_shape
 from persona_vectors.model.hooks import edit_blocks
 from persona_vectors.model.passes import Row, forward_passes
 from persona_vectors.model.tokens import Tokens
+from persona_vectors.model.wrappers import unwrap
 
 POOLINGS = ("response_mean", "prompt_mean", "prompt_last")
 
@@ -31,11 +33,10 @@ def pool(
     *,
     poolings: Sequence[str] = ("response_mean",),
     batch_tokens: int | None = None,
-    progress: Callable[[int], object] | None = None,
 ) -> Pooled:
     """Return mean activations of finished rows at every layer, in as few forward passes of the decoder as can be.
 
-    No logits are computed and no hidden states kept. `progress` is called with the number of answers read.
+    No logits are computed and no hidden states kept.
     """
     shape = (len(rows), len(poolings), *model_shape(model))
     pooled = Pooled(torch.zeros(shape), torch.zeros(shape[0], shape[2]))
@@ -47,8 +48,9 @@ def pool(
         here = weights.to(hidden.device)
         sums.append((here[:, :-1] @ wide, (here[:, -1] * wide.norm(dim=-1)).sum(dim=1)))
 
-    decoder = model.get_decoder()
-    with edit_blocks(model, dict.fromkeys(range(shape[2]), read)), torch.inference_mode():
+    decoder = unwrap(model).get_decoder()
+    shown = bar(desc="activations", unit="answers", total=len(rows))
+    with shown, edit_blocks(model, dict.fromkeys(range(shape[2]), read)), torch.inference_mode():
         for step in forward_passes(model, rows, batch_tokens=batch_tokens):
             first = [rows[members[0]] for members in step.rows]
             weights = _weights(step.position, first, [*poolings, "response_mean"])
@@ -58,8 +60,8 @@ def pool(
             pooled.means.index_add_(0, target, torch.stack([s.cpu() for s, _ in sums], dim=2)[line])
             pooled.norms.index_add_(0, target, torch.stack([n.cpu() for _, n in sums], dim=1)[line])
             sums.clear()
-            if progress and step.answers:
-                progress(len(step.rows))
+            if step.answers:
+                shown.update(len(step.rows))
     return pooled
 
 
@@ -130,7 +132,7 @@ def pool_while_generating(
 
     Yields a function that returns the `Pooled` means once `generate` has returned. `stops` are the tokens that end an
     answer; they and what follows are left out. The last token that `generate` samples is never fed back, so it is not
-    averaged: ask for one token more than you keep.
+    averaged: ask for one token more than you keep (`generate_tokens(reading=True)` does).
     """
     running = _Running(model, list(poolings), stops)
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Model
+from persona_vectors.model.wrappers import unwrap
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str, *, system: str | None = None) -> str:
@@ -83,7 +84,7 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) 
 
 def batch_tokens_for(model: Model) -> int:
     """Return how many tokens one forward pass should read: enough to keep the device busy, and little memory."""
-    return 1024 if next(model.parameters()).device.type == "cpu" else 4096
+    return 1024 if next(unwrap(model).parameters()).device.type == "cpu" else 4096
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ def keeps_cache(model: Any) -> bool:
     TransformerLens 4.3 looks for the cache under the name that it had before transformers 5.24, so that each generated
     token sees itself alone. Such a model is read and generates without a cache.
     """
-    return not any(_package(type(module)) == "transformer_lens" for module in model.modules())
+    return not any(_package(type(module)) == "transformer_lens" for module in unwrap(model).modules())
 
 
 def _package(cls: type) -> str:
