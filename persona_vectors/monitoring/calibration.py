@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path
-from persona_vectors.model.blocks import Layer, Model, model_name
-from persona_vectors.model.generation import generate_tokens, stop_tokens
-from persona_vectors.model.prompts import batch_tokens_for, chat_prompt, encode, length_batches
-from persona_vectors.model.wrappers import unwrap
+from persona_vectors.data.progress import bar
+from persona_vectors.model.blocks import Layer, Model, chosen_layers, model_name
+from persona_vectors.model.generation import generate_batches, stop_tokens
+from persona_vectors.model.prompts import chat_prompt, encode
 from persona_vectors.monitoring.trace import monitor
 from persona_vectors.vectors.vector import PersonaVector
 
@@ -35,6 +35,7 @@ class Calibration:
     values: tuple[tuple[float, ...], ...]
     """[layer][percentile], projections on v/|v|."""
     prompts: int
+    """How many questions were answered."""
     tokens: int
     """How many answer tokens they were taken over."""
     max_new_tokens: int
@@ -83,7 +84,7 @@ def calibrate(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     vector: PersonaVector,
-    prompts: Sequence[str],
+    questions: Sequence[str],
     *,
     layer: Layer,
     percentiles: Sequence[float] = PERCENTILES,
@@ -91,48 +92,43 @@ def calibrate(
     temperature: float = 1.0,
     seed: int = 0,
     batch_tokens: int | None = None,
-    progress: Callable[[int], object] | None = None,
 ) -> Calibration:
-    """Answer neutral prompts, and return percentiles of the answer tokens' projections at each layer.
+    """Answer neutral questions, and return percentiles of the answer tokens' projections at each layer.
 
-    They are read while the answers are generated. `progress` is called with the number of answers after each batch.
+    They are read while the answers are generated, on v/|v|, in the residual stream's units.
 
-    Raises InputError where there is no prompt, a percentile is not between 0 and 100, or no answer has a token.
+    Raises InputError where there is no question, a percentile is not between 0 and 100, or no answer has a token.
     """
-    if not prompts or not percentiles or not all(0 <= p <= 100 for p in percentiles):
-        raise InputError("calibrate needs one prompt or more, and percentiles from 0 to 100")
-    model = unwrap(model)
-    encoded = [encode(tokenizer, chat_prompt(tokenizer, prompt)) for prompt in prompts]
-    found: list[Tensor] = []
-    layers: list[int] = []
-    for number, batch in enumerate(
-        length_batches(encoded, max_new_tokens, batch_tokens or 8 * batch_tokens_for(model))
-    ):
-        with monitor(model, vector, layer=layer, stops=stop_tokens(model, tokenizer)) as trace:
-            generate_tokens(
-                model,
-                tokenizer,
-                [encoded[i] for i in batch],
-                max_new_tokens=max_new_tokens + 1,  # the last token sampled is never read
-                temperature=temperature,
-                seed=seed + number,
-            )
-        layers = trace.layers
-        found.append(trace.last.values[:, trace.last.answer])
-        if progress:
-            progress(len(batch))
+    if not questions or not percentiles or not all(0 <= p <= 100 for p in percentiles):
+        raise InputError("calibrate needs one question or more, and percentiles from 0 to 100")
+    stops, found = stop_tokens(model, tokenizer), []
+    with bar(desc=f"{vector.trait}: calibration", unit="answers", total=len(questions)) as shown:
+        for batch in generate_batches(
+            model,
+            tokenizer,
+            [encode(tokenizer, chat_prompt(tokenizer, question)) for question in questions],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            batch_tokens=batch_tokens,
+            reading=True,
+            during=lambda _: monitor(model, vector, layer=layer, stops=stops),
+        ):
+            readings = batch.read.last
+            found.append(readings.values[:, readings.answer])
+            shown.update(len(batch.rows))
     tokens = torch.cat(found, dim=1).double()
     if not tokens.shape[1]:
-        raise InputError(f"none of the {len(prompts)} answers has a token: give other prompts")
+        raise InputError(f"none of the {len(questions)} answers has a token: give other questions")
     ordered = sorted({float(p) for p in percentiles})
     values = torch.stack([_percentile(tokens, p) for p in ordered], dim=1)
     return Calibration(
         trait=vector.trait,
         model=model_name(model),
-        layers=tuple(layers),
+        layers=tuple(chosen_layers(layer, len(vector.directions))),
         percentiles=tuple(ordered),
         values=tuple(map(tuple, values.tolist())),
-        prompts=len(prompts),
+        prompts=len(questions),
         tokens=tokens.shape[1],
         max_new_tokens=max_new_tokens,
         temperature=float(temperature),

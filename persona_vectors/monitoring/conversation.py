@@ -4,13 +4,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.model.blocks import Model
-from persona_vectors.model.generation import stop_tokens
+from persona_vectors.model.generation import batch_seed, generate_tokens, stop_tokens
 from persona_vectors.model.prompts import chat_text, decode, encode
-from persona_vectors.model.wrappers import keeps_cache, unwrap
 from persona_vectors.monitoring.heatmaps import token_texts
 from persona_vectors.monitoring.readings import Readings
 from persona_vectors.monitoring.trace import Trace, monitor
@@ -20,7 +18,10 @@ from persona_vectors.vectors.vector import PersonaVector
 
 @dataclass
 class Chat:
-    """A conversation with a model. `coefs` steers it from the next answer on, by the vectors' names."""
+    """A conversation with a model. `coefs` steers it from the next answer on, by the vectors' names.
+
+    The same `seed` gives the same answers to the same conversation.
+    """
 
     model: Model
     tokenizer: PreTrainedTokenizerBase
@@ -30,6 +31,7 @@ class Chat:
     temperature: float = 0.7
     coefs: dict[str, float] = field(default_factory=dict)
     messages: list[dict[str, str]] = field(default_factory=list)
+    seed: int = 0
 
     def answer(self, text: str, show: Callable[[str, list[float]], object]) -> Readings:
         """Answer `text`, and return the projections of everything that was read: the conversation and the answer.
@@ -37,11 +39,9 @@ class Chat:
         `show` is called for each token once the model has read it, with its text and its projection on each vector;
         for the last one, which is never read, with no projections.
         """
-        model = unwrap(self.model)
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = encode(self.tokenizer, chat_text(self.tokenizer, messages, add_generation_prompt=True))
-        stops = stop_tokens(model, self.tokenizer)
-        ids = torch.tensor([prompt], device=model.get_input_embeddings().weight.device)
+        stops = stop_tokens(self.model, self.tokenizer)
         shown = 0
 
         def show_new(trace: Trace) -> None:
@@ -56,25 +56,21 @@ class Chat:
                 show(texts[index], readings.values[:, 0, len(prompt) + index].tolist())
             shown = max(shown, len(texts))
 
-        config = GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            do_sample=self.temperature > 0,
-            temperature=self.temperature or 1.0,
-            top_k=0,
-            eos_token_id=stops or None,
-            pad_token_id=(stops or [0])[0],
-            use_cache=keeps_cache(model),
-        )
         with ExitStack() as stack:
             for name, coef in self.coefs.items():
-                stack.enter_context(steer(model, self.vectors[name], layer=self.layer, coef=coef))
+                stack.enter_context(steer(self.model, self.vectors[name], layer=self.layer, coef=coef))
             watched = list(self.vectors.values())
             trace = stack.enter_context(
-                monitor(model, watched, layer=self.layer, stops=stops, every=1, callback=show_new)
+                monitor(self.model, watched, layer=self.layer, stops=stops, every=1, callback=show_new)
             )
-            with torch.inference_mode():
-                output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-        answer = [token for token in output[0, len(prompt) :].tolist() if token not in stops]
+            [(answer, _)] = generate_tokens(
+                self.model,
+                self.tokenizer,
+                [prompt],
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                seed=batch_seed(self.seed, len(messages)),
+            )
         for last in token_texts(self.tokenizer, answer)[shown:]:
             show(last, [])
         self.messages = [*messages, {"role": "assistant", "content": decode(self.tokenizer, answer)}]

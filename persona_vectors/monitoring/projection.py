@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.progress import bar
+from persona_vectors.data.tables import Stored, Table
 from persona_vectors.model.blocks import Layer, Model
 from persona_vectors.model.hooks import EnoughRead, edit_blocks, edits_are_active
 from persona_vectors.model.passes import Row, forward_passes
@@ -28,21 +30,21 @@ _REASONING = re.compile(r"<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
+class Scores(Table):
     """Projections on v/|v|, in the residual stream's units, a row for each answer."""
 
     keys: tuple[Key, ...]
-    """The vectors' traits; (trait, layer) where several layers were read."""
+    """The vectors' traits; "trait@layer" where several layers were read."""
     poolings: tuple[str, ...]
-    values: Float[Tensor, "row pooling key"]
+    values: Annotated[Float[Tensor, "row pooling key"], Stored[0], Stored[1]]
     """nan where there is nothing to average: an empty answer, or one that is all reasoning."""
-    conversation: Int[Tensor, " row"]
+    conversation: Annotated[Int[Tensor, " row"], Stored[0], Stored[1]]
     """Which conversation the row is from, counted from 0."""
-    turn: Int[Tensor, " row"]
+    turn: Annotated[Int[Tensor, " row"], Stored[0], Stored[1]]
     """Which of its answers the row is, counted from 0."""
-    answer_tokens: Int[Tensor, " row"]
+    answer_tokens: Annotated[Int[Tensor, " row"], Stored[0], Stored[1]]
     """How many answer tokens were averaged."""
-    reasoning_tokens: Int[Tensor, " row"]
+    reasoning_tokens: Annotated[Int[Tensor, " row"], Stored[0], Stored[1]]
     """How many answer tokens were left out of `response_mean` as reasoning; 0 unless that was asked for."""
 
     def __getitem__(self, pooling: str) -> dict[Key, Float[Tensor, " row"]]:
@@ -50,6 +52,16 @@ class Scores:
         if pooling not in self.poolings:
             raise InputError(f"these scores have no {pooling!r}: they have {', '.join(self.poolings)}")
         return dict(zip(self.keys, self.values[:, self.poolings.index(pooling)].T))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row for each answer and pooling, with a column for each key."""
+        names = ("conversation", "turn", "answer_tokens", "reasoning_tokens")
+        return [
+            {**{name: int(getattr(self, name)[row]) for name in names}, "pooling": pooling}
+            | dict(zip(self.keys, self.values[row, place].tolist()))
+            for row in range(len(self.turn))
+            for place, pooling in enumerate(self.poolings)
+        ]
 
     def __repr__(self) -> str:
         left_out, read = int(self.reasoning_tokens.sum()), int(self.answer_tokens.sum())
@@ -78,7 +90,6 @@ def project(
     by_turn: bool = False,
     skip_reasoning: bool = False,
     batch_tokens: int | None = None,
-    progress: Callable[[int], object] | None = None,
 ) -> Scores:
     """Return each conversation's projections at its last answer, or at every answer with `by_turn`.
 
@@ -87,7 +98,6 @@ def project(
     one reading of the text; where the chat template rewrites earlier turns, each is read as its model saw it.
 
     `skip_reasoning` leaves <think>...</think> out of `response_mean`, and the result counts what was left out.
-    `progress` is called with the number of texts read after each pass.
 
     Raises InputError for a conversation without an answer, and for vectors or a layer that do not fit.
     """
@@ -105,7 +115,8 @@ def project(
         for turn in _turns(tokenizer, number, conversation, by_turn, skip_reasoning)
     ]
     rows, place = _merge(turns)
-    tokens = token_projections(model, rows, units, batch_tokens=batch_tokens, progress=progress)
+    with bar(desc="projecting", unit="texts", total=len(rows)) as shown:
+        tokens = token_projections(model, rows, units, batch_tokens=batch_tokens, progress=shown.update)
     values = []
     for turn, row in zip(turns, place):
         prompt, answer = len(turn.row[0]), [len(turn.row[0]) + i for i in turn.kept]

@@ -1,12 +1,14 @@
 """Readings: projections of the tokens of one call, read-only, and what can be asked of them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.tables import Table
 from persona_vectors.vectors.directions import Key
 
 
@@ -34,6 +36,23 @@ class Readings:
             raise InputError(f"this trace has no {key!r}: it has {', '.join(map(repr, self.keys))}")
         past = self._ended().cumsum(dim=1) > 1  # the end token itself was read
         return self.values[self.keys.index(key)].masked_fill(~self.real | past, torch.nan)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row for each token that was read, with a column for each key; padding is left out."""
+        values = torch.stack([self[key] for key in self.keys])
+        position = self.real.cumsum(dim=1) - 1
+        return [
+            {
+                "row": row,
+                "position": int(position[row, column]),
+                "token": int(self.tokens[row, column]),
+                "part": "prompt" if column < self.prompt_width else "answer",
+            }
+            | dict(zip(self.keys, values[:, row, column].tolist()))
+            for row, column in (~values[0].isnan()).nonzero().tolist()
+        ]
+
+    to_pandas = Table.to_pandas
 
     @property
     def answer(self) -> Bool[Tensor, "batch token"]:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.tables import Table
 from persona_vectors.model.blocks import Layer, Model
 from persona_vectors.model.hooks import edit_blocks, pause_edits
 from persona_vectors.model.tokens import Tokens
@@ -102,6 +104,12 @@ class Trace:
     def __getitem__(self, key: Key) -> Float[Tensor, "batch token"]:
         """Return the last call's projections on one vector, a column for each token read; nan for padding."""
         return self.last[key]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows of every call, one for each token that was read; `call` counts the calls from 0."""
+        return [{"call": call, **row} for call, readings in enumerate(self.calls) for row in readings.rows()]
+
+    to_pandas = Table.to_pandas
 
     @property
     def mean(self) -> dict[Key, Float[Tensor, " batch"]]:

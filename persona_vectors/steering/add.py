@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from persona_vectors.model.blocks import Layer, Model, model_shape
+from persona_vectors.model.blocks import Layer, Model, model_shape, one_layer
 from persona_vectors.model.hooks import Edit, edit_blocks
 from persona_vectors.model.tokens import Tokens, check_positions
 from persona_vectors.vectors.directions import Strength, incremental
@@ -57,7 +57,7 @@ class RowEdit(NamedTuple):
     """What `steer_rows` adds to one row of a batch: `coef` times the vector, at one layer."""
 
     vector: PersonaVector
-    layer: int
+    layer: SupportsIndex
     coef: float
 
 
@@ -72,8 +72,9 @@ def steer_rows(model: Model, rows: Sequence[RowEdit | None], *, positions: str |
     for index, row in enumerate(rows):
         if row is not None:
             row.vector.check_fits(layers, hidden)
-            shift = shifts.setdefault(row.layer, torch.zeros(len(rows), hidden))
-            shift[index] = row.coef * row.vector.direction(row.layer).float()
+            layer = one_layer(row.layer, layers)
+            shift = shifts.setdefault(layer, torch.zeros(len(rows), hidden))
+            shift[index] = row.coef * row.vector.direction(layer).float()
     with edit_blocks(model, {layer: _add(1.0, shift[:, None], positions) for layer, shift in shifts.items()}):
         yield
 

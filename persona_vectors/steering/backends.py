@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.model.blocks import Layer, decoder_layers, model_shape
+from persona_vectors.model.blocks import Layer, decoder_layers, model_shape, one_layer
 from persona_vectors.model.wrappers import unwrap
 from persona_vectors.vectors.directions import incremental
 from persona_vectors.vectors.vector import PersonaVector
@@ -50,13 +50,12 @@ def steer_trace(
         block.output = (steered, *output[1:]) if isinstance(output, tuple) else steered
 
 
-def nnsight_block(model: Any, layer: int) -> Any:
+def nnsight_block(model: Any, layer: Layer) -> Any:
     """Return the part of an nnsight model whose `.output` is decoder block `layer`'s, whatever the architecture."""
     inner = unwrap(model)
     if inner is model:
         raise InputError(f"{type(model).__name__} is no nnsight model: wrap it, or use steer and monitor as it is")
     blocks = decoder_layers(inner)
-    if not 0 <= layer < len(blocks):
-        raise InputError(f"layer {layer} is out of range: this model has layers 0 to {len(blocks) - 1}")
-    path = next(name for name, module in inner.named_modules() if module is blocks[layer])
+    block = blocks[one_layer(layer, len(blocks))]
+    path = next(name for name, module in inner.named_modules() if module is block)
     return model.get(path)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.model.blocks import Layer, Model, model_shape
+from persona_vectors.model.blocks import Layer, Model, model_shape, one_layer
 from persona_vectors.model.hooks import Edit, edit_blocks
 from persona_vectors.model.tokens import Tokens, check_positions
 from persona_vectors.vectors.directions import projections, unit_directions
@@ -75,7 +75,7 @@ def steer_where(
     model: Model,
     vector: PersonaVector,
     *,
-    layer: int,
+    layer: Layer,
     coef: float,
     when: Callable[[Float[Tensor, "batch token"]], Tensor],
     watch: PersonaVector | None = None,
@@ -85,21 +85,22 @@ def steer_where(
     """Add `coef` times the vector only at tokens whose projection meets a condition, read before the edit.
 
     `when` is given the projections [batch, token] on `watch` (by default the vector itself) at the same block, and
-    returns where to steer: `lambda p: p > 3.2`.
+    returns where to steer: `lambda p: p > 3.2`. `layer` is one layer.
     """
-    unit = unit_directions(model, [watch or vector], layer)
+    index = one_layer(layer, model_shape(model)[0])
+    unit = unit_directions(model, [watch or vector], index)[index]
     vector.check_fits(*model_shape(model))
-    shift = coef * vector.direction(layer).float()
+    shift = coef * vector.direction(index).float()
 
     def edit(hidden: Tensor, tokens: Tokens) -> Tensor:
-        where = when(projections(hidden, unit[layer].to(hidden.device))[..., 0].detach())
+        where = when(projections(hidden, unit.to(hidden.device))[..., 0].detach())
         if where.shape != hidden.shape[:2] or where.dtype != torch.bool:
             raise InputError(f"when= returned {where.dtype} {list(where.shape)}: return a bool for each [batch, token]")
         moved = hidden + shift.to(hidden.device, hidden.dtype)
         return torch.where(_and(where, tokens, positions)[..., None], moved, hidden)
 
     check_positions(positions)
-    with edit_blocks(model, {layer: edit}, during=during):
+    with edit_blocks(model, {index: edit}, during=during):
         yield
 
 

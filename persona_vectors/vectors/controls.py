@@ -1,16 +1,18 @@
-"""What an effect is compared with: random vectors of the same norm, isotropic or with the covariance of activations."""
+"""What an effect is compared with: random vectors of the same norm, and the best score that chance gives them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.texts import neutral_texts
-from persona_vectors.model.blocks import Model
+from persona_vectors.model.blocks import Layer, Model, chosen_layers
 from persona_vectors.model.hooks import edit_blocks
 from persona_vectors.model.passes import forward_passes
 from persona_vectors.model.prompts import chat_prompt, encode_answer
@@ -31,7 +33,8 @@ def random_vector(
         noise = torch.randn(vector.directions.shape, generator=generator)
     else:
         centred = like.float() - like.float().mean(dim=0)
-        noise = torch.einsum("s, s l h -> l h", torch.randn(len(like), generator=generator), centred)
+        weights = torch.randn(len(like), generator=generator)
+        noise = einsum(weights, centred, "sample, sample layer hidden -> layer hidden")
     norms = vector.directions.norm(dim=1, keepdim=True)
     directions = noise / noise.norm(dim=1, keepdim=True) * norms
     return replace(vector._derived(f"random {seed}", directions))
@@ -42,7 +45,7 @@ def covariance_vectors(
     tokenizer: PreTrainedTokenizerBase,
     vector: PersonaVector,
     *,
-    layers: Sequence[int],
+    layer: Layer,
     count: int,
     seed: int = 0,
     texts: Sequence[tuple[str, str]] | None = None,
@@ -50,24 +53,25 @@ def covariance_vectors(
     """Return random vectors with the covariance of real activations, and the norm that `vector` has at each layer.
 
     Each is a sum of the centred activations of the answer tokens of `texts` (questions and answers; by default on
-    plain facts), weighted with independent normal numbers. Other layers than `layers` are zero. Such a direction lies
+    plain facts), weighted with independent normal numbers. Other layers than `layer` are zero. Such a direction lies
     in the few dimensions that activations use, and can move a model further than one drawn from all of them.
     """
     rows = [encode_answer(tokenizer, chat_prompt(tokenizer, q), a) for q, a in texts or neutral_texts()]
     generator = torch.Generator().manual_seed(seed)
-    sums = {layer: torch.zeros(count, vector.directions.shape[1], dtype=torch.float64) for layer in layers}
-    means = {layer: torch.zeros(vector.directions.shape[1], dtype=torch.float64) for layer in layers}
+    layers = chosen_layers(layer, len(vector.directions))
+    sums = {index: torch.zeros(count, vector.directions.shape[1], dtype=torch.float64) for index in layers}
+    means = {index: torch.zeros(vector.directions.shape[1], dtype=torch.float64) for index in layers}
     weights, real, total, tokens = torch.zeros(0), torch.zeros(0), torch.zeros(count, dtype=torch.float64), 0
 
-    def reader(layer: int):
+    def reader(index: int) -> Callable[[Tensor, Tokens], None]:
         def read(hidden: Tensor, _: Tokens) -> None:
             states = hidden[real.to(hidden.device)].double().cpu()
-            sums[layer] += weights @ states
-            means[layer] += states.sum(dim=0)
+            sums[index] += weights @ states
+            means[index] += states.sum(dim=0)
 
         return read
 
-    with edit_blocks(model, {layer: reader(layer) for layer in layers}), torch.inference_mode():
+    with edit_blocks(model, {index: reader(index) for index in layers}), torch.inference_mode():
         for step in forward_passes(model, rows):
             prompts = torch.tensor([[len(rows[members[0]][0])] for members in step.rows])
             real = step.position.cpu() >= prompts
@@ -77,10 +81,10 @@ def covariance_vectors(
     if tokens < 2:
         raise InputError("covariance_vectors needs answers of two tokens or more, to vary")
     directions = torch.zeros(count, *vector.directions.shape)
-    for layer in layers:
-        drawn = sums[layer] - total[:, None] * means[layer] / tokens
-        norms = vector.direction(layer).double().norm() / drawn.norm(dim=1, keepdim=True)
-        directions[:, layer] = (drawn * norms).float()
+    for index in layers:
+        drawn = sums[index] - total[:, None] * means[index] / tokens
+        norms = vector.direction(index).double().norm() / drawn.norm(dim=1, keepdim=True)
+        directions[:, index] = (drawn * norms).float()
     control = random_vector(vector, seed=seed)
     return [replace(control, trait=f"covariance {i}", directions=each) for i, each in enumerate(directions)]
 
@@ -90,10 +94,54 @@ def random_vectors(
     tokenizer: PreTrainedTokenizerBase,
     vector: PersonaVector,
     *,
-    layers: Sequence[int],
+    layer: Layer,
     count: int,
     seed: int = 0,
 ) -> list[PersonaVector]:
     """Return controls of the same norm: half isotropic, half with the covariance of real activations."""
     isotropic = [random_vector(vector, seed=seed + i) for i in range(count - count // 2)]
-    return isotropic + covariance_vectors(model, tokenizer, vector, layers=layers, count=count // 2, seed=seed)
+    return isotropic + covariance_vectors(model, tokenizer, vector, layer=layer, count=count // 2, seed=seed)
+
+
+class Null(NamedTuple):
+    """A vector's score beside those of random directions, each at the layer that is best for it."""
+
+    own: float
+    layer: int
+    """The layer that was chosen for the vector."""
+    random: Float[Tensor, " direction"]
+    """The random directions' scores, each at the layer that was chosen for it."""
+    percentile: float
+    """How many in a hundred random directions score lower than the vector."""
+
+    def at(self, percentile: float) -> float:
+        """Return a percentile of the random directions' scores; nan ones are left out."""
+        return float(self.random.double().nanquantile(percentile / 100))
+
+
+def random_null(
+    own: Float[Tensor, " layer"],
+    random: Float[Tensor, "direction layer"],
+    *,
+    chosen_on: tuple[Float[Tensor, " layer"], Float[Tensor, "direction layer"]] | None = None,
+) -> Null:
+    """Return where a vector's score stands among random directions that have the same freedom: the best of all layers.
+
+    `own` and `random` are scores, larger is better: an AUROC, or the absolute value of a correlation, whose sign a
+    random direction does not have. `chosen_on` are the same two on other data, where the layers are to be chosen; by
+    default each has its best layer here. A vector that beats the 97.5th percentile, `.at(97.5)`, says more than the
+    best of as many random looks (`random_vector(vector, seed=i, like=activations)` makes the directions).
+
+    Raises InputError where there is no random direction, or one of them, or the vector, has no score that is a number.
+    """
+    scores = torch.cat([own[None], random]).double()
+    by = scores if chosen_on is None else torch.cat([chosen_on[0][None], chosen_on[1]]).double()
+    if not len(random) or by.shape != scores.shape or by.isnan().all(dim=1).any():
+        raise InputError(
+            f"the scores are {list(own.shape)} and {list(random.shape)}, chosen on {list(by.shape)}: give [layer] and "
+            "[direction, layer], the same for chosen_on, one random direction or more, and a number for each"
+        )
+    layers = by.nan_to_num(nan=-torch.inf).argmax(dim=1)
+    best = scores.gather(1, layers[:, None])[:, 0]
+    lower = (best[1:] < best[0])[~best[1:].isnan()]
+    return Null(float(best[0]), int(layers[0]), best[1:].float(), float(100 * lower.double().mean()))

@@ -1,7 +1,8 @@
 """Take vectors to other tools, and say what each format cannot hold."""
 
+from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from gguf import GGUFWriter
@@ -20,10 +21,10 @@ _BY_LAYER = ("steering-vectors", "lm-eval", "gguf")
 
 def export_vector(
     vector: PersonaVector,
-    path: str | Path,
     *,
+    out: str | Path,
     format: str,
-    layer: int | None = None,
+    layer: SupportsIndex | None = None,
     hookpoint: str = "layers.{layer}",
 ) -> list[str]:
     """Write a vector in another tool's format, and return what is lost or changed there, a line each.
@@ -35,10 +36,10 @@ def export_vector(
     Raises InputError where the format cannot hold the vector; then nothing is written.
 
     >>> vector = PersonaVector(trait="calm", model="tiny", directions=torch.eye(2, 4))
-    >>> export_vector(vector, "calm.gguf", format="gguf", layer=1)  # doctest: +SKIP
+    >>> export_vector(vector, out="calm.gguf", format="gguf", layer=1)  # doctest: +SKIP
     ['lost: trait', 'lost: all layers but 1']
     """
-    path = Path(path)
+    path = Path(out)
     check_format(format)
     if path.suffix != FORMATS[format]:
         raise InputError(f"{path} is no name for a file of format {format}: give one that ends in {FORMATS[format]}")
@@ -48,7 +49,7 @@ def export_vector(
     if layer is None:
         rows = {k: row.clone() for k, row in enumerate(directions)}
     else:
-        rows = {layer: vector.direction(layer).detach().to("cpu", torch.float32, copy=True)}
+        rows = {index(layer): vector.direction(layer).detach().to("cpu", torch.float32, copy=True)}
     with atomic_path(path) as temporary:
         if format in ("official", "assistant-axis", "safetensors"):
             notes = _write_matrix(temporary, directions, format)
@@ -62,7 +63,7 @@ def export_vector(
     if format == "official" and official_pooling(path) == vector.pooling:
         kept = {"pooling"}
     if layer is not None:
-        notes = [f"lost: all layers but {layer}", *notes]
+        notes = [f"lost: all layers but {index(layer)}", *notes]
     elif format in _BY_LAYER:
         notes.append(f"tools that read {format} add all {len(rows)} directions at once: export one with layer=")
     return [_lost(vector, kept), *notes]

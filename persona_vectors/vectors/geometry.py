@@ -1,7 +1,7 @@
 """The geometry of persona vectors: cosines between traits and layers, separation by layer, and what a vector says."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from persona_vectors.model.blocks import Model, model_shape
 from persona_vectors.vectors.vector import PersonaVector
 
 
-def cosine_matrix(vectors: Sequence[PersonaVector], *, layer: int) -> Float[Tensor, "vector vector"]:
+def cosine_matrix(vectors: Sequence[PersonaVector], *, layer: SupportsIndex) -> Float[Tensor, "vector vector"]:
     """Return the cosines between vectors of one model at one layer (paper, appendix: traits are not independent)."""
     if not vectors:
         raise InputError("no vectors: give one PersonaVector or more")
@@ -85,7 +85,7 @@ class Lens(NamedTuple):
 
 
 def logit_lens(
-    model: Model, tokenizer: PreTrainedTokenizerBase, vector: PersonaVector, *, layer: int, top: int = 10
+    model: Model, tokenizer: PreTrainedTokenizerBase, vector: PersonaVector, *, layer: SupportsIndex, top: int = 10
 ) -> Lens:
     """Return the tokens that a vector promotes and suppresses, read directly by the model's output matrix.
 

@@ -21,13 +21,13 @@ def import_vector(
     model: str,
     trait: str,
     format: str | None = None,
-    layers: int | None = None,
+    blocks: int | None = None,
     experiment: str | None = None,
 ) -> PersonaVector:
     """Read another tool's vector file into our conventions: outputs of the blocks, counted from 0.
 
     `format` is one of `FORMATS`, and needed only for a `.pt` that holds a bare tensor and does not bear the name that
-    its tool gives it. `layers` is the model's number of blocks: needed where the file leaves out the last ones, else
+    its tool gives it. `blocks` is the model's number of blocks: needed where the file leaves out the last ones, else
     checked. Blocks that the file leaves out are zero, and listed in `info["missing_layers"]`.
 
     - official: rows 1 and up become blocks 0 and up. Row 0, the embeddings, is dropped. The last row was read after
@@ -42,8 +42,8 @@ def import_vector(
     path = Path(path)
     if format is not None:
         check_format(format)
-    if layers is not None and not 1 <= layers <= MAX_LAYERS:
-        raise InputError(f"layers is {layers}: give the model's number of decoder blocks, 1 to {MAX_LAYERS}")
+    if blocks is not None and not 1 <= blocks <= MAX_LAYERS:
+        raise InputError(f"blocks is {blocks}: give the model's number of decoder blocks, 1 to {MAX_LAYERS}")
     kind, content = read_foreign(path)
     found = _recognise(path, kind, content, format)
     if experiment is not None and found != "assistant-axis-capping":
@@ -54,10 +54,10 @@ def import_vector(
         raise
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} lacks what {found} files hold ({type(error).__name__}): make it again") from None
-    directions, missing = (rows, []) if isinstance(rows, Tensor) else _stack(rows, layers, path)
-    if layers is not None and len(directions) != layers:
+    directions, missing = (rows, []) if isinstance(rows, Tensor) else _stack(rows, blocks, path)
+    if blocks is not None and len(directions) != blocks:
         raise InputError(
-            f"{path} holds {len(directions)} layers as {found}, and layers is {layers}: "
+            f"{path} holds {len(directions)} blocks as {found}, and blocks is {blocks}: "
             "give the model's number of decoder blocks, or another format"
         )
     if not directions.isfinite().all():
@@ -98,19 +98,19 @@ def _recognise(path: Path, kind: str, content: Any, format: str | None) -> str:
     return found
 
 
-def _stack(rows: dict[Any, Tensor], layers: int | None, path: Path) -> tuple[Float[Tensor, "layer hidden"], list[int]]:
+def _stack(rows: dict[Any, Tensor], blocks: int | None, path: Path) -> tuple[Float[Tensor, "layer hidden"], list[int]]:
     """Return one direction a block, zero where the file has none, and the blocks that it lacks."""
     if not rows:
         raise InputError(f"{path} holds no directions: give a file with one for each layer")
-    bad = [k for k in rows if type(k) is not int or not 0 <= k < (layers or MAX_LAYERS)]
+    bad = [k for k in rows if type(k) is not int or not 0 <= k < (blocks or MAX_LAYERS)]
     if bad:
         raise InputError(
-            f"{path} has directions for layers out of range: layers are numbers below {layers or MAX_LAYERS}"
+            f"{path} has directions for layers out of range: layers are numbers below {blocks or MAX_LAYERS}"
         )
     sizes = {len(row) for row in rows.values()}
     if len(sizes) > 1:
         raise InputError(f"{path} has directions of {len(sizes)} sizes: give a file for one model")
-    directions = torch.zeros(layers or max(rows) + 1, *sizes)
+    directions = torch.zeros(blocks or max(rows) + 1, *sizes)
     for k, row in rows.items():
         directions[k] = row
     return directions, [k for k in range(len(directions)) if k not in rows]

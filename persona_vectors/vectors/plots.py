@@ -1,6 +1,7 @@
 """Figures of vectors: their evidence, their cosines; and what every figure of the package shares."""
 
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import numpy as np
 from jaxtyping import Float
@@ -14,7 +15,7 @@ from persona_vectors.vectors.vector import PersonaVector
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"  # told apart by colour-blind readers too
 
 
-def plot_vector(vector: PersonaVector, *, layer: int | None = None) -> Figure:
+def plot_vector(vector: PersonaVector, *, layer: SupportsIndex | None = None) -> Figure:
     """Plot a vector's evidence by layer: held-out separation and split-half cosine; its norm beside the residual's."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     evidence, size = figure.subplots(1, 2)
@@ -38,7 +39,7 @@ def plot_vector(vector: PersonaVector, *, layer: int | None = None) -> Figure:
     for axes in (evidence, size):
         axes.set_xlabel("layer (decoder block, from 0)")
         if layer is not None:
-            axes.axvline(layer, color=GREY, linewidth=0.8, linestyle=":")
+            axes.axvline(int(layer), color=GREY, linewidth=0.8, linestyle=":")
         bare(axes)
     return figure
 

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -59,18 +60,18 @@ class PersonaVector:
         kept = f", {self.info['pairs_kept']} answer pairs" if "pairs_kept" in self.info else ""
         return f"PersonaVector({self.trait!r}, {layers} layers x {hidden}{kept}, {self.model})"
 
-    def direction(self, layer: int) -> Float[Tensor, " hidden"]:
+    def direction(self, layer: SupportsIndex) -> Float[Tensor, " hidden"]:
         """Return one layer's direction; raises InputError where there is no such layer."""
-        if not 0 <= layer < len(self.directions):
+        if isinstance(layer, bool) or not 0 <= operator.index(layer) < len(self.directions):
             raise InputError(f"layer {layer} is out of range: {self!r} has layers 0 to {len(self.directions) - 1}")
-        return self.directions[layer]
+        return self.directions[operator.index(layer)]
 
     def cosine(self, other: "PersonaVector") -> Float[Tensor, " layer"]:
         """Return the cosine with another vector of the same model, layer by layer."""
         self.check_same_model(other)
         return torch.nn.functional.cosine_similarity(self.directions, other.directions, dim=1)
 
-    def project(self, hidden: Float[Tensor, "*any hidden"], *, layer: int) -> Float[Tensor, "*any"]:
+    def project(self, hidden: Float[Tensor, "*any hidden"], *, layer: SupportsIndex) -> Float[Tensor, "*any"]:
         """Return the projection of hidden states of block `layer` on v/|v|, in the residual stream's units."""
         direction = self.direction(layer).to(hidden.device)
         return hidden.float() @ (direction / direction.norm())

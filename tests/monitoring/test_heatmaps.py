@@ -65,7 +65,7 @@ def test_one_row_a_vector_and_the_value_of_every_token(model, tokenizer):
     assert titles == [f"{value:+.3f}" for vector in vectors for value in trace[vector.trait][2, 4:].tolist()]
     with monitor(model, vectors, layer=[0, 1]) as trace, torch.no_grad():
         model(**zoo.inputs(model))
-    assert next(iter(heatmap(tokenizer, trace.last).rows)) == "t, layer 0"
+    assert next(iter(heatmap(tokenizer, trace.last).rows)) == "t@0"
     assert heatmap(tokenizer, trace).answer is None
 
 

@@ -63,7 +63,7 @@ def test_it_is_the_hidden_state_that_transformers_returns(name: str):
     with monitor(model, vector, layer=[0, 1]) as trace, torch.no_grad():
         states = model(**inputs, output_hidden_states=True).hidden_states
     for layer in (0, 1):
-        torch.testing.assert_close(trace["t", layer], vector.project(states[layer + 1], layer=layer))
+        torch.testing.assert_close(trace[f"t@{layer}"], vector.project(states[layer + 1], layer=layer))
 
 
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
@@ -99,8 +99,21 @@ def test_many_vectors_at_many_layers(model):
         for index in trace.layers:
             for vector in vectors:
                 values = vector.project(states[:, index], layer=index)
-                torch.testing.assert_close(trace[vector.trait, index], values)
+                torch.testing.assert_close(trace[f"{vector.trait}@{index}"], values)
     assert trace.layers == [0, 2] and len(trace.prompt_last) == 4
+
+
+def test_a_trace_is_a_row_a_token(model):
+    with monitor(model, two_vectors(model), layer=[0, 2], stops=[]) as trace:
+        generate(model, [[5, 6, 7], [8]], max_new_tokens=3, min_new_tokens=3)
+        generate(model, [[9]], max_new_tokens=2, min_new_tokens=2)
+    rows = trace.rows()
+    assert len(rows) == (3 + 2) + (1 + 2) + (1 + 1)  # the last token sampled is never read
+    own = [row for row in rows if (row["call"], row["row"]) == (0, 1)]
+    assert [(row["position"], row["part"]) for row in own] == [(0, "prompt"), (1, "answer"), (2, "answer")]
+    assert own[0]["token"] == 8
+    found = torch.tensor([row["t@2"] for row in own])
+    assert torch.equal(found, trace.calls[0]["t@2"][1, 2:])
 
 
 def test_right_padding_has_no_values(model):
@@ -239,7 +252,7 @@ def test_the_alarm_fires_at_the_right_token(model, use_cache: bool):
 
 def test_the_callback_comes_every_k_tokens_and_alone_reads(model):
     vector, widths = random_direction(model), []
-    with monitor(model, vector, layer=[0, 2], every=2, callback=lambda t: widths.append(t["t", 0].shape[1])) as trace:
+    with monitor(model, vector, layer=[0, 2], every=2, callback=lambda t: widths.append(t["t@0"].shape[1])) as trace:
         generate(model, max_new_tokens=6, min_new_tokens=6)
     assert widths == [5, 7, 9]
     with monitor(model, vector, layer=[0, 2]) as trace:
@@ -283,7 +296,7 @@ def test_an_error_in_a_pass_leaves_no_hook_and_a_trace_that_can_be_read(model):
     handle.remove()
     assert hooks(model) == 0
     for layer in range(3):  # three whole passes: the prompt's and two tokens'
-        torch.testing.assert_close(trace["t", layer], whole["t", layer][:, :7], equal_nan=True)
+        torch.testing.assert_close(trace[f"t@{layer}"], whole[f"t@{layer}"][:, :7], equal_nan=True)
 
 
 def test_an_error_in_the_first_pass_leaves_an_empty_trace(model):

@@ -5,10 +5,12 @@ import torch
 from helpers import block_outputs, hooks, make_tokenizer, random_direction
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.progress import bar
 from persona_vectors.model.pooling import POOLINGS, pool
 from persona_vectors.model.prompts import chat_prompt, encode, encode_answer
+from persona_vectors.monitoring import projection
 from persona_vectors.monitoring.plots import plot_drift
-from persona_vectors.monitoring.projection import project, token_projections
+from persona_vectors.monitoring.projection import Scores, project, token_projections
 from persona_vectors.vectors.controls import random_vector
 from persona_vectors.vectors.directions import unit_directions
 
@@ -32,7 +34,7 @@ def test_the_poolings_are_those_of_pool(model, tokenizer):
         for one in vectors:
             for layer in (1, 2):
                 expected = one.project(means[:, index, layer], layer=layer)
-                torch.testing.assert_close(scores[name][one.trait, layer], expected, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(scores[name][f"{one.trait}@{layer}"], expected, rtol=1e-4, atol=1e-4)
     assert scores.answer_tokens.tolist() == [5, 14, 5]
     assert hooks(model) == 0
 
@@ -58,11 +60,27 @@ def test_each_turn_is_scored_as_if_the_conversation_ended_there(model, tokenizer
     assert last.turn.tolist() == [1, 0]
 
 
-def test_a_conversation_is_read_once_however_many_turns_it_has(model, tokenizer):
+def test_a_conversation_is_read_once_however_many_turns_it_has(model, tokenizer, monkeypatch):
     turns = [{"role": role, "content": "ok"} for _ in range(6) for role in ("user", "assistant")]
-    texts = []
-    scores = project(model, tokenizer, [turns], random_direction(model), layer=1, by_turn=True, progress=texts.append)
-    assert len(scores.turn) == 6 and texts == [1]
+    bars = []
+    monkeypatch.setattr(projection, "bar", lambda **options: bars.append(bar(**options)) or bars[-1])
+    scores = project(model, tokenizer, [turns], random_direction(model), layer=1, by_turn=True)
+    assert len(scores.turn) == 6 and [(shown.n, shown.total) for shown in bars] == [(1, 1)]
+
+
+def test_scores_are_a_table(model, tokenizer, tmp_path):
+    vectors = [random_direction(model), replace(random_direction(model), trait="other")]
+    conversations = [CHAT, ("How?", "")]
+    scores = project(model, tokenizer, conversations, vectors, layer=[0, 2], by_turn=True)
+    rows = scores.rows()
+    assert len(rows) == 3 * 2 and set(rows[0]) >= {"conversation", "turn", "pooling", "t@0", "other@2"}
+    last = [row for row in rows if (row["conversation"], row["turn"], row["pooling"]) == (0, 1, "response_mean")]
+    assert [row["other@2"] for row in last] == [float(scores["response_mean"]["other@2"][1])]
+    scores.save(tmp_path / "scores.json")
+    loaded = Scores.load(tmp_path / "scores.json")
+    assert (loaded.keys, loaded.poolings) == (scores.keys, scores.poolings)
+    for name in ("values", "conversation", "turn", "answer_tokens", "reasoning_tokens"):
+        torch.testing.assert_close(getattr(loaded, name), getattr(scores, name), rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_followed(model):

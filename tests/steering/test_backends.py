@@ -111,4 +111,4 @@ def test_transformer_lens_gives_the_same_numbers(name: str, trait):
     torch.testing.assert_close(hooked, steered, rtol=1e-4, atol=1e-4)
     bridge.enable_compatibility_mode()
     with pytest.raises(InputError, match="has processed weights"):
-        extract_from(bridge, tokenizer, trait, [])
+        extract_from(bridge, tokenizer, trait, [], judge=None)

@@ -7,7 +7,7 @@ from helpers import DECODERS, block_output, hooks, logits_while_generating, rand
 from torch import Tensor, nn
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.model.generation import generate_tokens
+from persona_vectors.model.generation import batch_seed, generate_tokens
 from persona_vectors.model.prompts import chat_prompt, encode, left_pad
 from persona_vectors.monitoring.calibration import Calibration, calibrate
 from persona_vectors.monitoring.trace import Trace, monitor
@@ -162,11 +162,11 @@ def test_calibration_is_the_percentiles_of_the_answers_tokens(model, tokenizer, 
     order = [1, 0, 2]  # the longest first, as in the batch
     encoded = [encode(tokenizer, chat_prompt(tokenizer, prompts[i])) for i in order]
     with monitor(model, vector, layer=[0, 1], stops=[2]) as trace:
-        answers = generate_tokens(model, tokenizer, encoded, max_new_tokens=13, seed=4)
+        answers = generate_tokens(model, tokenizer, encoded, max_new_tokens=13, seed=batch_seed(4, 0))
     tokens = sum(min(len(ids), 12) for ids, _ in answers)
     assert (found.tokens, found.prompts, found.percentiles) == (tokens, 3, (5.0, 50.0, 95.0))
     for layer in (0, 1):
-        values = trace["t", layer][trace.last.answer]
+        values = trace[f"t@{layer}"][trace.last.answer]
         wanted = torch.quantile(values, torch.tensor([0.05, 0.5, 0.95])).tolist()
         assert [found.at(p)[layer] for p in (5, 50, 95)] == pytest.approx(wanted, rel=1e-4, abs=1e-5)
     path = tmp_path / "t.calibration.json"
@@ -175,7 +175,7 @@ def test_calibration_is_the_percentiles_of_the_answers_tokens(model, tokenizer, 
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     with cap(model, vector, layer=[0, 1], limit=found.at(50)), monitor(model, vector, layer=[0, 1]) as capped:
         generate_tokens(model, tokenizer, encoded, max_new_tokens=5)
-    values = capped["t", 1]
+    values = capped["t@1"]
     assert values[~values.isnan()].max() <= found.at(50)[1] + 1e-4
 
 
@@ -221,7 +221,7 @@ def test_a_vector_of_another_size_does_not_fit(model):
 def test_bad_calibrations_say_what_to_do(model, tokenizer, tmp_path):
     vector, path = random_direction(model), tmp_path / "t.json"
     for prompts, percentiles in (([], [50]), (["a"], []), (["a"], [101])):
-        with pytest.raises(InputError, match="needs one prompt or more, and percentiles from 0 to 100"):
+        with pytest.raises(InputError, match="needs one question or more, and percentiles from 0 to 100"):
             calibrate(model, tokenizer, vector, prompts, layer=1, percentiles=percentiles)
     with pytest.raises(InputError, match=r"no calibration file .*: make one with calibrate"):
         Calibration.load(path)

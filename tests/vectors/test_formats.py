@@ -54,11 +54,11 @@ def path_for(folder: Path, format: str) -> Path:
 def test_a_round_trip_keeps_the_directions_bit_for_bit(tmp_path: Path, format: str):
     vector = with_floors(make())
     path = path_for(tmp_path, format)
-    export_vector(vector, path, format=format)
+    export_vector(vector, out=path, format=format)
     first = path.read_bytes()
-    export_vector(vector, path, format=format)
+    export_vector(vector, out=path, format=format)
     assert path.read_bytes() == first
-    for options in ({}, {"format": format}, {"layers": 3}):
+    for options in ({}, {"format": format}, {"blocks": 3}):
         loaded = import_vector(path, **WHO, **options)
         assert torch.equal(loaded.directions, vector.directions)
         assert (loaded.trait, loaded.model, loaded.info["imported_from"]) == ("loud", "tiny", format)
@@ -71,19 +71,19 @@ def test_a_round_trip_keeps_the_directions_bit_for_bit(tmp_path: Path, format: s
 @pytest.mark.parametrize("format", ["steering-vectors", "lm-eval", "gguf"])
 def test_one_layer_alone(tmp_path: Path, format: str):
     vector, path = make(layers=4), path_for(tmp_path, format)
-    assert "lost: all layers but 2" in export_vector(vector, path, format=format, layer=2)
-    loaded = import_vector(path, **WHO, layers=4)
+    assert "lost: all layers but 2" in export_vector(vector, out=path, format=format, layer=2)
+    loaded = import_vector(path, **WHO, blocks=4)
     assert loaded.info["missing_layers"] == [0, 1, 3]
     assert torch.equal(loaded.directions[2], vector.directions[2])
     assert not loaded.directions[[0, 1, 3]].any()
     assert len(import_vector(path, **WHO).directions) == 3
     with pytest.raises(InputError, match="layers are numbers below 2"):
-        import_vector(path, **WHO, layers=2)
+        import_vector(path, **WHO, blocks=2)
 
 
 def test_an_export_names_what_is_lost(tmp_path: Path):
     vector = make(residual_norms=torch.ones(3), separation=torch.ones(3), pooling="response_mean", info={"seed": 1})
-    lost = {f: export_vector(vector, path_for(tmp_path, f), format=f) for f in FORMATS if "capping" not in f}
+    lost = {f: export_vector(vector, out=path_for(tmp_path, f), format=f) for f in FORMATS if "capping" not in f}
     assert lost["safetensors"] == ["lost: trait, model, pooling, residual_norms, separation, info"]
     assert lost["gguf"][0] == "lost: trait, pooling, residual_norms, separation, info"
     assert lost["official"][0] == "lost: trait, model, residual_norms, separation, info"
@@ -107,8 +107,8 @@ def test_a_bare_tensor_under_another_name_needs_a_format(tmp_path: Path):
         import_vector(path, **WHO)
     assert len(import_vector(path, **WHO, format="official").directions) == 3
     assert len(import_vector(path, **WHO, format="assistant-axis").directions) == 4
-    with pytest.raises(InputError, match="holds 3 layers as official, and layers is 4"):
-        import_vector(path, **WHO, format="official", layers=4)
+    with pytest.raises(InputError, match="holds 3 blocks as official, and blocks is 4"):
+        import_vector(path, **WHO, format="official", blocks=4)
 
 
 def test_assistant_axis_roles_and_axes(tmp_path: Path):
@@ -167,9 +167,9 @@ def test_an_lm_eval_coefficient_is_multiplied_in(tmp_path: Path):
 )
 def test_a_refused_export_writes_nothing(tmp_path: Path, format: str, options: dict, message: str):
     with pytest.raises(InputError, match=message):
-        export_vector(make(), tmp_path / f"v{FORMATS.get(format, '.pt')}", format=format, **options)
+        export_vector(make(), out=tmp_path / f"v{FORMATS.get(format, '.pt')}", format=format, **options)
     with pytest.raises(InputError, match=r"no name for a file of format gguf: give one that ends in .gguf"):
-        export_vector(make(), tmp_path / "v.pt", format="gguf")
+        export_vector(make(), out=tmp_path / "v.pt", format="gguf")
     assert not list(tmp_path.iterdir())
 
 
@@ -301,7 +301,7 @@ def test_other_files_are_refused(tmp_path: Path):
         import_vector(tmp_path / "v.safetensors", **WHO)
     with pytest.raises(InputError, match="no vector file"):
         import_vector(tmp_path / "none.pt", **WHO)
-    export_vector(make(), tmp_path / "v.gguf", format="gguf")
+    export_vector(make(), out=tmp_path / "v.gguf", format="gguf")
     with pytest.raises(InputError, match="a file of format gguf, not official"):
         import_vector(tmp_path / "v.gguf", **WHO, format="official")
     with pytest.raises(InputError, match="has no experiments"):
@@ -340,7 +340,7 @@ def test_thousands_of_damaged_files_give_clean_errors_or_vectors(tmp_path: Path)
     messages: list[str] = []
     for format in FORMATS:
         path = path_for(tmp_path, format)
-        export_vector(vector, path, format=format)
+        export_vector(vector, out=path, format=format)
         whole[format] = path.read_bytes()
     for i in range(720 * len(FORMATS)):
         format = list(FORMATS)[i % len(FORMATS)]
@@ -398,7 +398,7 @@ def assert_same(theirs: Tensor, ours: Tensor, model: PreTrainedModel, ids: Tenso
 
 def test_repeng_steers_as_we_do(case: Case, repeng: ModuleType, tmp_path: Path):
     model, vector, layer, ids = case
-    export_vector(vector, tmp_path / "v.gguf", format="gguf")
+    export_vector(vector, out=tmp_path / "v.gguf", format="gguf")
     control = repeng.ControlVector.import_gguf(tmp_path / "v.gguf")
     assert control.model_type == vector.model and len(control.directions) == len(vector.directions) - 1
     wrapped = repeng.ControlModel(model, [layer])
@@ -433,7 +433,7 @@ def test_a_repeng_vector_steers_here_as_there(case: Case, repeng: ModuleType, tm
 def test_steering_vectors_steers_as_we_do(case: Case, tmp_path: Path):
     package = pytest.importorskip("steering_vectors")
     model, vector, layer, ids = case
-    export_vector(vector, tmp_path / "v.pt", format="steering-vectors", layer=layer)
+    export_vector(vector, out=tmp_path / "v.pt", format="steering-vectors", layer=layer)
     theirs = package.SteeringVector(**torch.load(tmp_path / "v.pt", weights_only=True))
     with torch.no_grad(), theirs.apply(model, multiplier=1.5):
         logits = model(ids).logits
@@ -448,7 +448,7 @@ def test_steering_vectors_steers_as_we_do(case: Case, tmp_path: Path):
 def test_lm_eval_steers_as_we_do(case: Case, tmp_path: Path, tokenizer: Any):
     package = pytest.importorskip("lm_eval.models.hf_steered")
     model, vector, layer, ids = case
-    export_vector(1.5 * vector, tmp_path / "v.pt", format="lm-eval", layer=layer)
+    export_vector(1.5 * vector, out=tmp_path / "v.pt", format="lm-eval", layer=layer)
     options = {"tokenizer": tokenizer, "device": "cpu", "backend": "causal"}
     steered = package.SteeredModel(pretrained=model, steer_path=str(tmp_path / "v.pt"), **options)
     with torch.no_grad():
@@ -468,7 +468,7 @@ def test_llama_cpp_moves_the_logits_as_we_do_layer_by_layer(embedded: tuple, tmp
     theirs, (model, tokenizer) = LlamaCpp(embedded_gguf()), embedded
     ids = tokenizer("Once upon a time there was a", return_tensors="pt").input_ids
     vector = 5 * make(30, 576)
-    export_vector(vector, tmp_path / "v.gguf", format="gguf")
+    export_vector(vector, out=tmp_path / "v.gguf", format="gguf")
     shifted = {k: vector.directions[k - 1].numpy() for k in range(1, 30)}  # what an off-by-one export would hold
     write_gguf(
         tmp_path / "off_by_one.gguf",
@@ -495,7 +495,7 @@ def test_llama_cpp_refuses_a_direction_for_block_0(tmp_path: Path):
 
     pytest.importorskip("xllamacpp")
     theirs = LlamaCpp(embedded_gguf())
-    export_vector(make(), tmp_path / "v.gguf", format="gguf")
+    export_vector(make(), out=tmp_path / "v.gguf", format="gguf")
     assert theirs.accepts(tmp_path / "v.gguf")
     for number in (0, 1):
         write_gguf(

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path
-from persona_vectors.vectors.controls import random_vector
+from persona_vectors.vectors.controls import random_null, random_vector
 from persona_vectors.vectors.vector import PersonaVector
 
 
@@ -119,3 +119,23 @@ def test_random_vectors_like_activations_have_their_covariance():
     share = (drawn[:, 0] ** 2).mean(dim=0)
     assert share[0] > share[1] > 3 * share[2] and share[5] < 0.01 * share[0]
     assert drawn.mean(dim=0).abs().max() < 0.15  # the activations' mean, 7, is no direction of theirs
+
+
+def test_random_directions_have_the_same_freedom_of_layer():
+    scores = torch.rand(400, 12, generator=torch.Generator().manual_seed(0))
+    found = random_null(scores[0], scores[1:])
+    assert found.own == pytest.approx(float(scores[0].max())) and found.layer == int(scores[0].argmax())
+    torch.testing.assert_close(found.random, scores[1:].amax(dim=1))
+    assert found.percentile == pytest.approx(100 * float((found.random < found.own).float().mean()))
+    assert found.at(50) == pytest.approx(float(found.random.median())) and found.at(97.5) > 0.98
+    other = torch.rand(400, 12, generator=torch.Generator().manual_seed(1))
+    held_out = random_null(scores[0], scores[1:], chosen_on=(other[0], other[1:]))
+    assert held_out.layer == int(other[0].argmax()) and held_out.own == pytest.approx(float(scores[0, held_out.layer]))
+    assert held_out.at(50) == pytest.approx(0.5, abs=0.1)  # the choice was made on other data, so it gains nothing
+    planted = scores[0].clone()
+    planted[4] = 2.0
+    assert random_null(planted, scores[1:]).percentile == 100
+    with pytest.raises(InputError, match=r"the scores are \[12\] and \[0, 12\].*one random direction or more"):
+        random_null(scores[0], scores[:0])
+    with pytest.raises(InputError, match="a number for each"):
+        random_null(torch.full((12,), torch.nan), scores)
