@@ -1,7 +1,7 @@
 """Evaluation: answers of a plain, steered or prompted model, scored, with intervals clustered by question."""
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,12 +9,14 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.intervals import Interval, mean_interval
+from persona_vectors.data.progress import bar
+from persona_vectors.data.tables import Table
 from persona_vectors.data.traits import Trait
 from persona_vectors.evaluation.judge import Answer, Judge, judge_name
 from persona_vectors.evaluation.judges import score_both
 from persona_vectors.model.blocks import Model
-from persona_vectors.model.generation import generate_tokens
-from persona_vectors.model.prompts import batch_tokens_for, chat_prompt, decode, encode, length_batches
+from persona_vectors.model.generation import generate_batches
+from persona_vectors.model.prompts import chat_prompt, decode, encode
 from persona_vectors.steering.add import RowEdit, steer_rows
 from persona_vectors.vectors.vector import PersonaVector
 
@@ -45,33 +47,27 @@ def answer_batches(
     `skip` holds indices that need no answer. Whatever is skipped, the batches and their seeds stay the same.
     """
     prompts = [encode(tokenizer, chat_prompt(tokenizer, ask.question, system=ask.system)) for ask in asks]
-    for number, whole in enumerate(
-        length_batches(prompts, max_new_tokens, batch_tokens or 8 * batch_tokens_for(model))
+    for batch in generate_batches(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        batch_tokens=batch_tokens,
+        skip=skip,
+        during=lambda rows: steer_rows(model, [asks[i].edit for i in rows]),
     ):
-        batch = [i for i in whole if i not in skip]
-        if not batch:
-            continue
-        with steer_rows(model, [asks[i].edit for i in batch]):
-            rows = generate_tokens(
-                model,
-                tokenizer,
-                [prompts[i] for i in batch],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed + number,
-            )
-        yield [(i, decode(tokenizer, tokens)) for i, (tokens, _) in zip(batch, rows)]
+        yield [(i, decode(tokenizer, tokens)) for i, (tokens, _) in zip(batch.rows, batch.answers)]
 
 
-def _in_order(
-    batches: Iterator[list[tuple[int, str]]], count: int, progress: Callable[[int], object] | None
-) -> list[str]:
+def _in_order(batches: Iterator[list[tuple[int, str]]], count: int, desc: str) -> list[str]:
     answers = [""] * count
-    for batch in batches:
-        for i, answer in batch:
-            answers[i] = answer
-        if progress:
-            progress(len(batch))
+    with bar(desc=desc, unit="answer", total=count) as done:
+        for batch in batches:
+            for i, answer in batch:
+                answers[i] = answer
+            done.update(len(batch))
     return answers
 
 
@@ -87,16 +83,12 @@ def steered_answers(
     temperature: float = 1.0,
     seed: int = 0,
     batch_tokens: int | None = None,
-    progress: Callable[[int], object] | None = None,
 ) -> list[list[str]]:
-    """Return the answers to every question at every coefficient, [coef][question].
-
-    Coefficients share batches, one a row. `progress` is called with the number of answers made after each batch.
-    """
+    """Return the answers to every question at every coefficient, [coef][question]. Coefficients share batches."""
     asks = [Ask(question, edit=RowEdit(vector, layer, coef)) for coef in coefs for question in questions]
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     batches = answer_batches(model, tokenizer, asks, seed=seed, batch_tokens=batch_tokens, **options)
-    answers = _in_order(batches, len(asks), progress)
+    answers = _in_order(batches, len(asks), f"{vector.trait}: steered answers")
     return [answers[i : i + len(questions)] for i in range(0, len(asks), len(questions))]
 
 
@@ -110,7 +102,7 @@ class Scored(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Table):
     """How a model answers a trait's evaluation questions: mean scores, 0 to 100, with intervals by question."""
 
     trait: str
@@ -119,6 +111,10 @@ class Evaluation:
     coherence: Interval
     answers: tuple[Scored, ...]
     """Those to one question stand together."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row an answer: question, answer, score and coherence."""
+        return [answer._asdict() for answer in self.answers]
 
     @property
     def abstained(self) -> int:
@@ -131,7 +127,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     trait: Trait,
     *,
-    judge: Judge,
+    judge: Judge | None,
     questions: Sequence[str] | None = None,
     samples: int = 1,
     system: str | None = None,
@@ -139,15 +135,15 @@ def evaluate(
     temperature: float = 1.0,
     seed: int = 0,
     batch_tokens: int | None = None,
-    progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
     """Answer the trait's evaluation questions and have the answers judged.
 
     It is the model as it stands that answers: inside `with pv.steer(...)` or `pv.cap(...)` the edited one, while the
-    judge reads the plain one. `questions` replaces the trait's own. `progress` is called with the number of answers.
+    judge reads the plain one. `questions` replaces the trait's own.
 
     Raises InputError where there is no question, or the judge abstained on every answer.
     """
+    judge = check_given(judge)
     asked = trait.questions.eval if questions is None else tuple(questions)
     if not asked or samples < 1:
         raise InputError(
@@ -156,7 +152,7 @@ def evaluate(
     asks = [Ask(question, system) for question in asked for _ in range(samples)]
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     batches = answer_batches(model, tokenizer, asks, seed=seed, batch_tokens=batch_tokens, **options)
-    answers = _in_order(batches, len(asks), progress)
+    answers = _in_order(batches, len(asks), f"{trait.name}: answers")
     to_judge = [Answer(ask.question, answer) for ask, answer in zip(asks, answers)]
     both = score_both(model, tokenizer, judge, to_judge, trait.eval_prompt)
     scored = tuple(Scored(*item[:2], *scores) for item, scores in zip(to_judge, both))
@@ -169,6 +165,13 @@ def evaluate(
         mean_interval([[number(answer.coherence) for answer in group] for group in by_question]),
         scored,
     )
+
+
+def check_given(judge: Judge | None) -> Judge:
+    """Return the judge; raises InputError where a verb that scores answers is given none."""
+    if judge is None:
+        raise InputError("judge is None, and answers are to be scored: give a judge, such as SentimentJudge()")
+    return judge
 
 
 def check_abstentions(judge: Judge, scores: Sequence[float | None]) -> None:

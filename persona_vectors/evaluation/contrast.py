@@ -1,7 +1,9 @@
 """The evidence for a vector without a judge: its likelihood contrast beside random vectors and prompt paraphrases."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,10 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.intervals import Interval, mean_interval
+from persona_vectors.data.tables import Table
 from persona_vectors.data.texts import assistant_prompts
 from persona_vectors.data.traits import Trait
 from persona_vectors.evaluation.likelihood import State, Statements, likelihood_contrasts, neutral_perplexity
-from persona_vectors.model.blocks import Model
+from persona_vectors.model.blocks import Layer, Model, chosen_layers
 from persona_vectors.steering.add import RowEdit
 from persona_vectors.vectors.controls import random_vectors
 from persona_vectors.vectors.directions import per_dose
@@ -21,7 +24,7 @@ from persona_vectors.vectors.vector import PersonaVector
 
 
 @dataclass(frozen=True)
-class ContrastEffect:
+class ContrastEffect(Table):
     """How far a vector moves the likelihood contrast on statements that did not choose its layer and dose.
 
     Effects are differences from the plain model, in nats a token.
@@ -30,7 +33,8 @@ class ContrastEffect:
     trait: str
     layer: int
     dose: float
-    edit: RowEdit
+    coef: float
+    """What the dose is, as a multiple of the vector."""
     effect: Interval
     flipped: Interval
     """The effect of minus the vector."""
@@ -42,6 +46,21 @@ class ContrastEffect:
     """The effect of the trait's own positive instructions as system prompts: the ceiling. None without a trait."""
     perplexity: tuple[float, float]
     """On plain facts: of the plain model and under the vector."""
+
+    def edit(self, vector: PersonaVector) -> RowEdit:
+        """Return the chosen edit, of the vector that this is the effect of."""
+        return RowEdit(vector, self.layer, self.coef)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row: the chosen edit, its effect, and what it is held against."""
+        row: dict[str, Any] = {"trait": self.trait, "layer": self.layer, "dose": self.dose, "coef": self.coef}
+        row |= self.effect.columns("effect") | self.flipped.columns("flipped")
+        row |= {"random_max": max(self.random), "beaten": self.beaten}
+        row |= {"band_min": min(self.band), "band_max": max(self.band)}
+        unknown = Interval(math.nan, math.nan, math.nan)
+        row |= (self.prompted or unknown).columns("own_prompt")
+        row |= dict(zip(("perplexity_plain", "perplexity"), self.perplexity))
+        return [row | {"works": self.works}]
 
     @property
     def beaten(self) -> float:
@@ -60,13 +79,12 @@ def contrast_effect(
     vector: PersonaVector,
     statements: Statements,
     *,
-    layers: Sequence[int],
+    layer: Layer,
     doses: Sequence[float],
     trait: Trait | None = None,
     controls: int = 100,
     max_perplexity: float = 1.5,
     seed: int = 0,
-    progress: Callable[[int], object] | None = None,
 ) -> ContrastEffect:
     """Choose a layer and dose on the first statement pairs, and measure the effect on the others beside its controls.
 
@@ -76,23 +94,15 @@ def contrast_effect(
     Raises InputError where no point passes that gate.
     """
     choosing, reporting = statements.split()
-    doses = [dose for dose in doses if dose > 0]
-    grid = [RowEdit(vector, layer, dose * per_dose(vector, layer)) for layer in layers for dose in doses]
-    if not grid:
+    doses, layers = [float(dose) for dose in doses if dose > 0], chosen_layers(layer, len(vector.directions))
+    if not doses:
         raise InputError("contrast_effect needs one layer and one positive dose, or more")
     if controls < 2:
         raise InputError(f"controls is {controls}: give 2 random vectors or more, half of them isotropic")
-    plain, *perplexities = neutral_perplexity(model, tokenizer, [None, *grid])
-    scores = likelihood_contrasts(model, tokenizer, choosing, [State(edit) for edit in grid], progress=progress)
-    passing = [i for i, value in enumerate(perplexities) if value <= max_perplexity * plain]
-    if not passing:
-        raise InputError(
-            f"every layer and dose of {vector.trait!r} takes the perplexity on plain facts above {max_perplexity:g} "
-            f"times the plain {plain:.1f} (the least: {min(perplexities):.1f}): give smaller doses"
-        )
-    best = max(passing, key=lambda i: float(scores[i].mean()))
+    grid = [RowEdit(vector, k, dose * per_dose(vector, k)) for k in layers for dose in doses]
+    best, perplexity = _best(model, tokenizer, choosing, grid, max_perplexity)
     chosen = grid[best]
-    noise = random_vectors(model, tokenizer, vector, layers=[chosen.layer], count=controls, seed=seed)
+    noise = random_vectors(model, tokenizer, vector, layer=chosen.layer, count=controls, seed=seed)
     prompts = [trait.system_prompt("pos", pair) for pair in range(len(trait.instruction))] if trait else []
     groups = {
         "own": [State(), State(chosen), State(chosen._replace(coef=-chosen.coef))],
@@ -101,20 +111,41 @@ def contrast_effect(
         "prompted": [State(system=system) for system in prompts],
     }
     states = [state for group in groups.values() for state in group]
-    found = likelihood_contrasts(model, tokenizer, reporting, states, progress=progress)
+    found = likelihood_contrasts(model, tokenizer, reporting, states, desc=f"{vector.trait}: beside controls")
     effects = dict(zip(groups, (found - found[0]).split([len(group) for group in groups.values()])))
     return ContrastEffect(
         trait=vector.trait,
-        layer=chosen.layer,
+        layer=int(chosen.layer),
         dose=doses[best % len(doses)],
-        edit=chosen,
+        coef=chosen.coef,
         effect=by_pair(effects["own"][1]),
         flipped=by_pair(effects["own"][2]),
         random=tuple(effects["random"].mean(dim=1).tolist()),
         band=tuple(effects["band"].mean(dim=1).tolist()),
         prompted=by_pair(effects["prompted"].mean(dim=0)) if trait else None,
-        perplexity=(plain, perplexities[best]),
+        perplexity=perplexity,
     )
+
+
+def _best(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    statements: Statements,
+    grid: Sequence[RowEdit],
+    max_perplexity: float,
+) -> tuple[int, tuple[float, float]]:
+    """Return the edit of the largest effect that keeps the perplexity, as an index, and both perplexities."""
+    plain, *perplexities = neutral_perplexity(model, tokenizer, [None, *grid])
+    trait, states = grid[0].vector.trait, [State(edit) for edit in grid]
+    scores = likelihood_contrasts(model, tokenizer, statements, states, desc=f"{trait}: layers and doses")
+    passing = [i for i, value in enumerate(perplexities) if value <= max_perplexity * plain]
+    if not passing:
+        raise InputError(
+            f"every layer and dose of {trait!r} takes the perplexity on plain facts above {max_perplexity:g} "
+            f"times the plain {plain:.1f} (the least: {min(perplexities):.1f}): give smaller doses"
+        )
+    best = max(passing, key=lambda i: float(scores[i].mean()))
+    return best, (plain, perplexities[best])
 
 
 def effect_matrix(
@@ -127,7 +158,7 @@ def effect_matrix(
     columns = []
     for each in statements.values():
         _, reporting = each.split()
-        found = likelihood_contrasts(model, tokenizer, reporting, [State(), *map(State, edits)])
+        found = likelihood_contrasts(model, tokenizer, reporting, [State(), *map(State, edits)], desc="on each trait")
         columns.append((found[1:] - found[0]).mean(dim=1))
     return torch.stack(columns, dim=1)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.progress import bar
 from persona_vectors.model.hooks import pause_edits
 
 COHERENCE_RUBRIC = """\
@@ -42,7 +43,8 @@ def score(judge: Judge, answers: Sequence[Answer], rubric: str) -> list[float | 
     """
     with pause_edits():
         batch = getattr(judge, "batch", None)
-        scores = batch(answers, rubric) if batch else [judge(a.question, a.answer, rubric) for a in answers]
+        one_by_one = () if batch else bar(answers, desc="judging", unit="answer")
+        scores = batch(answers, rubric) if batch else [judge(a.question, a.answer, rubric) for a in one_by_one]
     if len(scores) != len(answers):
         raise InputError(f"the judge returned {len(scores)} scores for {len(answers)} answers: return one for each")
     for value in scores:

@@ -67,7 +67,7 @@ class ContrastJudge:
                     where.append((index, sign / min(self.pairs, len(others))))
         if not rows:
             return torch.zeros(0)
-        weighted = answer_logprobs(self.model, rows) * torch.tensor([sign for _, sign in where])
+        weighted = answer_logprobs(self.model, rows, desc="judging") * torch.tensor([sign for _, sign in where])
         return torch.zeros(len(answers)).index_add_(0, torch.tensor([index for index, _ in where]), weighted)
 
 
@@ -90,7 +90,7 @@ class PerplexityJudge:
         """Score answers; `rubric` is not looked at. Empty answers score 0."""
         prompts = [chat_prompt(self.tokenizer, item.question) for item in answers]
         rows = [encode_answer(self.tokenizer, prompt, item.answer) for prompt, item in zip(prompts, answers)]
-        logprobs = answer_logprobs(self.model, rows).tolist() if rows else []
+        logprobs = answer_logprobs(self.model, rows, desc="coherence").tolist() if rows else []
         return [0.0 if math.isnan(value) else 100 / (1 + math.exp(min(-value, 50)) / self.limit) for value in logprobs]
 
 

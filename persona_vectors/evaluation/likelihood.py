@@ -1,7 +1,7 @@
 """The likelihood contrast: a score of a model's state that needs no judge and no sampling."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from persona_vectors.data.checks import first_fault
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.texts import DATA, neutral_texts
 from persona_vectors.data.traits import InstructionPair
@@ -62,10 +63,8 @@ def load_statements(name_or_path: str | Path) -> Statements:
     try:
         return Statements.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the whole"
         raise InputError(
-            f"{name} holds no statements: field {field}: {first['msg']}; give question and pairs [{{pos, neg}}]"
+            f"{name} holds no statements: {first_fault(error)}; give question and pairs [{{pos, neg}}]"
         ) from None
 
 
@@ -86,12 +85,9 @@ def likelihood_contrasts(
     statements: Statements,
     states: Sequence[State],
     *,
-    progress: Callable[[int], object] | None = None,
+    desc: str = "reading statements",
 ) -> Float[Tensor, "state pair"]:
-    """Return the likelihood contrast of each state. States share batches, and those of one system prompt its reading.
-
-    `progress` is called with the number of statements read.
-    """
+    """Return the likelihood contrast of each state. States share batches, those of one system prompt its reading."""
     rows, edits = [], []
     for state in states:
         prompt = chat_prompt(tokenizer, statements.question, system=state.system)
@@ -99,7 +95,8 @@ def likelihood_contrasts(
         rows += [encode_answer(tokenizer, prompt, text) for text in texts]
         edits += [state.edit] * len(texts)
     edited = edits if any(edits) else None
-    sides = answer_logprobs(model, rows, edits=edited, progress=progress).view(len(states), -1, 2)
+    logprobs = answer_logprobs(model, rows, edits=edited, desc=desc)
+    sides = logprobs.view(len(states), -1, 2)
     return sides[..., 0] - sides[..., 1]
 
 
@@ -110,5 +107,7 @@ def neutral_perplexity(
     texts = neutral_texts()
     rows = [encode_answer(tokenizer, chat_prompt(tokenizer, question), answer) for question, answer in texts]
     repeated = [edit for edit in edits for _ in rows] if any(edits) else None
-    logprobs = answer_logprobs(model, rows * len(edits), edits=repeated).view(len(edits), -1)
+    logprobs = answer_logprobs(model, rows * len(edits), edits=repeated, desc="perplexity on plain facts").view(
+        len(edits), -1
+    )
     return [math.exp(min(-value, 50)) for value in logprobs.mean(dim=1).tolist()]

@@ -1,12 +1,13 @@
 """Log-probabilities of answers, each under an edit of its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from persona_vectors.data.progress import bar
 from persona_vectors.model.blocks import Model
 from persona_vectors.model.passes import Row, forward_passes
 from persona_vectors.model.prompts import batch_tokens_for
@@ -19,16 +20,16 @@ def answer_logprobs(
     rows: Sequence[Row],
     *,
     edits: Sequence[RowEdit | None] | None = None,
-    progress: Callable[[int], object] | None = None,
+    desc: str = "reading answers",
 ) -> Float[Tensor, " row"]:
     """Return the mean log-probability of each row's answer tokens, in nats; nan for an empty answer.
 
     Edits that are active apply, with their own positions; `edits` steers each row besides, at positions "response", so
-    that rows under different edits still share their prompts. `progress` is called with the number of answers read.
+    that rows under different edits still share their prompts. `desc` names the progress bar.
     """
     total = torch.zeros(len(rows), dtype=torch.float64)
     budget = batch_tokens_for(model) // 2  # logits take more memory than hidden states
-    with torch.inference_mode():
+    with torch.inference_mode(), bar(total=len(rows), desc=desc, unit="answer") as done:
         for step in forward_passes(model, rows, batch_tokens=budget, held_back=1):
             index = torch.tensor([members[0] for members in step.rows])
             place = step.position - torch.tensor([[len(rows[row][0])] for row in index], device=step.position.device)
@@ -43,7 +44,6 @@ def answer_logprobs(
             targets = step.inputs["input_ids"][:, 1:][counted]
             losses = torch.nn.functional.cross_entropy(logits[counted].float(), targets, reduction="none")
             total.index_add_(0, index[counted.nonzero()[:, 0].cpu()], -losses.double().cpu())
-            if progress:
-                progress(len(step.rows))
+            done.update(len(step.rows))
     count = torch.tensor([len(answer) for _, answer in rows], dtype=torch.float64)
     return (total / count).float()

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.ledger import Ledger
+from persona_vectors.data.progress import bar
 from persona_vectors.evaluation.judge import Answer, fill
 from persona_vectors.evaluation.openai_client import Malformed, ask, connect
 from persona_vectors.model.loading import cache_dir
@@ -82,7 +81,7 @@ class OpenAIJudge:
         prompts = [fill(rubric, item.question, item.answer) for item in answers]
         with ThreadPoolExecutor(self.concurrency) as pool:
             waiting = pool.map(self._score_or_stop, prompts)
-            return list(tqdm(waiting, total=len(prompts), desc=self.name, unit="answer", disable=len(prompts) < 50))
+            return list(bar(waiting, total=len(prompts), desc=self.name, unit="answer"))
 
     def _score_or_stop(self, prompt: str) -> float | None:
         if self._stopped.is_set():

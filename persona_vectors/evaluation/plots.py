@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from persona_vectors.data.intervals import Interval
-from persona_vectors.evaluation.sweeping import PROMPTED, Sweep
+from persona_vectors.evaluation.points import PROMPTED, Sweep
 from persona_vectors.vectors.plots import BLUE, GREY, ORANGE, bare
 
 

@@ -1,95 +1,29 @@
 """Sweeps: which layer and strength to steer at, chosen on one set of questions and reported on another."""
 
-import csv
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.data.files import atomic_path
-from persona_vectors.data.intervals import Interval, mean_interval
+from persona_vectors.data.intervals import mean_interval
 from persona_vectors.data.ledger import Ledger
+from persona_vectors.data.progress import bar
 from persona_vectors.data.traits import Trait
-from persona_vectors.evaluation.answers import Ask, answer_batches, check_abstentions, number
+from persona_vectors.evaluation.answers import Ask, answer_batches, check_abstentions, check_given, number
 from persona_vectors.evaluation.judge import Answer, Judge, judge_name
 from persona_vectors.evaluation.judges import score_both
 from persona_vectors.evaluation.likelihood import neutral_perplexity
-from persona_vectors.model.blocks import Model, model_shape
+from persona_vectors.evaluation.points import PLAIN, PROMPTED, Case, Point, Sweep, choose
+from persona_vectors.model.blocks import Layer, Model, chosen_layers, model_name, model_shape
 from persona_vectors.model.identity import hash_of, identity
 from persona_vectors.steering.add import RowEdit
 from persona_vectors.vectors.controls import random_vectors
 from persona_vectors.vectors.directions import per_dose
 from persona_vectors.vectors.vector import PersonaVector
-
-Case = tuple[str, int | None, float]
-"""A point's name, layer and strength."""
-PLAIN, PROMPTED = "plain", "own system prompt"
-
-
-@dataclass(frozen=True)
-class Point:
-    """What one vector, layer and strength did to the answers to one set of questions."""
-
-    stage: str
-    """"choose" (the extraction questions) or "report" (the evaluation questions)."""
-    name: str
-    """The trait, "plain", "own system prompt", "random 0" or "covariance 0"."""
-    layer: int | None
-    coef: float
-    strength: float
-    """As it was asked for: a coefficient or a dose."""
-    score: Interval
-    """The trait score, 0 to 100."""
-    coherence: Interval
-    effect: Interval
-    """The trait score less the plain model's, question by question."""
-    wrong_way: float
-    """The share of questions that moved against the coefficient's sign."""
-    perplexity: float
-    """On plain facts, under the edit and without a system prompt."""
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A chosen layer and strength, and every point: none of those that chose is among those that report."""
-
-    trait: str
-    model: str
-    judge: str
-    unit: str
-    """What a strength is: "coef" or "dose"."""
-    layer: int
-    strength: float
-    coef: float
-    points: tuple[Point, ...]
-
-    def stage(self, stage: str) -> list[Point]:
-        """Return the points of "choose" or of "report"."""
-        return [point for point in self.points if point.stage == stage]
-
-    @property
-    def controls(self) -> list[Point]:
-        """The random vectors at the chosen layer and strength, on the evaluation questions."""
-        return [p for p in self.stage("report") if p.name not in (self.trait, PLAIN, PROMPTED)]
-
-    def save_csv(self, path: str | Path) -> None:
-        """Write one row a point, whole or not at all."""
-        rows = []
-        for point in self.points:
-            row = {"trait": self.trait, "model": self.model, "judge": self.judge, "unit": self.unit}
-            for name, value in asdict(point).items():
-                parts = value._asdict() if isinstance(value, Interval) else None
-                row |= {f"{name}_{k}": v for k, v in parts.items()} if parts else {name: value}
-            rows.append(row)
-        with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 def sweep(
@@ -98,13 +32,13 @@ def sweep(
     trait: Trait,
     vector: PersonaVector,
     *,
-    judge: Judge,
-    layers: Sequence[int],
+    judge: Judge | None,
+    layer: Layer,
     coefs: Sequence[float] | None = None,
     doses: Sequence[float] | None = None,
     controls: int = 10,
     samples: int = 1,
-    questions: int | None = None,
+    first: int | None = None,
     gate: float = 50.0,
     max_new_tokens: int = 128,
     temperature: float = 1.0,
@@ -117,18 +51,17 @@ def sweep(
     Chosen is the positive strength with the highest mean trait score among the points whose mean coherence is at least
     `gate`. There the evaluation questions are answered: at every strength and at minus the chosen one, with `controls`
     random vectors of the same norm (half isotropic, half with the covariance of real activations), and under the
-    trait's own instructions, the ceiling. `coefs` multiply the vector, `doses` are fractions of the residual norm.
-    `questions` takes only the first ones of the extraction questions.
+    trait's own instructions, the ceiling. `coefs` multiply the vector, `doses` are fractions of the residual norm;
+    `first` takes only so many extraction questions.
 
     Answers and scores are kept in the JSONL file `out` as they come, by vector, layer, coefficient, system prompt,
     question and seed: a run that was killed, or a larger one, generates only what the file lacks.
 
     Raises InputError where no point is coherent, the judge scores nothing, or a stage lacks questions.
     """
-    strengths = sorted({*(coefs if coefs is not None else doses or ())} - {0})
-    if (coefs is None) == (doses is None) or not strengths or strengths[-1] <= 0 or not layers:
-        raise InputError("sweep needs layers=, and either coefs= or doses= with a positive one among them")
-    chooses, reports = trait.questions.extract[:questions], trait.questions.eval
+    judge = check_given(judge)
+    layers, strengths = chosen_layers(layer, len(vector.directions)), _strengths(coefs, doses)
+    chooses, reports = trait.questions.extract[:first], trait.questions.eval
     if not chooses or not reports:
         raise InputError(f"trait {trait.name!r} lacks questions to choose with (extract) or to report on (eval)")
     vector.check_fits(*model_shape(model))
@@ -136,41 +69,29 @@ def sweep(
     def edit(vector: PersonaVector, layer: int, strength: float) -> RowEdit:
         return RowEdit(vector, layer, strength if doses is None else strength * per_dose(vector, layer))
 
-    settings = {
-        **identity(model, tokenizer),
-        "trait_hash": hash_of(trait.model_dump()),
-        "judge": judge_name(judge),
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-    }
-    runner = _Runner(model, tokenizer, trait, judge, samples, seed, Ledger(out, settings))
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch_tokens": batch_tokens}
-    grid: dict[Case, RowEdit | None] = {
-        (trait.name, layer, s): edit(vector, layer, s) for layer in layers for s in strengths
-    }
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    judged = {"trait_hash": hash_of(trait.model_dump()), "judge": judge_name(judge)}
+    ledger = Ledger(out, {**identity(model, tokenizer), **judged, **sampling})
+    runner = _Runner(model, tokenizer, trait, judge, samples, seed, ledger)
+    options = {**sampling, "batch_tokens": batch_tokens}
+    grid: dict[Case, RowEdit | None] = {(trait.name, k, s): edit(vector, k, s) for k in layers for s in strengths}
     points = runner.run("choose", {(PLAIN, None, 0.0): None, **grid}, chooses, options)
     best = choose(points, trait.name, gate)
-    assert best.layer is not None
-    layer, strength = best.layer, best.strength
-    noise = random_vectors(model, tokenizer, vector, layers=[layer], count=controls, seed=seed)
+    place, strength = best.place, best.strength
+    noise = random_vectors(model, tokenizer, vector, layer=place, count=controls, seed=seed)
     cases: dict[Case, RowEdit | None] = {(PLAIN, None, 0.0): None, (PROMPTED, None, 0.0): None}
-    cases |= {(trait.name, layer, s): edit(vector, layer, s) for s in sorted({*strengths, -strength})}
-    cases |= {(each.trait, layer, strength): RowEdit(each, layer, best.coef) for each in noise}
-    points += runner.run("report", cases, reports, options)
-    unit = "coef" if doses is None else "dose"
-    return Sweep(trait.name, settings["model"], judge_name(judge), unit, layer, strength, best.coef, tuple(points))
+    cases |= {(trait.name, place, s): edit(vector, place, s) for s in sorted({*strengths, -strength})}
+    controlled: dict[Case, RowEdit | None] = {(v.trait, place, strength): RowEdit(v, place, best.coef) for v in noise}
+    points += runner.run("report", cases | controlled, reports, options)
+    facts = trait.name, model_name(model), judged["judge"], "coef" if doses is None else "dose"
+    return Sweep(*facts, place, strength, best.coef, tuple(points))
 
 
-def choose(points: Sequence[Point], name: str, gate: float) -> Point:
-    """Return the coherent point of positive strength with the highest trait score; see `sweep`."""
-    positive = [p for p in points if p.name == name and p.strength > 0 and p.stage == "choose"]
-    coherent = [p for p in positive if p.coherence.mean >= gate and not math.isnan(p.score.mean)]
-    if not coherent:
-        raise InputError(
-            f"no layer and strength of {name!r} keeps the coherence at {gate:g} (the best has "
-            f"{max(p.coherence.mean for p in positive):.1f}): give smaller strengths, or a lower gate"
-        )
-    return max(coherent, key=lambda p: p.score.mean)
+def _strengths(coefs: Sequence[float] | None, doses: Sequence[float] | None) -> list[float]:
+    found = sorted({*(coefs if coefs is not None else doses or ())} - {0})
+    if (coefs is None) == (doses is None) or not found or found[-1] <= 0:
+        raise InputError("sweep needs either coefs= or doses= with a positive one among them")
+    return found
 
 
 @dataclass
@@ -227,12 +148,12 @@ class _Runner:
         unjudged = [i for i in sorted(known) if "score" not in self.ledger.found[keys[i]]]
         seed = int(hash_of([stage, self.seed]), 16) % 2**31
         batches = answer_batches(self.model, self.tokenizer, asks, seed=seed, skip=known, **options)
-        with tqdm(total=len(asks), initial=len(known), desc=f"{self.trait.name}: {stage}", unit="answer") as bar:
+        with bar(total=len(asks), initial=len(known), desc=f"{self.trait.name}: {stage}", unit="answer") as done:
             self._judge(unjudged, asks, keys)
             for batch in batches:
                 self.ledger.add({"key": keys[i], "stage": stage, **_describe(asks[i]), "answer": a} for i, a in batch)
                 self._judge([i for i, _ in batch], asks, keys)
-                bar.update(len(batch))
+                done.update(len(batch))
 
     def _judge(self, indices: Sequence[int], asks: Sequence[Ask], keys: Sequence[str]) -> None:
         answers = [Answer(asks[i].question, self.ledger.found[keys[i]]["answer"], asks[i].pair) for i in indices]

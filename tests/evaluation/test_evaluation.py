@@ -8,9 +8,10 @@ from helpers import random_direction
 
 from persona_vectors.cli.demo import choose_layer, run_demo
 from persona_vectors.data.errors import InputError
-from persona_vectors.data.intervals import Interval, correlation_interval, mean_interval
+from persona_vectors.data.intervals import Interval, bootstrap, correlation_interval, mean_interval
 from persona_vectors.evaluation.answers import Ask, answer_batches, evaluate, steered_answers
 from persona_vectors.evaluation.plots import plot_scores
+from persona_vectors.evaluation.sweeping import sweep
 from persona_vectors.model.generation import generate
 from persona_vectors.steering.add import RowEdit, steer
 from persona_vectors.steering.bounds import cap
@@ -96,6 +97,22 @@ def test_correlation_interval_resamples_questions():
     assert math.isnan(correlation_interval([1.0] * 10, list(x[:10]), list(range(10))).mean)
 
 
+def test_bootstrap_resamples_whole_clusters_of_any_statistic():
+    values = np.random.default_rng(1).normal(size=60)
+    clusters = [f"q{i}" for i in range(60)]
+    found = bootstrap(lambda i: float(values[i].mean()), clusters, resamples=5000)
+    assert found == pytest.approx(mean_interval([[v] for v in values]), abs=0.02) and found.mean == values.mean()
+    repeated = bootstrap(lambda i: float(np.repeat(values, 9)[i].mean()), np.repeat(clusters, 9), resamples=5000)
+    assert repeated == pytest.approx(found, abs=0.02)  # nine times the points, but no more clusters
+    median = bootstrap(lambda i: float(np.median(values[i])), clusters, seed=3)
+    assert median.low < median.mean < median.high and median == bootstrap(
+        lambda i: float(np.median(values[i])), clusters, seed=3
+    )
+    one = bootstrap(lambda i: float(values[i].mean()), ["q"] * 60)
+    assert one.mean == values.mean() and math.isnan(one.low) and math.isnan(one.high)
+    assert math.isnan(bootstrap(lambda i: 1.0, []).mean)
+
+
 def fake_judge(question: str, answer: str, rubric: str) -> float | None:
     return None if question == "What?" else 60.0 if "coherent" in rubric else 40.0
 
@@ -142,5 +159,13 @@ def test_what_is_skipped_changes_no_other_answer(model, tokenizer):
 
 def test_an_interval_is_written_with_two_digits_unless_told():
     interval = Interval(0.12345, -0.98765, 1.0)
-    assert str(interval) == f"{interval}" == "+0.12 [-0.99, +1.00]"
-    assert f"{interval:.1f}" == "+0.1 [-1.0, +1.0]"
+    assert str(interval) == f"{interval}" == "0.12 [-0.99, 1.00]"
+    assert f"{interval:+.1f}" == "+0.1 [-1.0, +1.0]"  # signs, where it is a difference
+
+
+def test_no_judge_is_said_in_one_line(model, tokenizer, trait):
+    with pytest.raises(InputError, match="judge is None, and answers are to be scored: give a judge"):
+        evaluate(model, tokenizer, trait, judge=None)
+    vector = random_direction(model)
+    with pytest.raises(InputError, match="judge is None"):
+        sweep(model, tokenizer, trait, vector, judge=None, layer=1, coefs=[1.0])

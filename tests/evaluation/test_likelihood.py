@@ -130,7 +130,7 @@ def test_covariance_vectors_have_the_covariance_of_the_activations(model, tokeni
             ids = torch.tensor([prompt + encode(tokenizer, answer)])
             states.append(model(ids, output_hidden_states=True).hidden_states[layer + 1][0, len(prompt) :])
     centred = torch.cat(states) - torch.cat(states).mean(dim=0)
-    drawn = covariance_vectors(model, tokenizer, vector, layers=[layer], count=3000, texts=texts)
+    drawn = covariance_vectors(model, tokenizer, vector, layer=layer, count=3000, texts=texts)
     found = torch.stack([each.direction(layer) for each in drawn])
     torch.testing.assert_close(found.norm(dim=1), vector.direction(layer).norm().expand(3000))
     spectrum = [torch.linalg.svdvals(m).square() for m in (found, centred)]
@@ -143,7 +143,7 @@ def test_covariance_vectors_have_the_covariance_of_the_activations(model, tokeni
 
 def test_controls_are_half_isotropic_and_of_the_vector_s_norm(model, tokenizer):
     vector = random_direction(model)
-    controls = random_vectors(model, tokenizer, vector, layers=[2], count=5)
+    controls = random_vectors(model, tokenizer, vector, layer=2, count=5)
     assert [each.trait for each in controls] == ["random 0", "random 1", "random 2", "covariance 0", "covariance 1"]
     for each in controls:
         assert each.direction(2).norm() == pytest.approx(float(vector.direction(2).norm()), rel=1e-5)
@@ -170,7 +170,7 @@ def planted(model, tokenizer):
 
 def test_a_planted_direction_is_found_and_beats_its_controls(model, tokenizer, trait):
     vector = planted(model, tokenizer)
-    options = {"layers": [0, 1, 2], "doses": [0.01, 0.1], "controls": 20, "trait": trait}
+    options = {"layer": [0, 1, 2], "doses": [0.01, 0.1], "controls": 20, "trait": trait}
     found = contrast_effect(model, tokenizer, vector, STATEMENTS, **options)
     assert (found.layer, found.dose) == (1, 0.1)
     assert found.works and found.beaten == 1 and found.flipped.mean < 0 < found.effect.mean
@@ -180,7 +180,7 @@ def test_a_planted_direction_is_found_and_beats_its_controls(model, tokenizer, t
         inside = likelihood_contrast(model, tokenizer, reporting)
     plain = likelihood_contrast(model, tokenizer, reporting)
     assert found.effect.mean == pytest.approx(float((inside - plain).mean()), abs=1e-4)
-    minus = contrast_effect(model, tokenizer, -vector, STATEMENTS, **{**options, "layers": [1]})
+    minus = contrast_effect(model, tokenizer, -vector, STATEMENTS, **{**options, "layer": [1]})
     assert not minus.works and minus.beaten < 0.1
 
 
@@ -188,7 +188,7 @@ def test_layer_and_dose_are_chosen_without_the_statements_that_report(model, tok
     """Turning the reporting statements round turns the effect's sign, and must not change what was chosen."""
     vector = planted(model, tokenizer)
     swapped = [{"pos": p["neg"], "neg": p["pos"]} for p in PAIRS[8:]]
-    options = {"layers": [0, 1, 2], "doses": [0.01, 0.1], "controls": 2}
+    options = {"layer": [0, 1, 2], "doses": [0.01, 0.1], "controls": 2}
     one = contrast_effect(model, tokenizer, vector, STATEMENTS, **options)
     other = contrast_effect(model, tokenizer, vector, Statements(question="And?", pairs=PAIRS[:8] + swapped), **options)
     assert (one.layer, one.dose) == (other.layer, other.dose)
@@ -196,11 +196,11 @@ def test_layer_and_dose_are_chosen_without_the_statements_that_report(model, tok
 
 
 def test_an_edit_that_breaks_the_model_is_not_chosen(model, tokenizer):
-    options = {"layers": [1], "doses": [900.0], "controls": 2, "max_perplexity": 0.5}
+    options = {"layer": [1], "doses": [900.0], "controls": 2, "max_perplexity": 0.5}
     with pytest.raises(InputError, match=r"perplexity on plain facts above 0\.5 times .* give smaller doses"):
         contrast_effect(model, tokenizer, vector_of(model), STATEMENTS, **options)
     with pytest.raises(InputError, match="one layer and one positive dose"):
-        contrast_effect(model, tokenizer, vector_of(model), STATEMENTS, layers=[1], doses=[-1.0])
+        contrast_effect(model, tokenizer, vector_of(model), STATEMENTS, layer=[1], doses=[-1.0])
 
 
 def test_the_matrix_holds_every_vector_s_effect_on_every_trait(model, tokenizer):

@@ -8,12 +8,12 @@ from helpers import random_direction
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.ledger import Ledger
-from persona_vectors.evaluation import answers as evaluation
 from persona_vectors.evaluation.answers import steered_answers
 from persona_vectors.evaluation.plots import plot_sweep
 from persona_vectors.evaluation.sweeping import sweep
+from persona_vectors.model import generation
 
-OPTIONS = {"layers": [0, 1, 2], "coefs": [-4, 0, 4], "controls": 4, "max_new_tokens": 4, "temperature": 0.0}
+OPTIONS = {"layer": [0, 1, 2], "coefs": [-4, 0, 4], "controls": 4, "max_new_tokens": 4, "temperature": 0.0}
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ class Killed(Exception):
 
 def test_a_killed_sweep_goes_on_and_repeats_no_answer(model, tokenizer, trait, vector, tmp_path, monkeypatch):
     batches: list[int] = []
-    original, limit = evaluation.generate_tokens, 5
+    original, limit = generation.generate_tokens, 5
 
     def counted(model, tokenizer, prompts, **options):
         if len(batches) == limit:
@@ -101,7 +101,7 @@ def test_a_killed_sweep_goes_on_and_repeats_no_answer(model, tokenizer, trait, v
         batches.append(len(prompts))
         return original(model, tokenizer, prompts, **options)
 
-    monkeypatch.setattr(evaluation, "generate_tokens", counted)
+    monkeypatch.setattr(generation, "generate_tokens", counted)
     path = tmp_path / "answers.jsonl"
     options = {**OPTIONS, "batch_tokens": 60, "judge": letters}
     with pytest.raises(Killed):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.tables import Table
 from persona_vectors.data.traits import Trait
 from persona_vectors.evaluation.judge import Answer, Judge, judge_name, score
 from persona_vectors.evaluation.likelihood import Statements
@@ -22,7 +23,7 @@ class Labelled(NamedTuple):
 
 
 @dataclass(frozen=True)
-class JudgeReport:
+class JudgeReport(Table):
     """How well a judge agrees with labels; an answer that it scores 50 or more counts as showing the trait."""
 
     judge: str

@@ -4,7 +4,7 @@ import pytest
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.traits import load_trait
-from persona_vectors.evaluation.judge_check import Labelled, check_judge, load_labels, require_valid_judge
+from persona_vectors.evaluation.check import Labelled, check_judge, load_labels, require_valid_judge
 from persona_vectors.evaluation.likelihood import load_statements
 
 SCORES = {"a": 90.0, "b": 60.0, "c": 55.0, "d": 10.0, "e": 20.0, "f": None}
