@@ -2,7 +2,6 @@
 
 import datetime
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
@@ -19,12 +17,11 @@ from persona_vectors.data.traits import Trait
 from persona_vectors.evaluation.judge import Answer, Judge, judge_name
 from persona_vectors.evaluation.judges import score_both
 from persona_vectors.extraction.evidence import mean_difference, separation, split_half_cosine
-from persona_vectors.extraction.rollouts import Rollout, RolloutFile, generate_batch, plan, rollout_batches
+from persona_vectors.extraction.rollouts import Rollout, RolloutFile, draw_rollouts, plan
 from persona_vectors.model.blocks import Model, model_name
-from persona_vectors.model.generation import stop_tokens
+from persona_vectors.model.generation import generation_budget, stop_tokens
 from persona_vectors.model.identity import hash_of, identity
 from persona_vectors.model.pooling import POOLINGS, pool, pool_while_generating
-from persona_vectors.model.prompts import batch_tokens_for
 from persona_vectors.model.wrappers import keeps_cache, unwrap
 from persona_vectors.vectors.vector import PersonaVector
 
@@ -46,7 +43,7 @@ def extract(
     *,
     judge: Judge | None,
     samples: int = 10,
-    questions: int | None = None,
+    first: int | None = None,
     max_new_tokens: int = 1000,
     temperature: float = 1.0,
     seed: int = 0,
@@ -68,9 +65,7 @@ def extract(
     Raises InputError where fewer than `min_pairs` pairs are kept, saying what was dropped.
     """
     model = _checked(model, pooling)
-    tasks = plan(tokenizer, trait, questions=questions, samples=samples)
-    budget = batch_tokens or 8 * batch_tokens_for(model)
-    batches = rollout_batches(tasks, max_new_tokens=max_new_tokens, batch_tokens=budget)
+    tasks = plan(tokenizer, trait, first=first, samples=samples)
     settings = {
         "trait": trait.name,
         "trait_hash": hash_of(trait.model_dump()),
@@ -80,46 +75,41 @@ def extract(
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "seed": seed,
-        "batch_tokens": budget,
+        "batch_tokens": generation_budget(model, batch_tokens),
         "judge": judge_name(judge),
     }
-    file = RolloutFile(rollouts, settings) if rollouts is not None else None
-    if file:
-        file.trim([len(batch) for batch in batches])
-    found = list(file.rollouts) if file else []
-    reads: dict[int, _Read] = {}
+    file = RolloutFile(rollouts, settings)
+    drawing: dict[str, Any] = {name: settings[name] for name in ("max_new_tokens", "temperature", "seed")}
+    drawing |= {"batch_tokens": batch_tokens, "desc": f"{trait.name}: answers"}
+    if keeps_cache(model):
+        stops = stop_tokens(model, tokenizer)
+        drawing["during"] = lambda _: pool_while_generating(model, stops=stops, poolings=[pooling])
     limit = None if judge is None else threshold
-    stops, cached = stop_tokens(model, tokenizer), keeps_cache(model)
-    start = len(found)
-    with tqdm(total=len(tasks), initial=start, desc=f"{trait.name}: answers", unit="answer") as bar:
-        for number, batch in enumerate(batches):
-            if start > 0:
-                start -= len(batch)
-                continue
-            reading = pool_while_generating(model, stops=stops, poolings=[pooling]) if cached else nullcontext()
-            with reading as pooled:
-                answers = generate_batch(
-                    model,
-                    tokenizer,
-                    [tasks[i] for i in batch],
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    seed=seed,
-                    number=number,
-                )
-            means = pooled() if pooled else None
-            answers = judge_rollouts(model, tokenizer, trait, judge, answers)
-            if file:
-                file.append(answers)
-            for index, answer in enumerate(answers):
-                if means and _passes(answer, limit):
-                    mean = means.means[index, 0].clone()
-                    reads[len(found) + index] = _Read(mean, means.norms[index].clone())
-            found += answers
-            bar.update(len(batch))
-            bar.set_postfix(kept=sum(_passes(answer, limit) for answer in found), refresh=False)
+    reads = _draw(model, tokenizer, trait, judge, tasks, file, limit, drawing)
     info = {key: value for key, value in settings.items() if key not in ("trait", "model", "questions")}
-    return _difference(model, trait, found, reads, pooling=pooling, limit=limit, min_pairs=min_pairs, info=info)
+    return _difference(model, trait, file.rollouts, reads, pooling=pooling, limit=limit, min_pairs=min_pairs, info=info)
+
+
+def _draw(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    trait: Trait,
+    judge: Judge | None,
+    tasks: Sequence[dict[str, Any]],
+    file: RolloutFile,
+    limit: float | None,
+    drawing: dict[str, Any],
+) -> dict[int, _Read]:
+    """Add the rollouts that the file lacks, judged; return what was read of those that pass, by their index in it."""
+    reads: dict[int, _Read] = {}
+    for answers, pooled in draw_rollouts(model, tokenizer, tasks, file, **drawing):
+        means, before = pooled() if pooled else None, len(file.rollouts)
+        judged = judge_rollouts(model, tokenizer, trait, judge, answers)
+        file.append(judged)
+        for index, answer in enumerate(judged):
+            if means and _passes(answer, limit):
+                reads[before + index] = _Read(means.means[index, 0].clone(), means.norms[index].clone())
+    return reads
 
 
 def extract_from(
@@ -128,7 +118,7 @@ def extract_from(
     trait: Trait,
     rollouts: Sequence[Rollout],
     *,
-    judge: Judge | None = None,
+    judge: Judge | None,
     pooling: str = "response_mean",
     threshold: float = 50.0,
     batch_tokens: int | None = None,
@@ -225,8 +215,7 @@ def _difference(
     todo = sorted({index for pair in kept for index in pair} - set(reads))
     if todo:
         rows = [(rollouts[index].prompt_ids, rollouts[index].answer_ids) for index in todo]
-        with tqdm(total=len(rows), desc=f"{trait.name}: activations", unit="answer") as bar:
-            pooled = pool(model, rows, poolings=[pooling], batch_tokens=info["batch_tokens"], progress=bar.update)
+        pooled = pool(model, rows, poolings=[pooling], batch_tokens=info["batch_tokens"])
         reads = reads | {index: _Read(pooled.means[i, 0], pooled.norms[i]) for i, index in enumerate(todo)}
     pos = torch.stack([reads[i].mean for i, _ in kept])
     neg = torch.stack([reads[j].mean for _, j in kept])

@@ -1,6 +1,7 @@
 """How reliable a difference of means is: halves of the questions, and held-out separation."""
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
@@ -43,6 +44,9 @@ def separation(
     for fold in range(min(folds, count)):
         held_out = question % min(folds, count) == fold
         direction = mean_difference(pos[~held_out], neg[~held_out])
-        sides = [torch.einsum("plh,lh->pl", side[held_out], direction).numpy() for side in (pos, neg)]
+        sides = [
+            einsum(side[held_out], direction, "pair layer hidden, layer hidden -> pair layer").numpy()
+            for side in (pos, neg)
+        ]
         areas.append(mannwhitneyu(*sides, axis=0).statistic / len(sides[0]) ** 2)
     return torch.tensor(sum(areas) / len(areas), dtype=torch.float32)

@@ -1,21 +1,24 @@
 """Rollouts: answers under positive and negative instructions, kept in a file that a killed run continues."""
 
 import csv
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedTokenizerBase
 
+from persona_vectors.data.checks import check_settings, first_fault
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path
+from persona_vectors.data.progress import bar
 from persona_vectors.data.traits import Trait
 from persona_vectors.model.blocks import Model
-from persona_vectors.model.generation import generate_tokens
-from persona_vectors.model.prompts import chat_prompt, decode, encode, encode_answer, length_batches
+from persona_vectors.model.generation import generate_batches, generation_batches
+from persona_vectors.model.prompts import chat_prompt, decode, encode, encode_answer
 
 FORMAT = 1
 
@@ -47,11 +50,9 @@ class Rollout(BaseModel):
         return self.pair, self.question, self.sample
 
 
-def plan(
-    tokenizer: PreTrainedTokenizerBase, trait: Trait, *, questions: int | None, samples: int
-) -> list[dict[str, Any]]:
+def plan(tokenizer: PreTrainedTokenizerBase, trait: Trait, *, first: int | None, samples: int) -> list[dict[str, Any]]:
     """Return what is to be generated: every pair, side, question and sample, with its prompt."""
-    chosen = trait.questions.extract[:questions]
+    chosen = trait.questions.extract[:first]
     if not chosen:
         raise InputError(f"trait {trait.name!r} has no questions to extract with: add some to questions.extract")
     tasks = []
@@ -65,69 +66,61 @@ def plan(
     return tasks
 
 
-def rollout_batches(tasks: Sequence[dict[str, Any]], *, max_new_tokens: int, batch_tokens: int) -> list[list[int]]:
-    """Return the batches, as indices of tasks, in which `generate_batch` is to be called: always the same ones."""
-    return length_batches([task["prompt_ids"] for task in tasks], max_new_tokens, batch_tokens)
-
-
-def generate_batch(
+def draw_rollouts(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[dict[str, Any]],
+    file: "RolloutFile",
     *,
     max_new_tokens: int,
     temperature: float,
     seed: int,
-    number: int,
-) -> list[Rollout]:
-    """Answer one batch of tasks, with a seed of its own: a run that starts in the middle gives the same answers.
+    batch_tokens: int | None,
+    desc: str,
+    during: Callable[[list[int]], AbstractContextManager[Any]] | None = None,
+) -> Iterator[tuple[list[Rollout], Any]]:
+    """Yield the rollouts of each batch that `file` lacks, and what `during` gave around it. Append them.
 
-    One token more than is kept is sampled, so that the model reads every token that is kept.
+    The batches and their seeds are always the same: a run that starts in the middle gives the same answers. A batch
+    that the file holds only in part is dropped from it, and answered again.
     """
-    digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
-    answers = generate_tokens(
-        model,
-        tokenizer,
-        [task["prompt_ids"] for task in tasks],
-        max_new_tokens=max_new_tokens + 1,
-        temperature=temperature,
-        seed=int.from_bytes(digest[:6], "big"),
-    )
-    return [
-        Rollout(
-            **task,
-            answer=decode(tokenizer, ids[:max_new_tokens]),
-            answer_ids=tuple(ids[:max_new_tokens]),
-            finished=ended,
-        )
-        for task, (ids, ended) in zip(tasks, answers)
-    ]
+    prompts = [task["prompt_ids"] for task in tasks]
+    batches = generation_batches(model, prompts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
+    file.trim([len(batch) for batch in batches])
+    done = len(file.rollouts)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    options |= {"batch_tokens": batch_tokens, "reading": True, "during": during}
+    known = set(list(chain(*batches))[:done])
+    with bar(total=len(tasks), initial=done, desc=desc, unit="answer") as shown:
+        for batch in generate_batches(model, tokenizer, prompts, skip=known, **options):
+            answers = zip(batch.rows, batch.answers)
+            yield [_rollout(tokenizer, tasks[row], ids, ended) for row, (ids, ended) in answers], batch.read
+            shown.update(len(batch.rows))
+
+
+def _rollout(tokenizer: PreTrainedTokenizerBase, task: dict[str, Any], ids: Sequence[int], ended: bool) -> Rollout:
+    return Rollout(**task, answer=decode(tokenizer, ids), answer_ids=tuple(ids), finished=ended)
 
 
 class RolloutFile:
     """A JSONL file of rollouts: a header with the run's settings, then one answer a line, appended batch by batch."""
 
-    def __init__(self, path: str | Path, settings: dict[str, Any]) -> None:
-        """Open `path`, or start it; what it holds is in `rollouts`.
+    def __init__(self, path: str | Path | None, settings: dict[str, Any]) -> None:
+        """Open `path`, or start it; what it holds is in `rollouts`. With None they are kept in memory alone.
 
         Raises InputError where the file was made with other settings, naming the first difference.
         """
-        self.path = Path(path)
+        self.path = Path(path) if path is not None else None
         self.settings = {"persona_vectors_rollouts": FORMAT, **settings}
         self.rollouts: list[Rollout] = []
-        if self.path.is_file() and self.path.stat().st_size:
-            self._resume()
+        if self.path and self.path.is_file() and self.path.stat().st_size:
+            self._resume(self.path)
         else:
             self._rewrite()
 
-    def _resume(self) -> None:
-        header, self.rollouts = read_jsonl(self.path, partial=True)
-        for name, value in self.settings.items():
-            if header.get(name) != value:
-                raise InputError(
-                    f"{self.path} was made with {name}={header.get(name)!r}, not {value!r}: "
-                    "give the same settings, or another file"
-                )
+    def _resume(self, path: Path) -> None:
+        header, self.rollouts = read_jsonl(path, partial=True)
+        check_settings(path, header, self.settings)
 
     def trim(self, batch_sizes: Sequence[int]) -> None:
         """Drop a batch that was only partly written, and a line that was cut, from the end of the file."""
@@ -141,11 +134,14 @@ class RolloutFile:
 
     def append(self, rollouts: Sequence[Rollout]) -> None:
         """Add a batch in one write, and have it on the disk before returning."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(rollout.model_dump_json() + "\n" for rollout in rollouts))
+        if self.path:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(rollout.model_dump_json() + "\n" for rollout in rollouts))
         self.rollouts += rollouts
 
     def _rewrite(self) -> None:
+        if self.path is None:
+            return
         with atomic_path(self.path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.write(json.dumps(self.settings, ensure_ascii=False) + "\n")
             file.writelines(rollout.model_dump_json() + "\n" for rollout in self.rollouts)
@@ -169,7 +165,7 @@ def read_jsonl(path: Path, *, partial: bool = False) -> tuple[dict[str, Any], li
             else:
                 rollouts.append(Rollout.model_validate_json(line))
         except (ValidationError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_fault(error) if isinstance(error, ValidationError) else str(error).splitlines()[0]
             raise InputError(f"{path}, line {number}: {reason}; give our JSONL, or an official CSV") from None
     return header, rollouts
 

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path
 from persona_vectors.data.traits import Trait
-from persona_vectors.extraction.rollouts import Rollout, RolloutFile, generate_batch, plan, rollout_batches
+from persona_vectors.extraction.rollouts import Rollout, RolloutFile, draw_rollouts, plan
 from persona_vectors.model.blocks import Model
+from persona_vectors.model.generation import generation_budget
 from persona_vectors.model.identity import identity
-from persona_vectors.model.prompts import batch_tokens_for, chat_prompt, encode
+from persona_vectors.model.prompts import chat_prompt, encode
 
 SIDES = {"positive": "pos", "negative": "neg", "plain": "none"}
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -25,8 +25,8 @@ def make_training_sets(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     trait: Trait,
-    out: str | Path,
     *,
+    out: str | Path,
     questions: Sequence[str] | None = None,
     samples: int = 2,
     fractions: Sequence[float] = FRACTIONS,
@@ -53,39 +53,35 @@ def make_training_sets(
         raise InputError(f"trait {trait.name!r} has no evaluation questions: give some with questions=")
     if not all(0 <= fraction <= 1 for fraction in fractions):
         raise InputError(f"fractions are {list(fractions)}: give numbers from 0 to 1")
-    pairs = len(trait.instruction)
-    held_out = trait.model_copy(update={"questions": type(trait.questions)(extract=tuple(asked))})
-    tasks = plan(tokenizer, held_out, questions=None, samples=samples)
-    for question in asked:
-        prompt = chat_prompt(tokenizer, question)
-        shared = {"side": "none", "pair": -1, "question": question, "prompt": prompt}
-        ids = tuple(encode(tokenizer, prompt))
-        tasks += [{**shared, "prompt_ids": ids, "sample": sample} for sample in range(pairs * samples)]
-    budget = batch_tokens or 8 * batch_tokens_for(model)
+    drawing: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     settings = {
         "trait": trait.model_dump(mode="json"),
         **identity(model, tokenizer),
         "questions": asked,
         "samples": samples,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": seed,
-        "batch_tokens": budget,
+        **drawing,
+        "batch_tokens": generation_budget(model, batch_tokens),
     }
     file = RolloutFile(out / "rollouts.jsonl", settings)
-    batches = rollout_batches(tasks, max_new_tokens=max_new_tokens, batch_tokens=budget)
-    file.trim([len(batch) for batch in batches])
-    start = len(file.rollouts)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    with tqdm(total=len(tasks), initial=start, desc=f"{trait.name}: training answers", unit="answer") as bar:
-        for number, batch in enumerate(batches):
-            if start > 0:
-                start -= len(batch)
-                continue
-            chosen = [tasks[i] for i in batch]
-            file.append(generate_batch(model, tokenizer, chosen, number=number, **options))
-            bar.update(len(batch))
+    drawing |= {"batch_tokens": batch_tokens, "desc": f"{trait.name}: training answers"}
+    for rollouts, _ in draw_rollouts(model, tokenizer, _tasks(tokenizer, trait, asked, samples), file, **drawing):
+        file.append(rollouts)
     return _write_sets(file.rollouts, trait.name, out, fractions, seed)
+
+
+def _tasks(
+    tokenizer: PreTrainedTokenizerBase, trait: Trait, asked: Sequence[str], samples: int
+) -> list[dict[str, Any]]:
+    """Return what is to be generated: answers under each side of the trait's pairs, and as many without."""
+    held_out = trait.model_copy(update={"questions": type(trait.questions)(extract=tuple(asked))})
+    tasks = plan(tokenizer, held_out, first=None, samples=samples)
+    for question in asked:
+        prompt = chat_prompt(tokenizer, question)
+        shared = {"side": "none", "pair": -1, "question": question, "prompt": prompt}
+        ids = tuple(encode(tokenizer, prompt))
+        count = len(trait.instruction) * samples
+        tasks += [{**shared, "prompt_ids": ids, "sample": sample} for sample in range(count)]
+    return tasks
 
 
 def _write_sets(

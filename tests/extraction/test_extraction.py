@@ -71,7 +71,7 @@ def test_official_rollouts_give_the_official_vector(tmp_path, model, tokenizer, 
     for side in rows:
         path = write_csv(tmp_path / f"{side}.csv", rows[side])
         loaded += load_rollouts(path, side=side, trait=trait, tokenizer=tokenizer)
-    vector = extract_from(model, tokenizer, trait, loaded, pooling=pooling, min_pairs=2)
+    vector = extract_from(model, tokenizer, trait, loaded, judge=None, pooling=pooling, min_pairs=2)
     kept = [i for i in range(16) if i not in (3, 5, 6)]  # an empty answer, a refusal, an incoherent one
     expected = [
         official_procedure(model, tokenizer, [(rows[s][i]["prompt"], rows[s][i]["answer"]) for i in kept], pooling)
@@ -87,7 +87,7 @@ def test_extraction_while_generating_equals_the_second_pass(tmp_path, model, tok
     path = tmp_path / "r.jsonl"
     direct = extract(model, tokenizer, trait, judge=None, rollouts=path, **SMALL)
     both = [r for side in ("pos", "neg") for r in load_rollouts(path, side=side, trait=trait, tokenizer=tokenizer)]
-    second = extract_from(model, tokenizer, trait, both, min_pairs=2)
+    second = extract_from(model, tokenizer, trait, both, judge=None, min_pairs=2)
     resumed = extract(model, tokenizer, trait, judge=None, rollouts=path, **SMALL)
     for other in (second, resumed):
         torch.testing.assert_close(direct.directions, other.directions, rtol=1e-3, atol=1e-5)
@@ -167,13 +167,15 @@ def test_bad_rollout_csvs(tmp_path, model, tokenizer, trait, text, message):
     path = tmp_path / "pos.csv"
     path.write_text(text)
     with pytest.raises(InputError, match=message):
-        extract_from(model, tokenizer, trait, load_rollouts(path, side="pos", trait=trait, tokenizer=tokenizer))
+        extract_from(
+            model, tokenizer, trait, load_rollouts(path, side="pos", trait=trait, tokenizer=tokenizer), judge=None
+        )
 
 
 def test_bad_rollout_jsonl_names_the_line(tmp_path, trait, tokenizer):
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps({"persona_vectors_rollouts": 1}) + '\n{"side": "pos"}\n')
-    with pytest.raises(InputError, match=r"r.jsonl, line 2: "):
+    with pytest.raises(InputError, match=r"r.jsonl, line 2: field pair: Field required; give our JSONL"):
         load_rollouts(path, side="pos", trait=trait, tokenizer=tokenizer)
     path.write_text('{"persona_vectors_rollouts": 9}\n')
     with pytest.raises(InputError, match="no header of rollout format 1"):

@@ -7,8 +7,8 @@ import pytest
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.extraction.rollouts import read_jsonl
+from persona_vectors.model import generation
 from persona_vectors.model.prompts import chat_prompt
-from persona_vectors.training import sets as training_sets
 from persona_vectors.training.sets import make_training_sets
 
 SMALL = {"samples": 2, "max_new_tokens": 4, "batch_tokens": 300}
@@ -19,7 +19,7 @@ def read(path: Path) -> list[dict]:
 
 
 def test_the_sets_hold_the_models_answers_without_system_prompts(model, tokenizer, trait, tmp_path):
-    counts = make_training_sets(model, tokenizer, trait, tmp_path, fractions=[0, 0.25, 1], **SMALL)
+    counts = make_training_sets(model, tokenizer, trait, out=tmp_path, fractions=[0, 0.25, 1], **SMALL)
     rollouts = {(r.side, r.key): r for r in read_jsonl(tmp_path / "rollouts.jsonl")[1]}
     # 2 questions, 3 pairs, 2 samples
     assert Counter(side for side, _ in rollouts) == {
@@ -41,7 +41,7 @@ def test_the_sets_hold_the_models_answers_without_system_prompts(model, tokenize
 
 
 def test_mixes_have_the_fraction_asked_for_and_the_same_questions(model, tokenizer, trait, tmp_path):
-    counts = make_training_sets(model, tokenizer, trait, tmp_path, fractions=[0, 0.25, 0.5, 1], **SMALL)
+    counts = make_training_sets(model, tokenizer, trait, out=tmp_path, fractions=[0, 0.25, 0.5, 1], **SMALL)
     total, asked = counts["positive"], None
     for fraction in (0, 0.25, 0.5, 1):
         lines = read(tmp_path / f"mixed-{round(100 * fraction):03d}.jsonl")
@@ -51,8 +51,8 @@ def test_mixes_have_the_fraction_asked_for_and_the_same_questions(model, tokeniz
 
 
 def test_a_stopped_run_goes_on_and_ends_with_the_same_files(model, tokenizer, trait, tmp_path, monkeypatch):
-    make_training_sets(model, tokenizer, trait, tmp_path / "whole", **SMALL)
-    original, calls = training_sets.generate_batch, []
+    make_training_sets(model, tokenizer, trait, out=tmp_path / "whole", **SMALL)
+    original, calls = generation.generate_tokens, []
 
     def stop_at_third(*args, **kwargs):
         calls.append(1)
@@ -60,20 +60,20 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_files(model, tokenizer, tr
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(training_sets, "generate_batch", stop_at_third)
+    monkeypatch.setattr(generation, "generate_tokens", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
-        make_training_sets(model, tokenizer, trait, tmp_path / "cut", **SMALL)
+        make_training_sets(model, tokenizer, trait, out=tmp_path / "cut", **SMALL)
     assert not (tmp_path / "cut" / "positive.jsonl").exists()
     before = len(calls)
-    make_training_sets(model, tokenizer, trait, tmp_path / "cut", **SMALL)
+    make_training_sets(model, tokenizer, trait, out=tmp_path / "cut", **SMALL)
     batches = len(calls) - before
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "cut" / path.name).read_bytes() == path.read_bytes(), path.name
     calls[:] = [1] * 3
-    make_training_sets(model, tokenizer, trait, tmp_path / "again", **SMALL)
+    make_training_sets(model, tokenizer, trait, out=tmp_path / "again", **SMALL)
     assert len(calls) - 3 == batches + 2  # the two batches of the stopped run were not made anew
     with pytest.raises(InputError, match="was made with seed=0, not 1"):
-        make_training_sets(model, tokenizer, trait, tmp_path / "cut", seed=1, **SMALL)
+        make_training_sets(model, tokenizer, trait, out=tmp_path / "cut", seed=1, **SMALL)
 
 
 @pytest.mark.parametrize(
@@ -82,5 +82,5 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_files(model, tokenizer, tr
 )
 def test_bad_input(model, tokenizer, trait, tmp_path, options: dict, message: str):
     with pytest.raises(InputError, match=re.escape(message)):
-        make_training_sets(model, tokenizer, trait, tmp_path, **options, **SMALL)
+        make_training_sets(model, tokenizer, trait, out=tmp_path, **options, **SMALL)
     assert not list(tmp_path.iterdir())
