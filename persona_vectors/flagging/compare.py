@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,26 +26,31 @@ class Comparison:
     """How many samples of each show the same sign of the gap in 95 % of 1,000 random subsamples; None: no number
     up to the smaller dataset's."""
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row: both means, their gap, and how many samples show its sign."""
+        row: dict[str, Any] = self.first.columns("first") | self.second.columns("second") | self.gap.columns("gap")
+        return [row | {"enough": self.enough}]
+
     def __str__(self) -> str:
         if self.gap.low <= 0 <= self.gap.high:
             verdict = "no telling which moves the trait more"
         else:
             verdict = f"the {'first' if self.gap.mean > 0 else 'second'} will move the trait more"
         enough = "" if self.enough is None else f"; {self.enough} samples of each suffice"
-        return f"{self.first} and {self.second}, gap {self.gap}: {verdict}{enough}"
+        return f"{self.first:+.2f} and {self.second:+.2f}, gap {self.gap:+.2f}: {verdict}{enough}"
 
 
-def compare_datasets(first: str | Path, second: str | Path, *, seed: int = 0) -> dict[str, Comparison]:
+def compare_datasets(flags: str | Path, other: str | Path, *, seed: int = 0) -> dict[str, Comparison]:
     """Compare two flags files, vector by vector, with 95 % intervals clustered by prompt.
 
     Raises InputError where they were made with other models, vectors, layers or baselines.
     """
-    paths = [Path(first), Path(second)]
+    paths = [Path(flags), Path(other)]
     headers = [read_header(path) for path in paths]
     for name in ("weights", "vectors", "layers", "baseline", "max_new_tokens"):
         mine, theirs = (header["settings"][name] for header in headers)
         if mine != theirs:
-            raise InputError(f"{first} has {name}={mine!r} and {second} {theirs!r}: flag both with the same settings")
+            raise InputError(f"{flags} has {name}={mine!r} and {other} {theirs!r}: flag both with the same settings")
     compared = {}
     for key in headers[0]["summary"]:
         columns = [_differences(path, key) for path in paths]

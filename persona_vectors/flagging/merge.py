@@ -31,7 +31,7 @@ def merge(
 ) -> Flags:
     """Write the finished file from its parts: percentiles need all differences, which are sorted on the disk."""
     pa, parquet = import_pyarrow()
-    totals, baseline, threshold = dict(plan["counts"]), settings["baseline"], settings["threshold"]
+    totals, baseline = dict(plan["counts"]), settings["baseline"]
     with closing(Baselines(folder / "baselines.sqlite")) as known:
 
         def parts() -> Iterator[dict[str, Any]]:
@@ -47,7 +47,7 @@ def merge(
         ranks = own if reference is None else _reference_columns(folder, reference, keys)
         for column in {*own, *ranks}:
             column.sort()
-        limits = [_limit(column, threshold) for column in ranks]
+        limits = [_limit(column, settings["threshold"], settings["percentile"]) for column in ranks]
         flagged = np.zeros(len(keys), int)
         for rows in parts():
             for i, limit in enumerate(limits):
@@ -165,10 +165,10 @@ class _Column:
         return Summary(mean, error, self.count, enough, threshold, flagged)
 
 
-def _limit(column: _Column, threshold: float | str | None) -> float | None:
-    if threshold is None or not isinstance(threshold, str):
-        return None if threshold is None else float(threshold)
-    return column.at(float(threshold[1:])) if column.count else None
+def _limit(column: _Column, threshold: float | None, percentile: float | None) -> float | None:
+    if percentile is None:
+        return threshold
+    return column.at(percentile) if column.count else None
 
 
 def _reference_columns(folder: Path, reference: Path, keys: Sequence[str]) -> list[_Column]:

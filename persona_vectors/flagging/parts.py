@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,24 @@ class Flags:
             lines.append(f"  {key}: {found.mean:+.3f} +- {error:.3f} (95 %; {enough} show its sign){flagged}")
         return "\n".join(lines)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row a vector: its summary over the dataset."""
+        return [{"vector": key, **asdict(found)} for key, found in self.summary.items()]
 
-def load_flags(path: str | Path) -> Flags:
-    """Read what a finished flags file says of itself; raises InputError where it is none of ours."""
-    header, path = read_header(Path(path)), Path(path)
-    return Flags(
-        path, header["settings"], header["counts"], {key: Summary(**found) for key, found in header["summary"].items()}
-    )
+    def to_pandas(self) -> Any:
+        """Return the samples, a row each, as a pandas DataFrame; see `flag` for the columns."""
+        try:
+            import pandas
+        except ImportError:
+            raise InputError("to_pandas needs pandas: pip install pandas (or read .path with pyarrow)") from None
+        return pandas.read_parquet(self.path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Flags":
+        """Read what a finished flags file says of itself; raises InputError where it is none of ours."""
+        header = read_header(Path(path))
+        summary = {key: Summary(**found) for key, found in header["summary"].items()}
+        return cls(Path(path), header["settings"], header["counts"], summary)
 
 
 def is_flags(source: Any) -> bool:
@@ -76,16 +87,6 @@ def read_header(path: Path) -> dict[str, Any]:
     if header["format"] != FORMAT:
         raise InputError(f"{path} has format version {header['format']}, and this release reads {FORMAT}: flag again")
     return header
-
-
-def check_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise InputError, naming the difference, where files were made with other settings."""
-    for name in {**wanted, **found}:
-        if found.get(name) != wanted.get(name):
-            raise InputError(
-                f"{path} was made with {name}={found.get(name)!r}, not {wanted.get(name)!r}: "
-                "give the same settings, or another file"
-            )
 
 
 def read_json(path: Path) -> Any:

@@ -3,17 +3,17 @@
 import hashlib
 import json
 import sqlite3
-from collections import Counter
 from collections.abc import Iterable
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.progress import bar
 from persona_vectors.data.samples import Sample, Source
 from persona_vectors.flagging.parts import part, read_json, write_json, write_table
 from persona_vectors.flagging.store import Baselines
@@ -52,61 +52,86 @@ def make_plan(
         plan = read_json(known)
         check_digest(samples, plan["digest"], folder)
         return plan
-    counts, seen = Counter(samples=0, truncated=0, empty=0, skipped=0), hashlib.sha256()
+    seen = hashlib.sha256()
     rows, prompts = _Parts(folder, "rows", chunk), _Parts(folder, "prompts", chunk)
     (folder / "baselines.sqlite").unlink(missing_ok=True)
     given = None if answers is None else _Given(folder / "given.sqlite", answers)
+    reader = _Reader(tokenizer, limit, new_tokens, given, namespace, stop)
     with closing(Baselines(folder / "baselines.sqlite")) as here, closing(Baselines(cache)) as kept:
-        for sample in tqdm(samples, desc="reading samples", unit="sample"):
+        for sample in bar(samples, desc="reading samples", unit="sample"):
             seen.update(repr(sample).encode())
-            try:
-                if isinstance(sample, InputError):
-                    raise sample
-                text = chat_text(tokenizer, sample.prompt, add_generation_prompt=True)
-                whole = encode_answer(tokenizer, text, sample.answer)
-                prompt, answer = fit(whole, limit, new_tokens)
-                base = None
-                if given is not None:
-                    base = encode_answer(tokenizer, text, given.find(sample))[1]
-                    base = base if limit is None else base[: limit - len(prompt)]
-            except InputError as error:
-                if stop:
-                    raise InputError(f"{error} (on_error='skip' leaves such records out, and counts them)") from None
-                counts["skipped"] += 1
+            row = reader.read(sample)
+            if row is None:
                 continue
-            cut = (len(prompt), len(answer)) != (len(whole[0]), len(whole[1]))
-            counts += Counter(samples=1, truncated=int(cut), empty=int(not answer))
-            name = hashlib.sha256(np.array(prompt, np.int32).tobytes()).hexdigest()
-            key = f"{namespace} {name}" if base is None else f"{name} {hashlib.sha256(repr(base).encode()).hexdigest()}"
-            rows.add(
-                row=sample.row,
-                id=sample.id,
-                key=key,
-                prompt_hash=name[:16],
-                prompt_ids=prompt,
-                answer_ids=answer,
-                truncated=cut,
-            )
-            if (new_tokens or given is not None) and here.is_new(key):
-                found = kept.find(key, reading) if given is None else None
+            base = row.pop("base")
+            rows.add(**row)
+            if (new_tokens or given is not None) and here.is_new(row["key"]):
+                found = kept.find(row["key"], reading) if given is None else None
                 if found is not None:
-                    here.add(reading, [key], [found[0]], [found[1]])
+                    here.add(reading, [row["key"]], [found[0]], [found[1]])
                 else:
-                    base = kept.answer(key) if given is None else base
-                    prompts.add(key=key, prompt_ids=prompt, answer_ids=base)
+                    base = kept.answer(row["key"]) if given is None else base
+                    prompts.add(key=row["key"], prompt_ids=row["prompt_ids"], answer_ids=base)
         rows.write()
         prompts.write()
         here.database.commit()
-    counted = {name: counts[name] for name in ("samples", "truncated", "empty", "skipped")}
-    plan = {"chunks": rows.number, "groups": prompts.number, "counts": counted, "digest": seen.hexdigest()}
+    plan = {"chunks": rows.number, "groups": prompts.number, "counts": reader.counts, "digest": seen.hexdigest()}
     write_json(known, plan)
     return plan
+
+
+@dataclass
+class _Reader:
+    """Templates and tokenises samples, and counts what it saw."""
+
+    tokenizer: PreTrainedTokenizerBase
+    limit: int | None
+    new_tokens: int
+    given: "_Given | None"
+    namespace: str
+    stop: bool
+
+    def __post_init__(self) -> None:
+        self.counts = {"samples": 0, "truncated": 0, "empty": 0, "skipped": 0}
+
+    def read(self, sample: Sample | InputError) -> dict[str, Any] | None:
+        """Return a sample's row, with its given base answer as `base`; None for what is no sample and is left out."""
+        try:
+            if isinstance(sample, InputError):
+                raise sample
+            text = chat_text(self.tokenizer, sample.prompt, add_generation_prompt=True)
+            whole = encode_answer(self.tokenizer, text, sample.answer)
+            prompt, answer = fit(whole, self.limit, self.new_tokens)
+            base = None
+            if self.given is not None:
+                base = encode_answer(self.tokenizer, text, self.given.find(sample))[1]
+                base = base if self.limit is None else base[: self.limit - len(prompt)]
+        except InputError as error:
+            if self.stop:
+                raise InputError(f"{error} (on_error='skip' leaves such records out, and counts them)") from None
+            self.counts["skipped"] += 1
+            return None
+        cut = (len(prompt), len(answer)) != (len(whole[0]), len(whole[1]))
+        for name, seen in (("samples", True), ("truncated", cut), ("empty", not answer)):
+            self.counts[name] += seen
+        name = hashlib.sha256(np.array(prompt, np.int32).tobytes()).hexdigest()
+        own = base is not None and hashlib.sha256(repr(base).encode()).hexdigest()
+        return {
+            "row": sample.row,
+            "id": sample.id,
+            "key": f"{name} {own}" if own else f"{self.namespace} {name}",
+            "prompt_hash": name[:16],
+            "prompt_ids": prompt,
+            "answer_ids": answer,
+            "truncated": cut,
+            "base": base,
+        }
 
 
 def check_digest(samples: Iterable[Sample | InputError], wanted: str, where: Path) -> None:
     """Raise InputError where the samples are not those that a file was made from."""
     seen = hashlib.sha256()
-    for sample in tqdm(samples, desc="checking samples", unit="sample"):
+    for sample in bar(samples, desc="checking samples", unit="sample"):
         seen.update(repr(sample).encode())
     if seen.hexdigest() != wanted:
         raise InputError(f"{where} was made from other samples than these: give the same data, or another file")
@@ -150,7 +175,7 @@ class _Given:
         path.unlink(missing_ok=True)
         self.database = sqlite3.connect(path)
         self.database.execute("CREATE TABLE answers (prompt TEXT PRIMARY KEY, answer TEXT)")
-        for sample in tqdm(answers, desc="reading answers", unit="answer"):
+        for sample in bar(answers, desc="reading answers", unit="answer"):
             if isinstance(sample, InputError):
                 raise sample
             row = json.dumps(sample.prompt), sample.answer

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path
 from persona_vectors.data.samples import Sample, Source, read_samples
-from persona_vectors.flagging.parts import Flags, flag_batches, load_flags
+from persona_vectors.flagging.parts import Flags, flag_batches
 from persona_vectors.flagging.plan import fit
 from persona_vectors.model.blocks import Model
 from persona_vectors.model.identity import fingerprint
@@ -31,11 +31,11 @@ BARS = 40
 def write_report(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
-    samples: Source,
+    data: Source,
     vectors: PersonaVector | Sequence[PersonaVector],
+    *,
     flags: str | Path,
     out: str | Path,
-    *,
     each: int = 50,
     columns: tuple[str, str] | None = None,
     split: str = "train",
@@ -45,20 +45,20 @@ def write_report(
 
     The samples shown are read from the dataset again, and projected token by token. All their text is escaped.
 
-    Raises InputError where the flags were made with another model or other vectors, or `samples` cannot be read twice.
+    Raises InputError where the flags were made with another model or other vectors, or `data` cannot be read twice.
     """
-    found = load_flags(flags)
+    found = Flags.load(flags)
     chosen = vector_list(vectors)
     if found.settings["weights"] != fingerprint(model) or list(found.settings["vectors"]) != [v.trait for v in chosen]:
         names = ", ".join(found.settings["vectors"])
         raise InputError(f"{flags} was made with model {found.settings['model']} and {names}: give the same ones")
-    if iter(samples) is samples if not isinstance(samples, (str, Path)) else False:
+    if iter(data) is data if not isinstance(data, (str, Path)) else False:
         raise InputError("these samples can be read only once: give a file or a list, or write them to one")
     picked = pick_rows(found, each=each, seed=seed)
     last = max(picked, default=-1)
     units = unit_directions(model, chosen, found.settings["layers"])
     rows, shown = [], []
-    for sample in read_samples(samples, columns=columns, split=split):
+    for sample in read_samples(data, columns=columns, split=split):
         if isinstance(sample, Sample) and sample.row in picked:
             whole = encode_answer(
                 tokenizer, chat_text(tokenizer, sample.prompt, add_generation_prompt=True), sample.answer

@@ -11,11 +11,11 @@ from persona_vectors.flagging.parts import read_header
 
 
 def add_scores(
-    samples: Source,
+    data: Source,
     flags: str | Path,
+    *,
     judge: Judge,
     rubric: str,
-    *,
     columns: tuple[str, str] | None = None,
     split: str = "train",
     batch: int = 256,
@@ -28,7 +28,7 @@ def add_scores(
     pa, parquet = import_pyarrow()
     flags = Path(flags)
     read_header(flags)
-    usable = (sample for sample in read_samples(samples, columns=columns, split=split) if isinstance(sample, Sample))
+    usable = (sample for sample in read_samples(data, columns=columns, split=split) if isinstance(sample, Sample))
     with parquet.ParquetFile(flags) as file, atomic_path(flags) as temporary:
         schema = file.schema_arrow
         if "judge" in schema.names:

@@ -31,8 +31,8 @@ def split_dataset(
     Raises InputError where the flags are another dataset's, hold no thresholds, or the formats differ.
     """
     header, flags, kept = read_header(Path(flags)), Path(flags), Path(kept)
-    if header["settings"]["threshold"] is None:
-        raise InputError(f"{flags} has no flags: run flag again with threshold= or reference=")
+    if all(found["threshold"] is None for found in header["summary"].values()):
+        raise InputError(f"{flags} has no flags: run flag again with threshold=, percentile= or reference=")
     columns = ["row", "flagged"]
     if judge_above is not None:
         if "judge" not in import_pyarrow()[1].read_schema(flags).names:

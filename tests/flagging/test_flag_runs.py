@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -12,10 +11,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import command, random_direction, run, save_tiny
+from helpers import ENVIRONMENT, command, random_direction, run, run_with_file_limit, save_tiny
 
 import persona_vectors as pv
-from persona_vectors.flagging import run as flagging
+from persona_vectors.flagging import job as flagging
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +38,7 @@ def flags(folder: Path, out: str, baseline: str = "prompt_last") -> list[object]
 
 def test_the_command_line_flags_splits_and_compares(made, trait):
     trait.save(made / "loud.json")
-    more = ["--html", made / "f.html", "--threshold", "p80", "--judge", "contrast:1", "--trait", made / "loud.json"]
+    more = ["--html", made / "f.html", "--percentile", "80", "--judge", "contrast:1", "--trait", made / "loud.json"]
     printed, _ = run(*flags(made, "f.parquet", "generate"), *more)
     assert "120 samples" in printed and "at or above" in printed and "report ->" in printed
     assert "judge" in pq.read_schema(made / "f.parquet").names and (made / "f.html").stat().st_size > 10_000
@@ -75,11 +74,10 @@ def test_a_run_that_is_killed_ten_times_ends_with_the_same_file(made, model, tok
     begin = time.perf_counter()
     pv.flag(tiny, tokens, made / "d.jsonl", vector, out=made / "whole.parquet", **options)
     longest = str(0.2 * (time.perf_counter() - begin))  # so that a few kills hit, on a fast machine and on a slow one
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     killed = 0
     for seed in [*range(10), -1]:
         arguments = [sys.executable, "-c", KILLED, made, str(seed), longest]
-        done = subprocess.run(arguments, env=environment, capture_output=True)
+        done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True)
         assert done.returncode in (0, -signal.SIGKILL), done.stderr
         killed += done.returncode == -signal.SIGKILL
     assert killed >= 3 and done.returncode == 0
@@ -90,12 +88,8 @@ def test_a_run_that_is_killed_ten_times_ends_with_the_same_file(made, model, tok
 
 
 def test_a_full_disk_leaves_nothing_half_written_and_the_run_goes_on(made):
-    def small_files() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-
     arguments = flags(made, "f.parquet")
-    done = subprocess.run(command(*arguments), preexec_fn=small_files, capture_output=True, text=True)
+    done = run_with_file_limit(command(*arguments), 1000)
     assert done.returncode == 2 and "error: " in done.stderr.splitlines()[-1], done.stderr
     assert not (made / "f.parquet").exists()
     run(*arguments)

@@ -15,8 +15,10 @@ from torch import nn
 
 import persona_vectors as pv
 from persona_vectors.data.errors import InputError
-from persona_vectors.flagging import run as flagging
+from persona_vectors.flagging import job as flagging
 from persona_vectors.flagging.plan import fit
+from persona_vectors.model import generation
+from persona_vectors.model.blocks import decoder_layers
 from persona_vectors.model.generation import generate_tokens
 from persona_vectors.model.prompts import chat_prompt, encode_answer
 from persona_vectors.monitoring.projection import token_projections
@@ -67,7 +69,8 @@ def test_equal_to_one_sample_at_a_time(architecture: str, baseline: str, tokeniz
     vectors = [random_direction(model), random_vector(random_direction(model), seed=3)]
     given = tmp_path / "given.jsonl"
     given.write_text("".join(json.dumps({"question": q, "answer": f"As for {q}"}) + "\n" for q in set(QUESTIONS)))
-    options |= {"baseline": given if baseline == "given" else baseline, "layer": [0, 1], "chunk": 7}
+    options |= {"answers": given} if baseline == "given" else {"baseline": baseline}
+    options |= {"layer": [0, 1], "chunk": 7}
     found = pv.flag(model, tokenizer, SAMPLES, vectors, out=tmp_path / "f.parquet", **options)
     assert hooks(model) == 0
     table = rows(tmp_path / "f.parquet")
@@ -94,7 +97,7 @@ def test_equal_to_one_sample_at_a_time(architecture: str, baseline: str, tokeniz
 
 def test_nothing_is_computed_above_the_deepest_layer(model, tokenizer, tmp_path, options):
     ran: list[int] = []
-    blocks = pv.decoder_layers(model)
+    blocks = decoder_layers(model)
     handles = [block.register_forward_pre_hook(lambda *_, i=i: ran.append(i)) for i, block in enumerate(blocks)]
     pv.flag(model, tokenizer, SAMPLES, random_direction(model), out=tmp_path / "f", baseline="none", **options)
     assert set(ran) == {0, 1}
@@ -112,9 +115,9 @@ def test_nothing_is_computed_above_the_deepest_layer(model, tokenizer, tmp_path,
 
 def test_baselines_are_made_once_and_kept(model, tokenizer, tmp_path, options, monkeypatch):
     asked: list[int] = []
-    original = flagging.generate_tokens
+    original = generation.generate_tokens
     count = lambda m, t, prompts, **o: (asked.append(len(prompts)), original(m, t, prompts, **o))[1]  # noqa: E731
-    monkeypatch.setattr(flagging, "generate_tokens", count)
+    monkeypatch.setattr(generation, "generate_tokens", count)
     vector = random_direction(model)
     pv.flag(model, tokenizer, SAMPLES, vector, out=tmp_path / "a.parquet", **options)
     assert sum(asked) == len(set(QUESTIONS))
@@ -148,7 +151,7 @@ def test_a_reference_set_gives_percentiles_and_flags(model, tokenizer, tmp_path,
         expected = 50 * ((reference < row["t_difference"]).mean() + (reference <= row["t_difference"]).mean())
         assert row["t_percentile"] == pytest.approx(expected, abs=1e-3)
     again = tmp_path / "f.parquet.reference.parquet"  # an earlier run's file does as well
-    pv.flag(model, tokenizer, SAMPLES, vector, out=tmp_path / "g.parquet", reference=again, threshold="p95", **options)
+    pv.flag(model, tokenizer, SAMPLES, vector, out=tmp_path / "g.parquet", reference=again, percentile=95, **options)
     assert rows(tmp_path / "g.parquet") == table
     cut = float(np.median([r["t_difference"] for r in table]))
     found = pv.flag(model, tokenizer, SAMPLES, vector, out=tmp_path / "h.parquet", threshold=cut, **options)
@@ -166,7 +169,7 @@ def test_the_number_of_samples_that_shows_the_sign(model, tokenizer, tmp_path, o
     assert summary.enough is not None and summary.samples == len(SAMPLES)
     assert 1.96 * deviation / math.sqrt(summary.enough) <= abs(summary.mean)
     assert summary.enough == 2 or 1.96 * deviation / math.sqrt(summary.enough - 1) > abs(summary.mean)
-    assert f"t: {summary.mean:+.3f}" in repr(found) and pv.load_flags(tmp_path / "f") == found
+    assert f"t: {summary.mean:+.3f}" in repr(found) and pv.Flags.load(tmp_path / "f") == found
 
 
 @pytest.mark.parametrize("limit", [None, 4, 7, 12, 100])
@@ -234,9 +237,10 @@ def test_another_runs_file_is_refused(model, tokenizer, tmp_path, options, monke
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"baseline": "mean"}, "baseline is 'mean': give one of generate, prompt_last, none, or a file of answers"),
+        ({"baseline": "mean"}, "baseline is 'mean': give one of generate, prompt_last, none, or answers= of your own"),
         ({"on_error": "warn"}, "on_error is 'warn': give 'stop' or 'skip'"),
-        ({"threshold": "95"}, "threshold is '95': give a number, or a percentile such as 'p95'"),
+        ({"percentile": 195.0}, "percentile is 195: give a number from 0 to 100"),
+        ({"threshold": 1.0, "percentile": 9.0}, "threshold and percentile both say what is flagged: give one"),
         ({"max_new_tokens": 64}, "max_new_tokens is 64, and the context has 128 tokens: give less than 64"),
         ({"layer": 9}, "layer 9 is out of range"),
         ({"chunk": 0}, "give 1 or more"),
@@ -255,7 +259,7 @@ def test_bad_settings(change: dict, message: str, model, tokenizer, tmp_path, op
 
 def test_a_prompt_without_a_given_answer_is_named(model, tokenizer, tmp_path, options):
     (tmp_path / "given.jsonl").write_text('{"question": "How?", "answer": "So."}\n')
-    options["baseline"] = tmp_path / "given.jsonl"
+    options["answers"] = tmp_path / "given.jsonl"
     with pytest.raises(InputError, match=r"sample 1: the given answers have none to the prompt 'Why so\?'"):
         pv.flag(model, tokenizer, SAMPLES, random_direction(model), out=tmp_path / "f", **options)
 

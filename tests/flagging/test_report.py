@@ -20,7 +20,7 @@ def flagged(model, tokenizer, tmp_path):
     vectors = [random_direction(model), random_vector(random_direction(model), seed=2)]
     samples = [{"id": HOSTILE, "question": HOSTILE, "answer": HOSTILE[:60]}, *SAMPLES]
     found = pv.flag(
-        model, tokenizer, samples, vectors, layer=1, out=tmp_path / "f.parquet", baseline="prompt_last", threshold="p90"
+        model, tokenizer, samples, vectors, layer=1, out=tmp_path / "f.parquet", baseline="prompt_last", percentile=90
     )
     return found, samples, vectors
 
@@ -45,7 +45,7 @@ def test_rows_are_picked_by_difference(flagged):
 
 def test_the_page_sorts_searches_and_escapes(flagged, model, tokenizer, tmp_path, browser):
     found, samples, vectors = flagged
-    pv.write_report(model, tokenizer, samples, vectors, found.path, tmp_path / "r.html", each=120)
+    pv.write_report(model, tokenizer, samples, vectors, flags=found.path, out=tmp_path / "r.html", each=120)
     text = (tmp_path / "r.html").read_text()
     assert "http" not in text.split("<script")[0] and "<script>document.title" not in text
     browser.get((tmp_path / "r.html").as_uri())
@@ -110,7 +110,7 @@ def test_five_thousand_rows_stay_responsive(flagged, tmp_path, browser):
 def test_other_vectors_and_one_shot_samples_are_refused(flagged, model, tokenizer, tmp_path):
     found, samples, vectors = flagged
     with pytest.raises(InputError, match=r"was made with model .* give the same ones"):
-        pv.write_report(model, tokenizer, samples, vectors[:1], found.path, tmp_path / "r.html")
+        pv.write_report(model, tokenizer, samples, vectors[:1], flags=found.path, out=tmp_path / "r.html")
     with pytest.raises(InputError, match="can be read only once"):
-        pv.write_report(model, tokenizer, iter(samples), vectors, found.path, tmp_path / "r.html")
+        pv.write_report(model, tokenizer, iter(samples), vectors, flags=found.path, out=tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()

@@ -17,7 +17,7 @@ RECORDS = [{"id": f"s{i}", "question": f"{i % 6}?", "answer": f"{'so ' * (i % 4)
 
 
 def run(model, tokenizer, data, out: Path, **options):
-    common = {"layer": 1, "baseline": "prompt_last", "threshold": "p70"}
+    common = {"layer": 1, "baseline": "prompt_last", "percentile": 70}
     return pv.flag(model, tokenizer, data, random_direction(model), out=out, **common | options)
 
 
@@ -68,7 +68,7 @@ def test_flags_of_other_data_are_refused_and_nothing_is_written(model, tokenizer
         split_dataset(write(tmp_path / "more.jsonl", RECORDS * 2), tmp_path / "f.parquet", kept=tmp_path / "k.jsonl")
     with pytest.raises(InputError, match=r"give a name that ends in .jsonl"):
         split_dataset(data, tmp_path / "f.parquet", kept=tmp_path / "k.csv")
-    run(model, tokenizer, data, tmp_path / "g.parquet", threshold=None)
+    run(model, tokenizer, data, tmp_path / "g.parquet", percentile=None)
     with pytest.raises(InputError, match="has no flags: run flag again with threshold"):
         split_dataset(data, tmp_path / "g.parquet", kept=tmp_path / "k.jsonl")
     with pytest.raises(InputError, match="has no judge scores"):
@@ -83,7 +83,7 @@ def test_a_judge_s_score_is_combined_with_the_flags(model, tokenizer, tmp_path):
     header = pq.read_schema(tmp_path / "f.parquet").metadata
     judge = lambda question, answer, rubric: None if question == "0?" else float(answer.split()[-1])  # noqa: E731
     for _ in range(2):  # a second judge replaces the first
-        add_scores(data, tmp_path / "f.parquet", judge, "{question} {answer}", batch=7)
+        add_scores(data, tmp_path / "f.parquet", judge=judge, rubric="{question} {answer}", batch=7)
     assert pq.read_schema(tmp_path / "f.parquet").metadata == header
     table = pq.read_table(tmp_path / "f.parquet").to_pylist()
     for row in table:
@@ -94,7 +94,7 @@ def test_a_judge_s_score_is_combined_with_the_flags(model, tokenizer, tmp_path):
     assert [r["id"] for r in read(tmp_path / "k.jsonl")] == [r["id"] for r in RECORDS if r["id"] not in bad]
     assert counts["left_out"] == 1
     with pytest.raises(InputError, match="made from other samples"):
-        add_scores(RECORDS[:5], tmp_path / "f.parquet", judge, "")
+        add_scores(RECORDS[:5], tmp_path / "f.parquet", judge=judge, rubric="")
 
 
 def synthetic(path: Path, values: np.ndarray, prompts: np.ndarray, model, tokenizer) -> Path:
