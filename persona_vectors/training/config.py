@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from persona_vectors.data.checks import first_fault
 from persona_vectors.data.errors import InputError
 
 DEAD = {"finetuned_model_id", "load_in_4bit", "merge_before_push", "push_to_private", "lora_bias", "beta", "loss"}
@@ -95,9 +96,7 @@ def parse_config(data: dict[str, Any]) -> FinetuneConfig:
     try:
         config = FinetuneConfig.model_validate(kept)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise InputError(f"no training config: field {field}: {first['msg']}") from None
+        raise InputError(f"no training config: {first_fault(error)}") from None
     if config.steering_config and config.steering_config.layers:
         ours = [layer - 1 for layer in config.steering_config.layers]
         warnings.warn(

@@ -2,12 +2,12 @@
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Model, model_name
@@ -18,6 +18,8 @@ from persona_vectors.steering.bounds import ablate
 from persona_vectors.training.config import FinetuneConfig, Steering
 from persona_vectors.vectors.imports import import_vector
 from persona_vectors.vectors.vector import PersonaVector
+
+MakesCallback = Callable[[Trainer], TrainerCallback]
 
 
 def training_rows(
@@ -74,22 +76,28 @@ def finetune(
     *,
     model: Model | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
+    callbacks: Sequence[TrainerCallback | MakesCallback] = (),
     resume: bool = False,
 ) -> Any:
     """Train a LoRA adapter with trl's SFTTrainer and save it to the config's `output_dir`; returns the Trainer.
 
-    `model` and `tokenizer` are loaded by the config's name unless given; a given model is wrapped in the adapter.
+    `model` and `tokenizer` are loaded by the config's name unless both are given; a given model is wrapped in the
+    adapter. A callback that needs the Trainer is given as a function of it:
+    `callbacks=[lambda trainer: pv.ProjectionCallback(trainer, vector, layer=20, questions=questions)]`.
     `resume` goes on from the last checkpoint in `output_dir`.
     """
     from transformers.trainer_utils import get_last_checkpoint
 
+    if (model is None) != (tokenizer is None):
+        raise InputError("model and tokenizer belong together: give both, or neither to load the config's")
     if model is None or tokenizer is None:
         model, tokenizer = load_model(config.model)
     edit = _steering(model, config.steering_config)
     with ExitStack() as stack:
         opens = _OpensEdit(stack, edit)
-        trainer = make_trainer(config, model, tokenizer, callbacks=[*callbacks, opens])
+        trainer = make_trainer(config, model, tokenizer)
+        for callback in [*callbacks, opens]:
+            trainer.add_callback(callback if isinstance(callback, TrainerCallback) else callback(trainer))
         trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir) if resume else None)
     trainer.save_model(config.output_dir)
     return trainer
@@ -108,13 +116,7 @@ class _OpensEdit(TrainerCallback):
             self.opened = True
 
 
-def make_trainer(
-    config: FinetuneConfig,
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> Any:
+def make_trainer(config: FinetuneConfig, model: Model, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Return the SFTTrainer of a config, the model wrapped in a new adapter; the config's steering is left to you."""
     try:
         from datasets import Dataset
@@ -163,7 +165,6 @@ def make_trainer(
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
-        callbacks=list(callbacks),
     )
 
 

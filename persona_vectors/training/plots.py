@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from persona_vectors.vectors.plots import GREY, bare
 
@@ -30,13 +31,14 @@ def plot_shift(rows: Sequence[Mapping[str, Any]]) -> Figure:
     for axes, pooling in zip(figure.subplots(1, len(poolings), squeeze=False)[0], poolings):
         for trait in dict.fromkeys(row["trait"] for row in rows):
             chosen = [row for row in rows if (row["trait"], row["pooling"]) == (trait, pooling)]
-            layers = [row["layer"] or 0 for row in chosen]
+            layers = [row["layer"] for row in chosen]
             line = axes.plot(layers, [row["shift"] for row in chosen], marker="o", markersize=3, label=trait)[0]
-            low, high = ([row[end] for row in chosen] for end in ("low", "high"))
+            low, high = ([row[f"shift_{end}"] for row in chosen] for end in ("low", "high"))
             if len(chosen) > 1:
                 axes.fill_between(layers, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
             else:
                 axes.vlines(layers, low, high, color=line.get_color())
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.axhline(0, color=GREY, linewidth=0.8, linestyle="--")
         axes.set(title=pooling, xlabel="layer (decoder block, from 0)", ylabel="tuned minus base, on v/|v|")
         axes.legend(frameon=False, fontsize=9)

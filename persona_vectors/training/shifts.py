@@ -1,109 +1,110 @@
 """The finetuning shift: how far training has moved a model along persona vectors (paper, section 4)."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.data.files import atomic_path
 from persona_vectors.data.intervals import Interval, mean_interval
+from persona_vectors.data.tables import Stored, Table
 from persona_vectors.model.blocks import Layer, Model
 from persona_vectors.model.generation import generate
 from persona_vectors.model.loading import load_model
 from persona_vectors.monitoring.projection import project
-from persona_vectors.vectors.directions import Key, vector_list
+from persona_vectors.vectors.directions import Key, unit_directions, vector_keys, vector_list
 from persona_vectors.vectors.vector import PersonaVector
 
 POOLINGS = ("prompt_last", "response_mean")
 
 
 @dataclass(frozen=True, eq=False)
-class Shift:
-    """Projections on v/|v| before and after training, a row for each prompt."""
+class Shift(Table):
+    """Projections on v/|v| before and after training, a row for each question."""
 
-    keys: tuple[Key, ...]
-    """The vectors' traits; (trait, layer) where several layers were read."""
-    prompts: tuple[str, ...]
-    base: Float[Tensor, "prompt pooling key"]
-    """At the last prompt token, and averaged over the model's own answer (nan where none was generated)."""
-    tuned: Float[Tensor, "prompt pooling key"]
+    traits: tuple[str, ...]
+    layers: tuple[int, ...]
+    questions: tuple[str, ...]
+    base: Annotated[Float[Tensor, "question pooling key"], Stored[0], Stored[1]]
+    """At the last prompt token, and averaged over the model's own answer (nan where none was generated).
+    A key is a vector at a layer, in the order of `keys`."""
+    tuned: Annotated[Float[Tensor, "question pooling key"], Stored[0], Stored[1]]
+
+    @property
+    def keys(self) -> list[Key]:
+        """The vectors' traits; "trait@layer" where several layers were read."""
+        return vector_keys(self.traits, self.layers)
 
     def interval(self, key: Key, pooling: str = "prompt_last") -> Interval:
-        """Return the mean over prompts of tuned minus base, with its 95 % interval."""
+        """Return the mean over questions of tuned minus base, with its 95 % interval."""
         place = (slice(None), POOLINGS.index(pooling), self.keys.index(key))
         return mean_interval([[value] for value in (self.tuned - self.base)[place].tolist()])
 
     def __repr__(self) -> str:
-        first = ", ".join(f"{key}: {self.interval(key)}" for key in self.keys[:4])
-        return f"Shift({first}{', ...' * (len(self.keys) > 4)}; {len(self.prompts)} prompts)"
+        first = ", ".join(f"{key}: {self.interval(key):+.2f}" for key in self.keys[:4])
+        return f"Shift({first}{', ...' * (len(self.keys) > 4)}; {len(self.questions)} questions)"
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for each vector, layer and pooling: the means, their difference and its interval."""
         found = []
-        for index, key in enumerate(self.keys):
-            trait, _, named_layer = key.rpartition("@") if "@" in key else (key, "", "")
-            layer = int(named_layer) if named_layer else None
+        places = [(trait, layer) for layer in self.layers for trait in self.traits]
+        for index, (key, (trait, layer)) in enumerate(zip(self.keys, places)):
             for number, pooling in enumerate(POOLINGS):
                 means = [float(side[:, number, index].nanmean()) for side in (self.base, self.tuned)]
                 if means[0] == means[0]:
                     named = {"trait": trait, "layer": layer, "pooling": pooling, "base": means[0], "tuned": means[1]}
-                    found.append(named | dict(zip(("shift", "low", "high"), self.interval(key, pooling))))
+                    found.append(named | self.interval(key, pooling).columns("shift"))
         return found
-
-    def save(self, path: str | Path) -> None:
-        """Write the rows and the prompts as JSON."""
-        with atomic_path(path) as temporary:
-            found = {"rows": self.rows(), "prompts": self.prompts}
-            temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def finetuning_shift(
-    base: Model,
-    tuned: Model | str | Path,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     vectors: PersonaVector | Sequence[PersonaVector],
     *,
+    tuned: Model | str | Path,
+    questions: Sequence[str],
     layer: Layer = "all",
-    prompts: Sequence[str],
     max_new_tokens: int = 48,
     batch_tokens: int | None = None,
 ) -> Shift:
-    """Return how far training moved a model along each vector: the same prompts, before and after.
+    """Return how far training moved a model along each vector: the same questions, before and after.
 
-    `tuned` is a model, or the folder or id of one; for an adapter's folder the base model is used twice, first without
-    and then with it, and is as before afterwards. Both models answer each prompt greedily with `max_new_tokens` tokens
-    for `response_mean`; 0 leaves that out, as the paper does.
+    `tuned` is what training made of `model`: a model, or the folder or id of one; for an adapter's folder `model` is
+    used twice, first without and then with it, and is as before afterwards. Both answer each question greedily with
+    `max_new_tokens` tokens for `response_mean`; 0 leaves that out, as the paper does.
 
-    Raises InputError for vectors or a layer that do not fit both models, and where there are no prompts.
+    Raises InputError for vectors or a layer that do not fit both models, and where there are no questions.
     """
     chosen = vector_list(vectors)
-    if not prompts:
-        raise InputError("no prompts: give one question or more")
+    if not questions:
+        raise InputError("no questions: give one or more")
+    layers = list(unit_directions(model, chosen, layer))
 
-    def read(model: Model) -> Any:
-        answers = [""] * len(prompts)
+    def read(model: Model) -> Tensor:
+        answers = [""] * len(questions)
+        options: dict[str, Any] = {"batch_tokens": batch_tokens}
         if max_new_tokens:
-            options: Any = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "batch_tokens": batch_tokens}
-            answers = generate(model, tokenizer, prompts, **options)
-        asked = list(zip(prompts, answers))
-        return project(model, tokenizer, asked, chosen, layer=layer, poolings=POOLINGS, batch_tokens=batch_tokens)
+            options |= {"max_new_tokens": max_new_tokens, "temperature": 0.0}
+            answers = generate(model, tokenizer, list(questions), **options)
+        asked = list(zip(questions, answers))
+        scores = project(model, tokenizer, asked, chosen, layer=layers, poolings=POOLINGS, batch_tokens=batch_tokens)
+        return scores.values
 
-    before = read(base)
+    before = read(model)
     if not isinstance(tuned, (str, Path)):
         after = read(tuned)
     elif (Path(tuned) / "adapter_config.json").is_file():
-        with _adapted(base, Path(tuned)) as model:
-            after = read(model)
+        with _adapted(model, Path(tuned)) as adapted:
+            after = read(adapted)
     else:
-        after = read(load_model(tuned, device=str(base.device), dtype=base.dtype)[0])
-    return Shift(before.keys, tuple(prompts), before.values, after.values)
+        after = read(load_model(tuned, device=str(model.device), dtype=model.dtype)[0])
+    return Shift(tuple(vector.trait for vector in chosen), tuple(layers), tuple(questions), before, after)
 
 
 @contextmanager

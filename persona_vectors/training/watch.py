@@ -1,10 +1,9 @@
 """Inside a training run: watch projections through the Trainer's own log, and penalise them in the loss."""
 
-import gc
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Bool
@@ -12,7 +11,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.model.blocks import Layer
+from persona_vectors.model.blocks import Layer, one_layer
 from persona_vectors.model.hooks import Edit, edit_blocks, pause_edits
 from persona_vectors.model.prompts import chat_prompt, encode
 from persona_vectors.model.tokens import Tokens
@@ -27,8 +26,7 @@ class ProjectionCallback(TrainerCallback):
     `probe/TRAIT` is the mean over the prompts' last tokens, read without any steering (the paper's finetuning shift is
     its change); `batch/TRAIT` the mean over the tokens that the loss counts in the step's first micro-batch, read as
     the model trains on it, steered if it is. Both go through the Trainer's log, to wherever that reports, and into
-    `history`. The probes are also read before the first step. `prompts` are questions, templated with the Trainer's
-    tokenizer.
+    `history`. The probes are also read before the first step. `questions` are templated with the Trainer's tokenizer.
 
     Where a probe's mean has moved by `warn_at` from what it was before the first step, there is one warning; at
     `stop_at`, training stops. `plot` draws the probes in a notebook as they come.
@@ -36,10 +34,11 @@ class ProjectionCallback(TrainerCallback):
 
     def __init__(
         self,
+        trainer: Trainer,
         vectors: PersonaVector | Sequence[PersonaVector],
         *,
         layer: Layer,
-        prompts: Sequence[str] = (),
+        questions: Sequence[str] = (),
         every: int = 10,
         warn_at: float | None = None,
         stop_at: float | None = None,
@@ -47,10 +46,11 @@ class ProjectionCallback(TrainerCallback):
     ) -> None:
         if every < 1:
             raise InputError(f"every is {every}: give a number of steps, 1 or more")
-        if not prompts and not (warn_at is None and stop_at is None):
-            raise InputError("warn_at and stop_at look at the probes: give prompts=")
+        if not questions and not (warn_at is None and stop_at is None):
+            raise InputError("warn_at and stop_at look at the probes: give questions=")
+        self.trainer = trainer  # a callback is given everything but its Trainer, and only that can log
         self.vectors = vector_list(vectors)
-        self.layer, self.prompts, self.every = layer, list(prompts), every
+        self.layer, self.questions, self.every = layer, list(questions), every
         self.warn_at, self.stop_at, self.plot = warn_at, stop_at, plot
         self.history: list[dict[str, float]] = []
         """What was logged, with its `step`."""
@@ -62,8 +62,6 @@ class ProjectionCallback(TrainerCallback):
         keys = vector_keys([vector.trait for vector in self.vectors], list(self.units))
         self.names = keys
         self.history, self._warned = [], False
-        # a callback is given everything but its Trainer, and only that can log
-        self._trainer = next(t for t in gc.get_objects() if isinstance(t, Trainer) and t.control is control)
         self._rows = [(encode(given["processing_class"], text), ()) for text in self._texts(given["processing_class"])]
         self._log(state, self._probe(model))
 
@@ -93,9 +91,9 @@ class ProjectionCallback(TrainerCallback):
             control.should_training_stop = True
 
     def _texts(self, tokenizer: Any) -> list[str]:
-        if self.prompts and tokenizer is None:
+        if self.questions and tokenizer is None:
             raise InputError("the Trainer has no tokenizer to read the probe prompts with: give it processing_class=")
-        return [chat_prompt(tokenizer, prompt) for prompt in self.prompts]
+        return [chat_prompt(tokenizer, question) for question in self.questions]
 
     def _probe(self, model: Any) -> dict[str, float]:
         if not self._rows:
@@ -120,7 +118,7 @@ class ProjectionCallback(TrainerCallback):
     def _log(self, state: Any, values: Mapping[str, float]) -> None:
         self.history.append({"step": state.global_step, **values})
         if values:
-            Trainer.log(self._trainer, dict(values))  # a subclass's own would add its running means, and clear them
+            Trainer.log(self.trainer, dict(values))  # a subclass's own would add its running means, and clear them
         if self.plot and state.is_world_process_zero:
             self._show()
 
@@ -148,7 +146,7 @@ def counted(tokens: Tokens, hidden: Tensor) -> Bool[Tensor, "batch token"]:
 
 @contextmanager
 def penalize(
-    trainer: Trainer, vector: PersonaVector, *, layer: int, weight: float, target: float = 0.0
+    trainer: Trainer, vector: PersonaVector, *, layer: SupportsIndex, weight: float, target: float = 0.0
 ) -> Iterator[None]:
     """Add a penalty on the projection to the loss of every training step inside the `with`.
 
@@ -159,7 +157,8 @@ def penalize(
     Raises InputError for a vector or a layer that does not fit, and RuntimeError as `steer` does.
     """
     model = trainer.model
-    unit = unit_directions(model, [vector], layer)
+    place = one_layer(layer, len(vector.directions))
+    unit = unit_directions(model, [vector], place)[place]
     terms: list[Tensor] = []
 
     def read(hidden: Tensor, tokens: Tokens) -> None:
@@ -168,7 +167,7 @@ def penalize(
                 "the penalty has no gradient here: train a block at or below its layer, and with gradient "
                 "checkpointing give gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
-        values = projections(hidden, unit[layer].to(hidden.device))[..., 0]
+        values = projections(hidden, unit.to(hidden.device))[..., 0]
         term = ((values - target)[counted(tokens, hidden)] ** 2).mean()
         if not terms:  # checkpointing runs the block again, in `backward`
             terms.append(term)
@@ -185,7 +184,7 @@ def penalize(
         term = weight * terms[0].to((loss[0] if return_outputs else loss).device) / scaled
         return (loss[0] + term, loss[1]) if return_outputs else loss + term
 
-    with edit_blocks(model, {layer: read}, during="training"):
+    with edit_blocks(model, {place: read}, during="training"):
         trainer.compute_loss = penalized  # type: ignore[method-assign]
         try:
             yield

@@ -1,5 +1,6 @@
 import json
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -123,6 +124,12 @@ def test_a_bad_config_names_the_field(change: dict, message: str):
         parse_config({"model": "m", "training_file": "a", "output_dir": "o"} | change)
 
 
+def test_a_model_without_its_tokenizer_is_refused(data, tokenizer, model, tmp_path):
+    for given in ({"model": model}, {"tokenizer": tokenizer}):
+        with pytest.raises(InputError, match="model and tokenizer belong together"):
+            finetune(parse_config(config(data, tmp_path)), **given)
+
+
 @pytest.mark.parametrize("kind", ["steer", "ablate"])
 def test_finetune_steers_and_the_shift_of_its_adapter_is_that_of_the_model(data, tokenizer, tmp_path, kind: str):
     model = zoo.build("llama")
@@ -131,14 +138,17 @@ def test_finetune_steers_and_the_shift_of_its_adapter_is_that_of_the_model(data,
     steering = {"steering_vector_path": str(tmp_path / "v.safetensors"), "type": kind, "layer": 1, "steering_coef": 5.0}
     ends = []
     for steered in (None, steering):
-        callback = ProjectionCallback(vector, layer=1, prompts=QUESTIONS, every=1)
+        watch = partial(ProjectionCallback, vectors=vector, layer=1, questions=QUESTIONS, every=1)
         options = config(data, tmp_path, steering_config=steered) if steered else config(data, tmp_path)
         built = zoo.build("llama")
-        trainer = finetune(parse_config(options), model=built, tokenizer=tokenizer, callbacks=[callback])
+        trainer = finetune(parse_config(options), model=built, tokenizer=tokenizer, callbacks=[watch])
+        (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, ProjectionCallback))
         ends.append({n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad})
         assert hooks(trainer.model) == 0
     assert any((value - ends[1][name]).abs().max() > 1e-4 for name, value in ends[0].items())
-    found = finetuning_shift(model, tmp_path / "tuned", tokenizer, vector, layer=1, prompts=QUESTIONS, max_new_tokens=0)
+    found = finetuning_shift(
+        model, tokenizer, vector, tuned=tmp_path / "tuned", layer=1, questions=QUESTIONS, max_new_tokens=0
+    )
     before, after = callback.history[0]["probe/t"], callback.history[-1]["probe/t"]
     assert found.interval("t").mean == pytest.approx(after - before, abs=1e-4)
     assert abs(after - before) > 1e-4
@@ -152,16 +162,17 @@ def test_finetune_steers_and_the_shift_of_its_adapter_is_that_of_the_model(data,
 
 def test_the_shift_of_a_model_with_itself_is_zero_and_of_a_shifted_one_the_shift(model, tokenizer, tmp_path):
     vector = random_direction(model)
-    same = finetuning_shift(model, model, tokenizer, vector, layer="all", prompts=QUESTIONS, max_new_tokens=3)
-    assert len(same.rows()) == 6 and all(row["shift"] == row["low"] == row["high"] == 0 for row in same.rows())
+    same = finetuning_shift(model, tokenizer, vector, tuned=model, questions=QUESTIONS, max_new_tokens=3)
+    ends = ("shift", "shift_low", "shift_high")
+    assert len(same.rows()) == 6 and all(row[end] == 0 for row in same.rows() for end in ends)
     moved = zoo.build("llama")
     moved.model.layers[1].mlp.down_proj.bias = torch.nn.Parameter(2.0 * vector.directions[1])  # added at every token
-    found = finetuning_shift(model, moved, tokenizer, vector, layer=[0, 1], prompts=QUESTIONS, max_new_tokens=0)
+    found = finetuning_shift(model, tokenizer, vector, tuned=moved, layer=[0, 1], questions=QUESTIONS, max_new_tokens=0)
     norm = float(vector.directions[1].norm())
     assert found.interval("t@0").mean == 0
     assert found.interval("t@1").mean == pytest.approx(2 * norm, rel=1e-4)
     found.save(tmp_path / "shift.json")
     written = json.loads((tmp_path / "shift.json").read_text())
-    assert written["prompts"] == QUESTIONS and [row["layer"] for row in written["rows"]] == [0, 1]
-    with pytest.raises(InputError, match="no prompts"):
-        finetuning_shift(model, model, tokenizer, vector, layer=1, prompts=[])
+    assert written["questions"] == QUESTIONS and [row["layer"] for row in found.rows()] == [0, 1]
+    with pytest.raises(InputError, match="no questions"):
+        finetuning_shift(model, tokenizer, vector, tuned=model, layer=1, questions=[])

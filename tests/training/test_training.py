@@ -26,11 +26,13 @@ def probe(model, tokenizer, unit: Tensor) -> float:
     return sum(float(states(model.eval(), {"input_ids": i}, 1)[0, -1] @ unit) for i in ids) / len(ids)
 
 
-def watched(model, tokenizer, tmp_path, callback, **options):
+def watched(model, tokenizer, tmp_path, vector=None, *, watch=None, **options):
+    """Return a trainer and its ProjectionCallback, which `watch` holds the arguments of."""
     trainer = make_trainer(model, tmp_path, **options)
     trainer.processing_class = trainer.callback_handler.processing_class = tokenizer
+    callback = ProjectionCallback(trainer, vector, **watch) if watch else TrainerCallback()
     trainer.add_callback(callback)
-    return trainer
+    return trainer, callback
 
 
 def test_probes_and_batches_are_logged_as_the_model_is(model, tokenizer, tmp_path):
@@ -38,8 +40,9 @@ def test_probes_and_batches_are_logged_as_the_model_is(model, tokenizer, tmp_pat
     unit = vector.directions[1] / vector.directions[1].norm()
     first = probe(model, tokenizer, unit)
     before = hooks(model)  # transformers leaves some where hidden states were asked for
-    callback = ProjectionCallback(vector, layer=1, prompts=PROMPTS, every=2)
-    trainer = watched(model, tokenizer, tmp_path, callback, learning_rate=0.0, per_device_train_batch_size=8)
+    watch = {"layer": 1, "questions": PROMPTS, "every": 2}
+    still = {"learning_rate": 0.0, "per_device_train_batch_size": 8}
+    trainer, callback = watched(model, tokenizer, tmp_path, vector, watch=watch, **still)
     with steer(model, vector, layer=1, coef=3.0):
         trainer.train()
     assert [row["step"] for row in callback.history] == [0, 2, 4]
@@ -57,8 +60,9 @@ def test_probes_and_batches_are_logged_as_the_model_is(model, tokenizer, tmp_pat
 
 def test_the_probe_moves_as_the_weights_do(model, tokenizer, tmp_path):
     vector = random_direction(model)
-    callback = ProjectionCallback(vector, layer=[0, 1], prompts=PROMPTS, every=1)
-    watched(model, tokenizer, tmp_path, callback).train()
+    watch = {"layer": [0, 1], "questions": PROMPTS, "every": 1}
+    trainer, callback = watched(model, tokenizer, tmp_path, vector, watch=watch)
+    trainer.train()
     unit = vector.directions[1] / vector.directions[1].norm()
     assert callback.history[-1]["probe/t@1"] == pytest.approx(probe(model, tokenizer, unit), abs=1e-4)
     assert abs(callback.history[-1]["probe/t@1"] - callback.history[0]["probe/t@1"]) > 1e-3
@@ -68,27 +72,27 @@ def test_the_callback_changes_no_weight(tokenizer, tmp_path):
     ends = []
     for watch in (False, True):
         model = zoo.build("llama")
-        callback = ProjectionCallback(random_direction(model), layer=1, prompts=PROMPTS, every=1)
-        trainer = watched(model, tokenizer, tmp_path, callback if watch else TrainerCallback())
+        asked = {"layer": 1, "questions": PROMPTS, "every": 1} if watch else None
+        trainer, _ = watched(model, tokenizer, tmp_path, random_direction(model), watch=asked)
         trainer.train()
         ends.append(model.state_dict())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_a_threshold_warns_once_or_stops(model, tokenizer, tmp_path):
-    callback = ProjectionCallback(random_direction(model), layer=1, prompts=PROMPTS, every=1, warn_at=1e-4)
+    vector, watch = random_direction(model), {"layer": 1, "questions": PROMPTS}
+    trainer, _ = watched(model, tokenizer, tmp_path, vector, watch={**watch, "every": 1, "warn_at": 1e-4})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        watched(model, tokenizer, tmp_path, callback).train()
+        trainer.train()
     assert sum("a probe has moved by" in str(warning.message) for warning in caught) == 1
-    callback = ProjectionCallback(random_direction(model), layer=1, prompts=PROMPTS, every=2, stop_at=1e-4)
-    trainer = watched(model, tokenizer, tmp_path, callback)
+    trainer, _ = watched(model, tokenizer, tmp_path, vector, watch={**watch, "every": 2, "stop_at": 1e-4})
     trainer.train()
     assert trainer.state.global_step == 2
 
 
 def test_a_crash_in_the_forward_pass_leaves_no_hook(model, tokenizer, tmp_path, monkeypatch):
-    trainer = watched(model, tokenizer, tmp_path, ProjectionCallback(random_direction(model), layer=1, every=1))
+    trainer, _ = watched(model, tokenizer, tmp_path, random_direction(model), watch={"layer": 1, "every": 1})
     monkeypatch.setattr(model.model.layers[0], "forward", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer.train()
@@ -96,13 +100,14 @@ def test_a_crash_in_the_forward_pass_leaves_no_hook(model, tokenizer, tmp_path, 
 
 
 def test_bad_options_say_what_is_allowed(model, tmp_path):
-    vector = random_direction(model)
+    vector, trainer = random_direction(model), make_trainer(model, tmp_path)
     with pytest.raises(InputError, match="every is 0"):
-        ProjectionCallback(vector, layer=1, every=0)
-    with pytest.raises(InputError, match="give prompts="):
-        ProjectionCallback(vector, layer=1, stop_at=1.0)
+        ProjectionCallback(trainer, vector, layer=1, every=0)
+    with pytest.raises(InputError, match="give questions="):
+        ProjectionCallback(trainer, vector, layer=1, stop_at=1.0)
+    trainer.add_callback(ProjectionCallback(trainer, vector, layer=1, questions=PROMPTS))
     with pytest.raises(InputError, match="no tokenizer to read the probe prompts with"):
-        make_trainer(model, tmp_path, callbacks=[ProjectionCallback(vector, layer=1, prompts=PROMPTS)]).train()
+        trainer.train()
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "non-reentrant"])
