@@ -22,6 +22,10 @@ def test_the_wheel_brings_its_data_and_its_command(tmp_path):
     elsewhere = {"env": {**os.environ, "PYTHONPATH": str(tmp_path / "site")}, "cwd": tmp_path}
     assert str(tmp_path) in run("-c", "import persona_vectors; print(persona_vectors.__file__)", **elsewhere)
     assert "optimistic" in run("-c", "from persona_vectors.cli.main import main; main()", "traits", **elsewhere)
+    load = "import persona_vectors as pv; print(pv.list_vectors(), pv.load_vector('smollm2-135m/optimistic'))"
+    shipped = run("-c", load, **elsewhere)
+    assert shipped.count("smollm2-135m/") == 7 and "PersonaVector('optimistic', 30 layers x 576" in shipped
+    assert (tmp_path / "site" / "persona_vectors" / "py.typed").exists()
     assert (tmp_path / "site" / "bin" / "persona-vectors").exists()
     assert not (tmp_path / "site" / "tests").exists()
 

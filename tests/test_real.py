@@ -87,7 +87,7 @@ def test_official_rollouts_give_the_official_vector(embedded, tmp_path):
         loaded += load_rollouts(path, side=side, trait=trait, tokenizer=tokenizer)
     reference = torch.stack(sums["pos"]).mean(0) - torch.stack(sums["neg"]).mean(0)
     for row, pooling in zip(reference, ["response_mean", "prompt_mean", "prompt_last"]):
-        found = pv.extract_from(model, tokenizer, trait, loaded, pooling=pooling).directions[:-1]
+        found = pv.extract_from(model, tokenizer, trait, loaded, judge=None, pooling=pooling).directions[:-1]
         expected = row[1:-1]
         assert torch.nn.functional.cosine_similarity(found, expected, dim=1).min() >= 0.9999
         assert ((found.norm(dim=1) / expected.norm(dim=1)) - 1).abs().max() < 0.01
@@ -99,7 +99,7 @@ def test_extraction_while_generating_equals_the_second_pass(embedded, tmp_path):
     options = {"judge": None, "samples": 2, "questions": 2, "max_new_tokens": 12}
     direct = pv.extract(model, tokenizer, trait, rollouts=path, **options)
     ready = [r for side in ("pos", "neg") for r in load_rollouts(path, side=side, trait=trait, tokenizer=tokenizer)]
-    second = pv.extract_from(model, tokenizer, trait, ready)
+    second = pv.extract_from(model, tokenizer, trait, ready, judge=None)
     torch.testing.assert_close(direct.directions, second.directions, rtol=1e-3, atol=2e-3)
     assert json.loads(path.read_text().splitlines()[0])["model"] == "smollm2-135m"
 
@@ -119,7 +119,7 @@ def test_monitored_values_are_those_of_the_finished_text(embedded, temperature: 
             states = model(text, output_hidden_states=True).hidden_states
         for (name, layer), vector in zip(trace.last.keys, vectors * 3):
             assert vector.trait == name
-            found = trace[name, layer][line]
+            found = trace[f"{name}@{layer}"][line]
             expected = vector.project(states[layer + 1][0], layer=layer)
             torch.testing.assert_close(found[~found.isnan()][: len(expected)], expected, rtol=1e-3, atol=1e-3)
 

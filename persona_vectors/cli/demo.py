@@ -4,12 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from persona_vectors.data.files import atomic_path
 from persona_vectors.data.intervals import Interval, mean_interval
+from persona_vectors.data.progress import bar
 from persona_vectors.data.traits import Trait
 from persona_vectors.evaluation.answers import steered_answers
 from persona_vectors.evaluation.judge import Answer, score
@@ -20,6 +20,7 @@ from persona_vectors.vectors.controls import random_vector
 from persona_vectors.vectors.vector import PersonaVector
 
 COEFS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+ByCoef = dict[float, Interval]
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class DemoResult:
 
     vector: PersonaVector
     layer: int
-    sentiment: dict[str, dict[float, Interval]]
+    sentiment: dict[str, ByCoef]
     """VADER's compound score (-1 to 1), by vector (the trait's, and the controls) and coefficient."""
-    contrast: dict[float, Interval]
+    contrast: ByCoef
     """ContrastJudge's score (0 to 100) of the trait's vector, by coefficient."""
     effect: dict[str, Interval]
     """VADER at the highest coefficient minus at the lowest, by vector."""
@@ -50,7 +51,7 @@ def choose_layer(
     """Return the layer where +-`coef` moves the sentiment most with coherent answers, and every layer's effect."""
     sentiment, coherence = SentimentJudge(), PerplexityJudge(model, tokenizer)
     effects: dict[int, float] = {}
-    for layer in tqdm(layers, desc="choosing the layer", unit="layer"):
+    for layer in bar(layers, desc="choosing the layer", unit="layer"):
         low, high = steered_answers(
             model, tokenizer, vector, questions, layer=layer, coefs=[-coef, coef], max_new_tokens=max_new_tokens
         )
@@ -81,20 +82,10 @@ def run_demo(
     scored. The score is VADER's, so the trait should be one of valence. Writes the vector, the rollouts and two plots
     to `out`; a second run goes on from the rollouts there.
     """
-    from persona_vectors.evaluation.plots import plot_scores
-    from persona_vectors.vectors.plots import plot_vector
-
     out = Path(out)
-    judge = ContrastJudge(model, tokenizer, trait, pairs=2)
-    vector = extract(
-        model,
-        tokenizer,
-        trait,
-        judge=ContrastJudge(model, tokenizer, trait, pairs=1),
-        samples=samples,
-        max_new_tokens=extract_tokens,
-        rollouts=out / "rollouts.jsonl",
-    )
+    quick = ContrastJudge(model, tokenizer, trait, pairs=1)
+    drawing: dict[str, Any] = {"samples": samples, "max_new_tokens": extract_tokens, "rollouts": out / "rollouts.jsonl"}
+    vector = extract(model, tokenizer, trait, judge=quick, **drawing)
     vector.save(out / f"{trait.name}.safetensors")
     count = len(vector.directions)
     layers = range(count // 3, count - count // 6, max(1, count // 7))
@@ -102,46 +93,51 @@ def run_demo(
     layer, _ = choose_layer(
         model, tokenizer, vector, questions, layers=layers, coef=max(COEFS), max_new_tokens=extract_tokens
     )
-
     held_out = list(trait.questions.eval)
-    asked = [question for question in held_out for _ in range(eval_samples)]
-    ends, analyzer = [COEFS[0], COEFS[-1]], SentimentJudge()
-    sentiment, effect = {}, {}
-    with tqdm(total=len(asked) * (len(COEFS) + len(ends) * controls), desc="steering", unit="answer") as bar:
-
-        def steered(name: str, candidate: PersonaVector, coefs: Sequence[float]) -> list[list[str]]:
-            """Answer the evaluation questions, and take down the sentiment of the answers."""
-            options = {"max_new_tokens": max_new_tokens, "progress": bar.update}
-            answers = steered_answers(model, tokenizer, candidate, asked, layer=layer, coefs=coefs, **options)
-            compounds = [_split([analyzer.compound(a) for a in row], eval_samples) for row in answers]
-            sentiment[name] = {coef: mean_interval(rows) for coef, rows in zip(coefs, compounds)}
-            pairs = zip(compounds[0], compounds[-1])
-            effect[name] = mean_interval([[sum(high) / len(high) - sum(low) / len(low)] for low, high in pairs])
-            return answers
-
-        own = steered(trait.name, vector, COEFS)
-        for seed in range(controls):
-            name = f"random {seed}"
-            steered(name, random_vector(vector, seed=seed), ends)
-            sentiment[name][0.0] = sentiment[trait.name][0.0]  # nothing is added there
+    candidates = {trait.name: vector} | {f"random {seed}": random_vector(vector, seed=seed) for seed in range(controls)}
+    sentiment: dict[str, ByCoef] = {}
+    effect: dict[str, Interval] = {}
+    own: list[list[str]] = []
+    for name, candidate in candidates.items():
+        coefs = COEFS if candidate is vector else (COEFS[0], COEFS[-1])
+        asked = [question for question in held_out for _ in range(eval_samples)]
+        options: dict[str, Any] = {"layer": layer, "coefs": coefs, "max_new_tokens": max_new_tokens}
+        answers = steered_answers(model, tokenizer, candidate, asked, **options)
+        own = own or answers
+        sentiment[name], effect[name] = _score(answers, coefs, eval_samples)
+        sentiment[name][0.0] = sentiment[trait.name][0.0]  # nothing is added there
     first = [Answer(q, row[i * eval_samples]) for row in own for i, q in enumerate(held_out)]
+    judge = ContrastJudge(model, tokenizer, trait, pairs=2)
     values = [math.nan if value is None else value for value in score(judge, first, trait.eval_prompt)]
     contrast = {c: mean_interval([[v] for v in part]) for c, part in zip(COEFS, _split(values, len(held_out)))}
     examples = {coef: " ".join(row[0].split()) for coef, row in zip(COEFS, own)}
     result = DemoResult(vector, layer, sentiment, contrast, effect, examples)
-    figures = {
-        "vector.png": plot_vector(vector, layer=layer),
-        "steering.png": plot_scores(
-            sentiment,
-            title=f"{trait.name} at layer {layer}: held-out questions",
-            ylabel="VADER sentiment, -1 to 1",
-            controls=[name for name in sentiment if name != trait.name],
-        ),
-    }
-    for filename, figure in figures.items():
-        with atomic_path(out / filename) as temporary:
-            figure.savefig(temporary, dpi=150)
+    _draw(result, trait.name, out)
     return result
+
+
+def _score(answers: Sequence[Sequence[str]], coefs: Sequence[float], size: int) -> tuple[ByCoef, Interval]:
+    """Return the sentiment at each coefficient, and its difference from the lowest to the highest, by question."""
+    analyzer = SentimentJudge()
+    compounds = [_split([analyzer.compound(answer) for answer in row], size) for row in answers]
+    pairs = zip(compounds[0], compounds[-1])
+    effect = mean_interval([[sum(high) / len(high) - sum(low) / len(low)] for low, high in pairs])
+    return {coef: mean_interval(rows) for coef, rows in zip(coefs, compounds)}, effect
+
+
+def _draw(result: DemoResult, trait: str, out: Path) -> None:
+    from persona_vectors.cli.options import save_figure
+    from persona_vectors.evaluation.plots import plot_scores
+    from persona_vectors.vectors.plots import plot_vector
+
+    save_figure(plot_vector(result.vector, layer=result.layer), out / "vector.png")
+    figure = plot_scores(
+        result.sentiment,
+        title=f"{trait} at layer {result.layer}: held-out questions",
+        ylabel="VADER sentiment, -1 to 1",
+        controls=[name for name in result.sentiment if name != trait],
+    )
+    save_figure(figure, out / "steering.png")
 
 
 def _split(values: Sequence[float], size: int) -> list[list[float]]:

@@ -1,11 +1,25 @@
 """Commands that judge training data: flag, split and compare."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from persona_vectors.cli.options import JUDGES, BatchTokens, Device, DeviceMap, DType, Fold, ModelArg, app, load
+from persona_vectors.cli.options import (
+    JUDGES,
+    BatchTokens,
+    Json,
+    LayerOption,
+    Load,
+    ModelArg,
+    VectorArgs,
+    app,
+    echo_table,
+    layers,
+    load_vectors,
+    loads_models,
+)
 from persona_vectors.data.errors import InputError
 
 FlagsArg = Annotated[Path, typer.Option(help="a file that flag wrote")]
@@ -14,90 +28,72 @@ Split = Annotated[str, typer.Option(help="the split of a Hugging Face dataset")]
 
 
 @app.command()
+@loads_models
 def flag(
     model: ModelArg,
-    vectors: Annotated[list[Path], typer.Argument(metavar="VECTOR...", help="one or more .safetensors files")],
-    layer: Annotated[list[int], typer.Option(help="a layer, or several (repeat the option)")],
+    vectors: VectorArgs,
+    *,
+    layer: LayerOption,
     data: Data,
     out: Annotated[Path, typer.Option(help="the Parquet file to write; the same command goes on where it stopped")],
-    baseline: Annotated[
-        str, typer.Option(help="generate, prompt_last, none, or a file with an answer of the model to each prompt")
-    ] = "generate",
+    baseline: Annotated[str, typer.Option(help="generate, prompt_last or none")] = "generate",
+    answers: Annotated[str | None, typer.Option(help="a file with an answer of the model to each prompt")] = None,
     html: Annotated[Path | None, typer.Option(help="write a report that needs nothing else to this file")] = None,
     columns: Annotated[
         tuple[str, str] | None, typer.Option(metavar="PROMPT ANSWER", help="the two columns, where they are others")
     ] = None,
     split: Split = "train",
-    skip_broken: Annotated[
-        bool, typer.Option(help="count and leave out what is no sample, instead of stopping")
-    ] = False,
-    max_length: Annotated[int | None, typer.Option(help="cut longer samples [default: the model's context]")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="most tokens of a generated baseline")] = 256,
+    on_error: Annotated[str, typer.Option(help="what is no sample: stop there, or skip and count it")] = "stop",
+    max_length: Annotated[int | None, typer.Option(help="cut longer samples (default: the model's context)")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="most tokens of a generated baseline", min=1)] = 256,
     reference: Annotated[str | None, typer.Option(help="neutral samples for the percentiles, or their flags")] = None,
-    threshold: Annotated[
-        str | None, typer.Option(help="flag from this difference, or percentile, say p99 [with --reference: p95]")
-    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="flag from this difference on")] = None,
+    percentile: Annotated[float | None, typer.Option(help="or from this percentile (with --reference: 95)")] = None,
     judge: Annotated[str | None, typer.Option(help=f"add a judge's score too: {JUDGES}")] = None,
     trait: Annotated[str | None, typer.Option(help="the trait that it judges, a shipped one or a JSON file")] = None,
-    cache: Annotated[Path | None, typer.Option(help="where baselines are kept [default: the user's cache]")] = None,
+    cache: Annotated[Path | None, typer.Option(help="where baselines are kept (default: the user's cache)")] = None,
     batch_tokens: BatchTokens = None,
     workers: Annotated[int, typer.Option(help="Ray actors that hold a model each; RAY_ADDRESS names a cluster")] = 1,
-    device: Device = None,
-    dtype: DType = None,
-    device_map: DeviceMap = None,
-    fold_system: Fold = False,
+    as_json: Json = False,
+    load: Load,
 ) -> None:
     """Score every sample of a dataset by how far it would move a model along persona vectors, before training.
 
-    Example: persona-vectors flag smollm2-135m optimistic.safetensors --layer 19 --data train.jsonl
+    Example: persona-vectors flag smollm2-135m smollm2-135m/optimistic --layer 19 --data train.jsonl
     --out flags.parquet --baseline prompt_last --html flags.html
     """
-    from persona_vectors.cli.judges import make_judge
-    from persona_vectors.data.traits import load_trait
-    from persona_vectors.flagging import run as flagging
-    from persona_vectors.flagging import screening
+    from persona_vectors.flagging import run
     from persona_vectors.flagging.report import write_report
-    from persona_vectors.vectors.vector import PersonaVector
 
     if bool(judge) != bool(trait):
         raise InputError("--judge and --trait belong together: give both, or neither")
-    loaded_trait = load_trait(trait) if trait else None
-    loaded_vectors = [PersonaVector.load(path) for path in vectors]
-    loaded, tokenizer = load(model, "cpu" if workers > 1 and not device else device, dtype, device_map, fold_system)
+    where, loaded_vectors = layers(layer), load_vectors(vectors)
+    if workers > 1 and load.keywords["device"] is None:  # the actors take the GPUs
+        load = partial(load, device="cpu")
+    loaded, tokenizer = load(model)
     reading: dict[str, Any] = {"columns": columns, "split": split}
-    found = flagging.flag(
-        loaded,
-        tokenizer,
-        data,
-        loaded_vectors,
-        layer=layer,
-        out=out,
-        baseline=baseline,
-        on_error="skip" if skip_broken else "stop",
-        max_length=max_length,
-        max_new_tokens=max_new_tokens,
-        reference=reference,
-        threshold=_number(threshold),
-        cache=cache,
-        batch_tokens=batch_tokens,
-        workers=workers,
-        **reading,
-    )
-    typer.echo(repr(found))
-    if judge and loaded_trait:
-        scorer = make_judge(judge, loaded, tokenizer, loaded_trait, lambda n: load(n, device, dtype, device_map))
-        if scorer:
-            screening.add_scores(data, out, scorer, loaded_trait.eval_prompt, **reading)
+    options: dict[str, Any] = {"out": out, "baseline": baseline, "answers": answers, "on_error": on_error, **reading}
+    options |= {"max_length": max_length, "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
+    options |= {"reference": reference, "threshold": threshold, "percentile": percentile}
+    found = run.flag(loaded, tokenizer, data, loaded_vectors, layer=where, cache=cache, workers=workers, **options)
+    echo_table(found.rows(), as_json=as_json, text=lambda: repr(found))
+    if judge and trait:
+        _add_scores(judge, trait, loaded, tokenizer, load, data=data, flags=out, **reading)
     if html:
-        write_report(loaded, tokenizer, data, loaded_vectors, out, html, **reading)
-        typer.echo(f"report -> {html}")
+        write_report(loaded, tokenizer, data, loaded_vectors, flags=out, out=html, **reading)
+        typer.echo(f"report -> {html}", err=as_json)
 
 
-def _number(text: str | None) -> float | str | None:
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return text
+def _add_scores(spec: str, trait: str, model: Any, tokenizer: Any, load: Load, **reading: Any) -> None:
+    from persona_vectors.cli.judges import make_judge
+    from persona_vectors.data.traits import load_trait
+    from persona_vectors.flagging.screening import add_scores
+
+    loaded_trait = load_trait(trait)
+    judge = make_judge(spec, model, tokenizer, loaded_trait, load)
+    if judge is None:
+        raise InputError("--judge none scores nothing: name a judge, or leave --judge out")
+    add_scores(reading.pop("data"), reading.pop("flags"), judge=judge, rubric=loaded_trait.eval_prompt, **reading)
 
 
 @app.command()
@@ -121,8 +117,9 @@ def split(
 
 @app.command()
 def compare(
-    first: Annotated[Path, typer.Argument(metavar="FLAGS", help="a file that flag wrote")],
-    second: Annotated[Path, typer.Argument(metavar="FLAGS", help="another one")],
+    flags: Annotated[Path, typer.Argument(metavar="FLAGS", help="a file that flag wrote")],
+    other: Annotated[Path, typer.Argument(metavar="FLAGS", help="another one")],
+    as_json: Json = False,
 ) -> None:
     """Say which of two flagged datasets will move each trait more, with intervals, and how few samples show it.
 
@@ -130,5 +127,6 @@ def compare(
     """
     from persona_vectors.flagging.compare import compare_datasets
 
-    for key, found in compare_datasets(first, second).items():
-        typer.echo(f"{key}: {found}")
+    found = compare_datasets(flags, other)
+    rows = [{"vector": key} | row for key, each in found.items() for row in each.rows()]
+    echo_table(rows, as_json=as_json, text=lambda: "\n".join(f"{key}: {each}" for key, each in found.items()))

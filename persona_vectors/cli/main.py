@@ -1,27 +1,49 @@
 """The command line: the Python functions under their own names."""
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
-from persona_vectors.cli import evaluation as cli_evaluate
-from persona_vectors.cli import flagging as cli_flag
-from persona_vectors.cli import monitoring as cli_watch
-from persona_vectors.cli import steering as cli_steer
-from persona_vectors.cli import training as cli_training
-from persona_vectors.cli import traits as cli_traits
-from persona_vectors.cli import vectors as cli_vectors
+from persona_vectors.cli import (
+    chat,
+    contrast,
+    evaluation,
+    extraction,
+    flagging,
+    monitoring,
+    steering,
+    training,
+    vectors,
+)
 from persona_vectors.cli.options import app
 from persona_vectors.data.errors import InputError
 
 # Importing a module adds its commands, in this order.
-COMMANDS = (cli_vectors, cli_traits, cli_steer, cli_watch, cli_evaluate, cli_flag, cli_training)
+COMMANDS = (extraction, vectors, steering, monitoring, chat, evaluation, contrast, flagging, training)
+
+
+def _show_version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"persona-vectors {version('persona-vectors-toolkit')}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show the version and exit")
+    ] = False,
+) -> None:
+    """Extract persona vectors from language models, and steer with them (arXiv 2507.21509)."""
 
 
 def main() -> None:
     """Run the command line: 0 done, 2 bad input, 130 interrupted, 1 anything else."""
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="persona-vectors")
     except (InputError, OSError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         code = 2

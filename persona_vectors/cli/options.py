@@ -1,5 +1,10 @@
-"""What the commands share: the app, the options that several have, and loading a model for them."""
+"""What the commands share: the app, the options that several have, how they load models and print tables."""
 
+import functools
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,21 +15,67 @@ JUDGES = "contrast[:PAIRS], sentiment, openai:MODEL, local:MODEL or none"
 app = typer.Typer(
     help="Extract persona vectors from language models, and steer with them (arXiv 2507.21509).",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="smollm2-135m, a Hub id, a folder or a .gguf file")]
-Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu [default: the best there is]")]
-DType = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 ... [default: bfloat16 on a GPU]")]
+TraitArg = Annotated[str, typer.Argument(metavar="TRAIT", help="a shipped trait's name, or a JSON file")]
+VectorArg = Annotated[str, typer.Argument(metavar="VECTOR", help="a .safetensors file, or the name of a shipped one")]
+VectorArgs = Annotated[
+    list[str], typer.Argument(metavar="VECTOR...", help="one or more .safetensors files, or names of shipped ones")
+]
+LayerOption = Annotated[
+    list[str], typer.Option(metavar="LAYER", help="decoder blocks from 0: 13, or 13,22, or 10-20, or all; repeatable")
+]
+Questions = Annotated[list[str], typer.Option("--question", help="a question to answer; repeat for more")]
+System = Annotated[str | None, typer.Option(help="a system prompt")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy", min=0)]
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu (default: the best there is)")]
+DType = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 ... (default: bfloat16 on a GPU)")]
 DeviceMap = Annotated[str | None, typer.Option(help="let accelerate place the weights, say: auto")]
 Fold = Annotated[bool, typer.Option("--fold-system", help="put the system prompt into the user's turn")]
 Seed = Annotated[int, typer.Option(help="random seed: the same run gives the same answers")]
-MaxNewTokens = Annotated[int, typer.Option(help="most tokens of an answer")]
+Samples = Annotated[int, typer.Option(help="answers to each question", min=1)]
+First = Annotated[int | None, typer.Option(help="take only the first N extraction questions", min=1)]
+MaxNewTokens = Annotated[int, typer.Option(help="most tokens of an answer", min=1)]
 BatchTokens = Annotated[int | None, typer.Option(help="tokens a batch: lower it when memory runs out")]
+Json = Annotated[bool, typer.Option("--json", help="print the table as JSON, and nothing else")]
+
+Load = functools.partial
+"""What loads a model and its tokenizer by name, with the command's options as its keywords."""
+_LOADING: dict[str, tuple[Any, Any]] = {
+    "device": (Device, None),
+    "dtype": (DType, None),
+    "device_map": (DeviceMap, None),
+    "fold_system": (Fold, False),
+}
 
 
-def load(name: str, device: str | None, dtype: str | None, device_map: str | None, fold: bool = False) -> Any:
+def loads_models(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of loading a model; it is passed `load`, which does so by name."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        picked = {name: given.pop(name) for name in _LOADING}
+        command(**given, load=functools.partial(load_by_name, **picked))
+
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != "load"]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    added = [inspect.Parameter(name, kind, default=d, annotation=a) for name, (a, d) in _LOADING.items()]
+    run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
+    return run
+
+
+def load_by_name(
+    name: str,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    device_map: str | None = None,
+    fold_system: bool = False,
+) -> tuple[Any, Any]:
+    """Return a model and its tokenizer, as the options of a command line say; raises InputError for a bad one."""
     import torch
     from transformers.utils import logging
 
@@ -32,9 +83,57 @@ def load(name: str, device: str | None, dtype: str | None, device_map: str | Non
     from persona_vectors.model.prompts import fold_system_role
 
     logging.disable_progress_bar()
-
     kind = getattr(torch, dtype, None) if dtype else None
     if dtype and not isinstance(kind, torch.dtype):
         raise InputError(f"no dtype {dtype!r}: give float32, bfloat16 or float16")
     model, tokenizer = load_model(name, device=device, dtype=kind, device_map=device_map)
-    return model, fold_system_role(tokenizer) if fold else tokenizer
+    return model, fold_system_role(tokenizer) if fold_system else tokenizer
+
+
+def layers(given: Sequence[str] | None, *, option: str = "--layer") -> Any:
+    """Return the layers of an option: "all", or numbers from 13, 13,22 and 10-20; a single one as a number."""
+    parts = [part.strip() for text in given or ["all"] for part in text.split(",")]
+    if parts == ["all"]:
+        return "all"
+    found: list[int] = []
+    for part in parts:
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise InputError(f"{option} is {' '.join(given or [])!r}: give 13, or 13,22, or 10-20, or all")
+        found += range(int(first), int(last if dash else first) + 1)
+    return found[0] if len(found) == 1 else found
+
+
+def numbers(given: Sequence[str] | str | None, *, option: str) -> list[float] | None:
+    """Return the numbers of an option, with commas between them or repeated; None where it is not given."""
+    texts = [given] if isinstance(given, str) else list(given or [])
+    try:
+        return [float(part) for text in texts for part in text.split(",")] or None
+    except ValueError:
+        raise InputError(f"{option} is {' '.join(texts)!r}: give numbers with commas between them") from None
+
+
+def load_vectors(names: Sequence[str]) -> list[Any]:
+    """Return the vectors of files, or shipped ones by name; raises InputError where two are of one trait."""
+    from persona_vectors.vectors.shipped import load_vector
+
+    loaded: dict[str, Any] = {}
+    for name in names:
+        vector = load_vector(name)
+        if vector.trait in loaded:
+            raise InputError(f"{name} holds another vector called {vector.trait!r}: give one of each trait")
+        loaded[vector.trait] = vector
+    return list(loaded.values())
+
+
+def echo_table(rows: Sequence[dict[str, Any]], *, as_json: bool, text: Callable[[], str]) -> None:
+    """Print a table: its rows as JSON where asked for, else `text()`."""
+    typer.echo(json.dumps(list(rows), indent=1, ensure_ascii=False, default=str) if as_json else text())
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    from persona_vectors.data.files import atomic_path
+
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150)

@@ -1,11 +1,23 @@
 """Commands around fine-tuning: train with or without steering, and measure how far training moved a model."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from persona_vectors.cli.options import Device, DeviceMap, DType, ModelArg, app, load
+from persona_vectors.cli.options import (
+    Json,
+    LayerOption,
+    Load,
+    ModelArg,
+    VectorArgs,
+    app,
+    echo_table,
+    layers,
+    load_vectors,
+    loads_models,
+    save_figure,
+)
 from persona_vectors.data.errors import InputError
 
 
@@ -31,52 +43,57 @@ def finetune(
 
 
 @app.command()
+@loads_models
 def shift(
-    base: ModelArg,
-    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="an adapter's folder, or a model as for MODEL")],
-    vectors: Annotated[list[Path], typer.Argument(metavar="VECTOR...", help="one or more .safetensors files")],
-    prompts: Annotated[
+    model: ModelArg,
+    vectors: VectorArgs,
+    *,
+    tuned: Annotated[str, typer.Option(help="what training made of MODEL: an adapter's folder, or a model")],
+    questions: Annotated[
         str, typer.Option(help="a text file, one question a line; or a trait: its evaluation questions")
     ],
-    layer: Annotated[list[str] | None, typer.Option(help="a layer, or several (repeat) [default: all]")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="of each answer; 0: read only the prompts", min=0)] = 48,
+    layer: LayerOption = ["all"],  # noqa: B006
+    max_new_tokens: Annotated[int, typer.Option(help="of each answer; 0: read only the questions", min=0)] = 48,
     out: Annotated[Path | None, typer.Option(help="write JSON here, and a plot beside it (.png)")] = None,
-    device: Device = None,
-    dtype: DType = None,
-    device_map: DeviceMap = None,
+    as_json: Json = False,
+    load: Load,
 ) -> None:
-    """Measure how far training moved a model along vectors, with 95 % intervals over the prompts.
+    """Measure how far training moved a model along vectors, with 95 % intervals over the questions.
 
-    Example: persona-vectors shift smollm2-135m runs/tuned vectors/smollm2-135m/optimistic.safetensors --layer 20
-    --prompts optimistic
+    Example: persona-vectors shift smollm2-135m smollm2-135m/optimistic --tuned runs/tuned --layer 20
+    --questions optimistic
     """
-    from persona_vectors.data.traits import load_trait
     from persona_vectors.training.plots import plot_shift
     from persona_vectors.training.shifts import finetuning_shift
-    from persona_vectors.vectors.vector import PersonaVector
 
-    wanted = layer or ["all"]
-    if wanted != ["all"] and not all(text.isdigit() for text in wanted):
-        raise InputError(f"--layer is {' '.join(wanted)!r}: give a number, several numbers, or all")
-    path = Path(prompts)
+    where, asked, loaded_vectors = layers(layer), _questions(questions), load_vectors(vectors)
+    loaded, tokenizer = load(model)
+    options: dict[str, Any] = {"tuned": tuned, "questions": asked, "max_new_tokens": max_new_tokens}
+    found = finetuning_shift(loaded, tokenizer, loaded_vectors, layer=where, **options)
+    rows = found.rows()
+    echo_table(rows, as_json=as_json, text=lambda: _table(rows))
+    if out:
+        found.save(out)
+        save_figure(plot_shift(rows), out.with_suffix(".png"))
+
+
+def _questions(text: str) -> list[str]:
+    from persona_vectors.data.traits import load_trait
+
+    path = Path(text)
     if path.is_file() and path.suffix != ".json":
         asked = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     else:
-        asked = list(load_trait(prompts).questions.eval)
+        asked = list(load_trait(text).questions.eval)
     if not asked:
-        raise InputError(f"--prompts {prompts} holds no question: give a text file, one a line, or a trait")
-    loaded_vectors = [PersonaVector.load(file) for file in vectors]
-    model, tokenizer = load(base, device, dtype, device_map)
-    where = "all" if wanted == ["all"] else [int(text) for text in wanted]
-    found = finetuning_shift(
-        model, tuned, tokenizer, loaded_vectors, layer=where, prompts=asked, max_new_tokens=max_new_tokens
-    )
-    typer.echo(f"{'trait':<16}{'layer':>6}  {'read at':<14}{'base':>9}{'tuned':>9}  shift [95 %]")
-    for row in found.rows():
-        place = where[0] if row["layer"] is None else row["layer"]
-        interval = f"{row['shift']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
+        raise InputError(f"--questions {text} holds no question: give a text file, one a line, or a trait")
+    return asked
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{'trait':<16}{'layer':>6}  {'read at':<14}{'base':>9}{'tuned':>9}  shift [95 %]"]
+    for row in rows:
+        interval = f"{row['shift']:+.2f} [{row['shift_low']:+.2f}, {row['shift_high']:+.2f}]"
         numbers = f"{row['base']:>9.2f}{row['tuned']:>9.2f}"
-        typer.echo(f"{row['trait']:<16}{place:>6}  {row['pooling']:<14}{numbers}  {interval}")
-    if out:
-        found.save(out)
-        plot_shift(found.rows()).savefig(out.with_suffix(".png"), dpi=150)
+        lines.append(f"{row['trait']:<16}{row['layer']:>6}  {row['pooling']:<14}{numbers}  {interval}")
+    return "\n".join(lines)

@@ -1,6 +1,6 @@
 import io
 import json
-import resource
+import re
 import signal
 import subprocess
 import sys
@@ -10,11 +10,13 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import ENVIRONMENT, command, run, save_tiny
+from helpers import ENVIRONMENT, command, run, run_with_file_limit, save_tiny
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from persona_vectors.cli.main import app
+from persona_vectors.cli.options import layers
+from persona_vectors.data.errors import InputError
 from persona_vectors.vectors.vector import PersonaVector
 
 ROOT = Path(__file__).parents[2]
@@ -51,9 +53,9 @@ def test_extract_info_and_steer(tiny, trait_file, tmp_path):
     assert "separation" in printed and "seed: 0" in printed
     assert run("info", out, out)[0].count("loud") == 2
     assert (tmp_path / "v.png").stat().st_size > 10_000
-    printed, _ = run("steer", tiny, out, "--layer", 1, "--coef", -1, "--coef", 1, "--prompt", "Hi", "--device", "cpu")
+    printed, _ = run("steer", tiny, out, "--layer", 1, "--coef", -1, "--coef", 1, "--question", "Hi", "--device", "cpu")
     assert "coef -1 | Hi" in printed and "coef +1 | Hi" in printed
-    printed, _ = run("steer", tiny, out, "--layer", "all", "--dose", 0.1, "--prompt", "Hi", "--device", "cpu")
+    printed, _ = run("steer", tiny, out, "--layer", "all", "--dose", 0.1, "--question", "Hi", "--device", "cpu")
     assert "dose +0.1 | Hi" in printed
 
 
@@ -67,7 +69,7 @@ def vector_file(tmp_path) -> Path:
 
 def test_monitor_prints_projections_and_writes_a_page(tiny, vector_file, tmp_path):
     options = ["--layer", 1, "--device", "cpu", "--max-new-tokens", 5]
-    questions = ["--prompt", "[/b]<b>Hi", "--prompt", "Why?"]
+    questions = ["--question", "[/b]<b>Hi", "--question", "Why?"]
     printed, _ = run("monitor", tiny, vector_file, *options, *questions, "--html", tmp_path / "t.html")
     assert "[/b]<b>Hi" in printed and printed.count("before the answer") == 2 and printed.count("calm") >= 2
     page = (tmp_path / "t.html").read_text("utf-8")
@@ -119,7 +121,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, trait_file, tmp_path):
     other = tmp_path / "other.safetensors"
     PersonaVector("t", "m", torch.ones(3, 16)).save(other)
     out = tmp_path / "out.safetensors"
-    steer = ["steer", tiny, vector, "--prompt", "Hi", "--device", "cpu"]
+    steer = ["steer", tiny, vector, "--question", "Hi", "--device", "cpu"]
     cases: list[tuple[list, str]] = [
         (["extract", tiny, "optimist", "--out", out], "no trait 'optimist'"),
         (["extract", "no/model", trait_file, "--out", out], "cannot load model 'no/model'"),
@@ -128,11 +130,14 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, trait_file, tmp_path):
         (["extract", tiny, trait_file, *SMALL, "--judge", "gpt", "--out", out], "no judge 'gpt'"),
         (["extract", tiny, trait_file, *SMALL, "--pooling", "max", "--out", out], "give one of response_mean"),
         (["extract", tiny, trait_file, *SMALL, "--dtype", "float7", "--out", out], "no dtype 'float7'"),
-        (["extract", tiny, trait_file, *SMALL, "--questions", 1, "--out", out], "only 3 answer pairs"),
+        (["extract", tiny, trait_file, *SMALL, "--first", 1, "--out", out], "only 3 answer pairs"),
         ([*steer, "--layer", 9, "--coef", 1], "layer 9 is out of range"),
-        ([*steer, "--layer", "x", "--coef", 1], "give a number, several numbers, or all"),
+        ([*steer, "--layer", "x", "--coef", 1], "give 13, or 13,22, or 10-20, or all"),
         ([*steer, "--layer", 1], "give either --coef"),
-        (["steer", tiny, other, "--prompt", "Hi", "--layer", 1, "--coef", 1], "does not fit a model of 3 layers x 32"),
+        (
+            ["steer", tiny, other, "--question", "Hi", "--layer", 1, "--coef", 1],
+            "does not fit a model of 3 layers x 32",
+        ),
         (["info", tmp_path / "none.safetensors"], "no vector file"),
         (["info", vector, vector, "--plot", tmp_path / "x.png"], "--plot draws one vector"),
         (["info", tmp_path / "code.pt"], "no whole safetensors file"),
@@ -200,15 +205,10 @@ def test_an_interrupt_exits_with_130(tiny, trait_file, tmp_path):
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(tiny, trait_file, tmp_path):
     out = tmp_path / "v.safetensors"
-
-    def small_disk() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
-
     arguments = command("extract", tiny, trait_file, *SMALL, "--out", out, "--rollouts", tmp_path / "r.jsonl")
-    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, preexec_fn=small_disk, check=False)
+    done = run_with_file_limit(arguments, 600)
     assert done.returncode == 2
-    assert done.stderr.decode().strip().splitlines()[-1].startswith("error: ")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert not out.exists() and not list(tmp_path.glob(".*"))
 
 
@@ -217,3 +217,32 @@ def test_importing_the_package_is_light():
     code = f"import persona_vectors, sys; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_tables_are_json_where_asked_for(tiny, trait_file, vector_file):
+    assert [row["trait"] for row in json.loads(run("traits", "--json")[0])][:2] == ["apathetic", "evil"]
+    (found,) = json.loads(run("info", vector_file, "--json")[0])
+    assert [row["layer"] for row in found["layers"]] == [0, 1, 2]
+    options = ["--layer", 1, "--device", "cpu", "--max-new-tokens", 3, "--question", "Hi", "--json"]
+    (answer,) = json.loads(run("monitor", tiny, vector_file, *options)[0])
+    assert answer["question"] == "Hi" and answer["projections"][0]["vector"] == "calm"
+    judged = ["--judge", "sentiment", "--max-new-tokens", 3, "--device", "cpu", "--json"]
+    (plain,) = json.loads(run("evaluate", tiny, trait_file, *judged)[0])
+    assert plain["state"] == "plain" and 0 <= plain["score"] <= 100
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [(["13"], 13), (["13,22"], [13, 22]), (["10-12"], [10, 11, 12]), (["1", "3-4"], [1, 3, 4]), (["all"], "all")],
+)
+def test_one_grammar_for_layers(given, wanted):
+    assert layers(given) == wanted
+    with pytest.raises(InputError, match="--layer is '-1'"):
+        layers(["-1"])
+
+
+def test_the_module_is_the_command_and_tells_its_version():
+    done = subprocess.run([sys.executable, "-m", "persona_vectors", "--version"], capture_output=True, text=True)
+    assert re.fullmatch(r"persona-vectors \d+\.\d+\.\d+\n", done.stdout), done
+    shown, _ = run("--help")
+    assert "--install-completion" in shown and "persona_vectors" not in shown.splitlines()[1]

@@ -44,29 +44,34 @@ def test_evaluate_prints_plain_and_edited(tiny, trait_file, vector):
     assert "with the options" not in out and "20 answers to 20 questions" in out
     _, err = run("evaluate", tiny, trait_file, "--vector", vector, "--layer", 1, code=2)
     assert "one of --coef, --dose and --cap" in err
-    out, _ = run("evaluate", tiny, "optimistic", *small, "--judge", "sentiment", "--check-judge")
-    assert out.startswith("sentiment (VADER): AUROC 0.")
+    _, err = run("evaluate", tiny, "optimistic", *small, "--judge", "sentiment", "--check-judge")
+    assert "sentiment (VADER): AUROC 0." in err
     _, err = run("evaluate", tiny, "evil", *small, "--judge", "contrast", "--check-judge", code=2)
     assert "this judge cannot be trusted with 'evil'" in err
     _, err = run("evaluate", tiny, trait_file, "--judge", "none", code=2)
-    assert "evaluate needs a judge" in err
+    assert "needs a judge" in err
 
 
 def test_sweep_writes_a_table_and_plots(tiny, trait_file, vector, tmp_path):
     out, _ = run(
-        *("sweep", tiny, trait_file, vector, "--layers", "0,2", "--coefs=-1,0,1", "--controls", 2, "--gate", 0),
+        *("sweep", tiny, trait_file, vector, "--layer", "0,2", "--coefs=-1,0,1", "--controls", 2, "--gate", 0),
         *("--max-new-tokens", 3, "--device", "cpu", "--out", tmp_path / "s"),
     )
-    assert {path.name for path in (tmp_path / "s").iterdir()} == {"sweep.csv", "sweep.png", "answers.jsonl"}
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {
+        "sweep.json",
+        "sweep.csv",
+        "sweep.png",
+        "answers.jsonl",
+    }
     assert all(name in out for name in ("plain", "own system prompt", "random 0", "covariance 0", "wrong way"))
-    _, err = run("sweep", tiny, trait_file, vector, "--layers", "0-2", "--coefs", "1", code=2)
-    assert "--layers is '0-2': give numbers with commas" in err
+    _, err = run("sweep", tiny, trait_file, vector, "--layer", "0-x", "--coefs", "1", code=2)
+    assert "--layer is '0-x': give 13, or 13,22, or 10-20" in err
 
 
 @pytest.mark.slow
 def test_a_killed_sweep_repeats_no_answer_and_ends_as_one_that_was_not(tiny, trait_file, vector, tmp_path):
     def options(name: str) -> list[str]:
-        grid = ["--layers", "0,1,2", "--coefs=-2,-1,1,2", "--controls", 2, "--gate", 0, "--samples", 6]
+        grid = ["--layer", "0,1,2", "--coefs=-2,-1,1,2", "--controls", 2, "--gate", 0, "--samples", 6]
         small = ["--batch-tokens", 100, "--max-new-tokens", 6, "--device", "cpu"]
         return command("sweep", tiny, trait_file, vector, *grid, *small, "--out", tmp_path / name)
 
@@ -91,7 +96,7 @@ def test_a_killed_sweep_repeats_no_answer_and_ends_as_one_that_was_not(tiny, tra
 def test_contrast_prints_a_row_a_vector_and_the_matrix(tiny, vector, tmp_path):
     made = replace(-random_direction(zoo.build("llama")), trait="humorous", residual_norms=torch.ones(3))
     made.save(tmp_path / "w.safetensors")
-    arguments = ("--layers", "1", "--doses", "0.1", "--controls", 4, "--max-perplexity", 9, "--device", "cpu")
+    arguments = ("--layer", "1", "--doses", "0.1", "--controls", 4, "--max-perplexity", 9, "--device", "cpu")
     out, _ = run("contrast", tiny, vector, tmp_path / "w.safetensors", *arguments)
     lines = out.splitlines()
     assert [line.split()[:3] for line in lines[1:3]] == [["optimistic", "1", "0.1"], ["humorous", "1", "0.1"]]

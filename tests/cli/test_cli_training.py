@@ -7,6 +7,8 @@ import pytest
 import zoo
 from helpers import random_direction, run, save_tiny
 
+from persona_vectors.training.shifts import Shift
+
 
 @pytest.fixture
 def tiny(tmp_path) -> Path:
@@ -35,7 +37,8 @@ def test_finetune_and_shift(tiny, config, tmp_path):
     out, _ = run("finetune", config)
     assert out.splitlines()[-1] == f"saved: {tmp_path / 'tuned'}"
     (tmp_path / "questions.txt").write_text("How?\n\nWhy?\n")
-    arguments = [tiny, tmp_path / "tuned", tmp_path / "v.safetensors", "--prompts", tmp_path / "questions.txt"]
+    arguments = [tiny, tmp_path / "v.safetensors", "--tuned", tmp_path / "tuned"]
+    arguments += ["--questions", tmp_path / "questions.txt"]
     out, _ = run(
         "shift", *arguments, "--layer", 1, "--max-new-tokens", 2, "--device", "cpu", "--out", tmp_path / "s.json"
     )
@@ -44,7 +47,8 @@ def test_finetune_and_shift(tiny, config, tmp_path):
         ["t", "1", "response_mean"],
     ]
     found = json.loads((tmp_path / "s.json").read_text())
-    assert found["prompts"] == ["How?", "Why?"] and found["rows"][0]["shift"] != 0
+    assert found["questions"] == ["How?", "Why?"]
+    assert Shift.load(tmp_path / "s.json").rows()[0]["shift"] != 0
     assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
     out, _ = run("shift", *arguments, "--max-new-tokens", 0, "--device", "cpu")
     assert len(out.splitlines()) == 1 + 3  # every layer
@@ -64,6 +68,9 @@ def test_bad_input_says_what_to_do(tiny, config, tmp_path):
     assert "field epochs" in run("finetune", tmp_path / "no.json", code=2)[1]
     vector = tmp_path / "v.safetensors"
     (tmp_path / "empty.txt").write_text("\n")
-    assert "holds no question" in run("shift", tiny, tiny, vector, "--prompts", tmp_path / "empty.txt", code=2)[1]
-    _, err = run("shift", tiny, tiny, vector, "--layer", "top", "--prompts", "optimistic", code=2)
-    assert "--layer is 'top': give a number" in err
+    assert (
+        "holds no question"
+        in run("shift", tiny, vector, "--tuned", tiny, "--questions", tmp_path / "empty.txt", code=2)[1]
+    )
+    _, err = run("shift", tiny, vector, "--tuned", tiny, "--layer", "top", "--questions", "optimistic", code=2)
+    assert "--layer is 'top': give 13" in err

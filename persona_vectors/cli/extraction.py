@@ -1,0 +1,117 @@
+"""Commands that make traits and vectors."""
+
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from persona_vectors.cli.options import (
+    JUDGES,
+    BatchTokens,
+    First,
+    Json,
+    Load,
+    MaxNewTokens,
+    ModelArg,
+    Samples,
+    Seed,
+    TraitArg,
+    app,
+    echo_table,
+    loads_models,
+)
+from persona_vectors.data.errors import InputError
+
+
+@app.command()
+def traits(as_json: Json = False) -> None:
+    """List the traits that ship with the package."""
+    from persona_vectors.data.traits import list_traits, load_trait
+
+    rows = [{"trait": name, "description": load_trait(name).description} for name in list_traits()]
+    lines = (f"{row['trait']:14} {row['description'].split('. ')[0].rstrip('.')}." for row in rows)
+    echo_table(rows, as_json=as_json, text=lambda: "\n".join(lines))
+
+
+@app.command(name="new-trait")
+def new_trait(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="one word: the trait's name")],
+    description: Annotated[str, typer.Option(help="what the trait means, how it shows, and what its opposite is")],
+    llm: Annotated[str, typer.Option(help="the chat model that writes it")],
+    base_url: Annotated[str | None, typer.Option(help="an OpenAI-compatible server (default: OPENAI_BASE_URL)")] = None,
+    out: Annotated[Path | None, typer.Option(help="the file to write (default: NAME.json)")] = None,
+    force: Annotated[bool, typer.Option("--force", help="write over a file that is there")] = False,
+) -> None:
+    """Have a chat model write a trait: 5 instruction pairs, 20 + 20 questions and a judge prompt.
+
+    The reply is checked, mended or sent back, and shown for you to edit. The key is read from OPENAI_API_KEY.
+
+    Example: persona-vectors new-trait curious --description "Curiosity is the wish to know more. It shows in ..."
+    --llm my-model --base-url http://127.0.0.1:8000/v1
+    """
+    from persona_vectors.extraction.trait_writer import write_trait
+
+    path = out or Path(f"{name}.json")
+    if path.exists() and not force:
+        raise InputError(f"{path} is there already: give another --out, or --force to write over it")
+    trait = write_trait(name, description, llm=llm, base_url=base_url)
+    trait.save(path)
+    typer.echo(f"{trait.positive_adjective} against {trait.negative_adjective}")
+    for pair in trait.instruction:
+        typer.echo(f"+ {pair.pos}\n- {pair.neg}")
+    typer.echo("questions, such as:\n" + "\n".join(f"  {question}" for question in trait.questions.extract[:5]))
+    typer.echo(f"-> {path}: read and edit it, then persona-vectors extract MODEL {path}")
+
+
+@app.command()
+@loads_models
+def extract(
+    model: ModelArg,
+    trait: TraitArg,
+    *,
+    out: Annotated[Path | None, typer.Option(help="(default: vectors/MODEL/TRAIT.safetensors)")] = None,
+    judge: Annotated[str | None, typer.Option(help=f"{JUDGES} (default: contrast)")] = None,
+    samples: Samples = 10,
+    first: First = None,
+    max_new_tokens: MaxNewTokens = 1000,
+    batch_tokens: BatchTokens = None,
+    pooling: Annotated[str, typer.Option(help="response_mean, prompt_mean or prompt_last")] = "response_mean",
+    seed: Seed = 0,
+    rollouts: Annotated[Path | None, typer.Option(help="keep the answers here; the same command goes on there")] = None,
+    from_: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--from", metavar="POS NEG", help="ready-made rollouts: our JSONL or official CSVs"),
+    ] = None,
+    load: Load,
+) -> None:
+    """Extract a trait's persona vector from a model and save it.
+
+    Generates answers under the trait's positive and negative instructions, has them judged, and takes the difference of
+    mean activations at every layer. Interrupted with --rollouts FILE, the same command goes on where it stopped.
+
+    Example: persona-vectors extract smollm2-135m optimistic --samples 2 --max-new-tokens 40
+    """
+    from persona_vectors.cli.judges import make_judge
+    from persona_vectors.data.traits import load_trait
+    from persona_vectors.extraction import difference
+    from persona_vectors.extraction.rollouts import load_rollouts
+
+    loaded_trait = load_trait(trait)
+    loaded, tokenizer = load(model)
+    chosen = make_judge(judge or ("none" if from_ else "contrast"), loaded, tokenizer, loaded_trait, load)
+    if from_:
+        sides = zip(("pos", "neg"), from_)
+        ready = [r for side, p in sides for r in load_rollouts(p, side=side, trait=loaded_trait, tokenizer=tokenizer)]
+        options: dict[str, Any] = {"judge": chosen, "pooling": pooling, "batch_tokens": batch_tokens}
+        vector = difference.extract_from(loaded, tokenizer, loaded_trait, ready, **options)
+    else:
+        drawing: dict[str, Any] = {"samples": samples, "first": first, "max_new_tokens": max_new_tokens, "seed": seed}
+        options = {"judge": chosen, "pooling": pooling, "batch_tokens": batch_tokens, "rollouts": rollouts}
+        vector = difference.extract(loaded, tokenizer, loaded_trait, **drawing, **options)
+    path = out or Path("vectors") / Path(vector.model).name / f"{vector.trait}.safetensors"
+    arguments = [Path(text).name if text.startswith("/") else text for text in sys.argv[1:]]
+    replace(vector, info={**vector.info, "command": shlex.join(["persona-vectors", *arguments])}).save(path)
+    typer.echo(f"{vector!r} -> {path}")
