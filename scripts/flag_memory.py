@@ -25,7 +25,7 @@ name, vector, layer, folder, count = sys.argv[1], sys.argv[2], int(sys.argv[3]),
 model, tokenizer = pv.load_model(name, device="cpu")
 vector = pv.PersonaVector.load(vector)
 import_pyarrow()
-samples = ({"question": f"What is {i}?", "answer": f"It is the number {i}."} for i in range(count))
+data = ({"question": f"What is {i}?", "answer": f"It is the number {i}."} for i in range(count))
 gc.collect()
 before, peak, done = resident(), [0.0], threading.Event()
 def watch():
@@ -34,7 +34,7 @@ def watch():
 thread = threading.Thread(target=watch)
 thread.start()
 options = {"layer": layer, "baseline": "prompt_last", "out": f"{folder}/{count}.parquet"}
-found = pv.flag(model, tokenizer, samples, vector, **options)
+found = pv.flag(model, tokenizer, data, vector, **options)
 done.set()
 thread.join()
 print(json.dumps({"samples": found.counts["samples"], "before": before, "over": peak[0] - before}))

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
 import persona_vectors as pv
-from persona_vectors.cli.options import Device, MaxNewTokens, ModelArg, Seed, load
+from persona_vectors.cli.options import Device, MaxNewTokens, ModelArg, Seed, load_by_name
 from persona_vectors.data.files import atomic_path
 from persona_vectors.model.pooling import pool
 from persona_vectors.model.prompts import chat_prompt, encode_answer
@@ -84,12 +84,7 @@ def interval(scores: np.ndarray, labels: np.ndarray, questions: np.ndarray) -> l
     """Return the AUROC and its 95 % interval, resampling whole questions."""
     if len(set(labels.tolist())) < 2:
         return [float("nan")] * 3
-    rng, groups = np.random.default_rng(0), [np.flatnonzero(questions == q) for q in np.unique(questions)]
-    drawn = [
-        np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))]) for _ in range(BOOTSTRAPS)
-    ]
-    areas = [area(scores[rows], labels[rows]) for rows in drawn]
-    return [area(scores, labels), *np.nanpercentile(areas, [2.5, 97.5]).tolist()]
+    return list(pv.bootstrap(lambda i: area(scores[i], labels[i]), questions, resamples=BOOTSTRAPS))
 
 
 def within(scores: np.ndarray, labels: np.ndarray, questions: np.ndarray) -> float:
@@ -116,13 +111,62 @@ def scores(data: dict[str, np.ndarray], directions: np.ndarray) -> dict[str, np.
     }
 
 
-def best_layer(values: np.ndarray, labels: np.ndarray) -> int:
-    return int(np.argmax([area(values[:, layer], labels) for layer in range(values.shape[1])]))
+def areas(values: np.ndarray, labels: np.ndarray) -> torch.Tensor:
+    """Return the AUROC at each layer."""
+    return torch.tensor([area(column, labels) for column in values.T])
 
 
 def randoms(vector: pv.PersonaVector, like: torch.Tensor, count: int, seed: int) -> list[np.ndarray]:
     """Return directions with the covariance of real activations, which get the same choice of a layer."""
     return [pv.random_vector(vector, seed=seed + i, like=like).directions.numpy() for i in range(count)]
+
+
+def compare(
+    rivals: dict[str, np.ndarray], test: dict[str, np.ndarray], labellings: dict[str, np.ndarray]
+) -> dict[str, dict[str, Any]]:
+    """Return, and print, every method's AUROC with its interval under each labelling, and that within a question."""
+    table: dict[str, dict[str, Any]] = {}
+    labels = test["label"]
+    for name, mask in labellings.items():
+        print(f"\n{name}: {mask.sum()} samples, {labels[mask].sum()} with the trait")
+        table[name] = {"samples": int(mask.sum()), "positive": int(labels[mask].sum())}
+        for method, values in rivals.items():
+            rows = values[mask], labels[mask], test["question"][mask]
+            found = table[name][method] = [*interval(*rows), within(*rows)]
+            print(f"  {method:42} {found[0]:.3f} [{found[1]:.3f}, {found[2]:.3f}]   within a question {found[3]:.3f}")
+    return table
+
+
+def add_nulls(
+    table: dict[str, dict[str, Any]],
+    vector: pv.PersonaVector,
+    controls: Sequence[np.ndarray],
+    sets: tuple[dict[str, np.ndarray], dict[str, np.ndarray]],
+    labellings: dict[str, np.ndarray],
+) -> None:
+    """Add what random directions reach, each at the layer that is best for it on the first of the two sets."""
+    choice, test = sets
+    directions = [vector.directions.numpy(), *controls]
+    for kind in scores(choice, directions[0]):
+        on = torch.stack([areas(scores(choice, each)[kind], choice["label"]) for each in directions])
+        values = [scores(test, each)[kind] for each in directions]
+        for name, mask in labellings.items():
+            found = torch.stack([areas(each[mask], test["label"][mask]) for each in values])
+            null = pv.random_null(found[0], found[1:], chosen_on=(on[0], on[1:]))
+            limit = table[name][f"{kind}: 97.5th percentile of random"] = null.at(97.5)
+            print(f"{name}, {kind}: {len(controls)} random directions, median {null.at(50):.3f}, 97.5 % {limit:.3f}")
+
+
+def by_fraction(model: Any, tokenizer: Any, vector: pv.PersonaVector, out: Path, options: dict) -> dict[float, list]:
+    """Return, and print, the mean difference and its standard error of each mixture of trait and plain answers."""
+    found = {}
+    for fraction in FRACTIONS:
+        name = f"mixed-{round(100 * fraction):03d}"
+        data, flags = out / "test" / f"{name}.jsonl", out / f"{name}.parquet"
+        one = pv.flag(model, tokenizer, data, vector, out=flags, **options).summary[vector.trait]
+        found[fraction] = [one.mean, one.standard_error]
+        print(f"fraction {fraction:4}: mean difference {one.mean:+.4f} +- {1.96 * one.standard_error:.4f}")
+    return found
 
 
 def main(
@@ -141,12 +185,14 @@ def main(
     device: Device = None,
 ) -> None:
     """Make the sets, choose the layer, and print AUROCs by method and labelling, and means by mixed fraction."""
-    model, tokenizer = load(model_name, device, None, None)
+    model, tokenizer = load_by_name(model_name, device=device)
     trait, vector = pv.load_trait(trait_name), pv.PersonaVector.load(vector_file)
     common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
     extract = trait.questions.extract
-    pv.make_training_sets(model, tokenizer, trait, out / "choice", questions=extract, samples=choice_samples, **common)
-    pv.make_training_sets(model, tokenizer, trait, out / "test", samples=samples, **common)
+    pv.make_training_sets(
+        model, tokenizer, trait, out=out / "choice", questions=extract, samples=choice_samples, **common
+    )
+    pv.make_training_sets(model, tokenizer, trait, out=out / "test", samples=samples, **common)
     choice = measure(model, tokenizer, read_sets(out / "choice"), max_new_tokens)
     test = measure(model, tokenizer, read_sets(out / "test"), max_new_tokens)
 
@@ -154,7 +200,7 @@ def main(
     agrees = np.where(labels == 1, test["vader"] >= 0.05, test["vader"] <= -0.05)  # VADER's own thresholds
     labellings = {"by system prompt": np.ones(len(labels), bool), "where VADER agrees": agrees}
     directions = vector.directions.numpy()
-    chosen = {method: best_layer(values, choice["label"]) for method, values in scores(choice, directions).items()}
+    chosen = {kind: int(areas(v, choice["label"]).argmax()) for kind, v in scores(choice, directions).items()}
     rivals = {"answer length": test["length"], "VADER": test["vader"]}
     rivals |= {
         f"{method}, layer {chosen[method]}": v[:, chosen[method]] for method, v in scores(test, directions).items()
@@ -163,37 +209,15 @@ def main(
         own, theirs = embed(embeddings, choice["text"]), embed(embeddings, test["text"])
         means = [own[choice["label"] == label].mean(axis=0) for label in (0, 1)]
         rivals["sentence embeddings, difference of means"] = theirs @ (means[1] - means[0])
-    table: dict[str, Any] = {}
-    for name, mask in labellings.items():
-        print(f"\n{name}: {mask.sum()} samples, {labels[mask].sum()} with the trait")
-        table[name] = {"samples": int(mask.sum()), "positive": int(labels[mask].sum())}
-        for method, values in rivals.items():
-            chosen_rows = values[mask], labels[mask], test["question"][mask]
-            found = table[name][method] = [*interval(*chosen_rows), within(*chosen_rows)]
-            print(f"  {method:42} {found[0]:.3f} [{found[1]:.3f}, {found[2]:.3f}]   within a question {found[3]:.3f}")
+    table = compare(rivals, test, labellings)
+    controls_found = randoms(vector, torch.from_numpy(choice["answer"]), controls, seed)
+    add_nulls(table, vector, controls_found, (choice, test), labellings)
 
-    for kind in chosen:
-        areas: dict[str, list[float]] = {name: [] for name in labellings}
-        for control in randoms(vector, torch.from_numpy(choice["answer"]), controls, seed):
-            layer = best_layer(scores(choice, control)[kind], choice["label"])
-            values = scores(test, control)[kind][:, layer]
-            for name, mask in labellings.items():
-                areas[name].append(area(values[mask], labels[mask]))
-        for name, found in areas.items():
-            limit = table[name][f"{kind}: 97.5th percentile of random"] = float(np.nanpercentile(found, 97.5))
-            print(f"{name}, {kind}: {controls} random directions, median {np.median(found):.3f}, 97.5 % {limit:.3f}")
-
-    layer, by_fraction = chosen["projection difference"], {}
-    for fraction in FRACTIONS:
-        name = f"mixed-{round(100 * fraction):03d}"
-        data, flags = out / "test" / f"{name}.jsonl", out / f"{name}.parquet"
-        options = {"layer": layer, "max_new_tokens": max_new_tokens, "cache": out / "baselines.sqlite"}
-        found = pv.flag(model, tokenizer, data, vector, out=flags, **options).summary[vector.trait]
-        by_fraction[fraction] = [found.mean, found.standard_error]
-        print(f"fraction {fraction:4}: mean difference {found.mean:+.4f} +- {1.96 * found.standard_error:.4f}")
-    rank = float(spearmanr(list(by_fraction), [mean for mean, _ in by_fraction.values()]).statistic)
+    options = {"layer": chosen["projection difference"], "max_new_tokens": max_new_tokens}
+    fractions = by_fraction(model, tokenizer, vector, out, options | {"cache": out / "baselines.sqlite"})
+    rank = float(spearmanr(list(fractions), [mean for mean, _ in fractions.values()]).statistic)
     print(f"Spearman of fraction and mean: {rank:.3f}")
-    result = {"labellings": table, "layers": chosen, "fractions": by_fraction, "spearman": rank}
+    result = {"labellings": table, "layers": chosen, "fractions": fractions, "spearman": rank}
     with atomic_path(out / "experiment.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from persona_vectors.cli.options import Device, DeviceMap, DType, Fold, MaxNewTokens, ModelArg, Seed, load
+from persona_vectors.cli.options import Device, DeviceMap, DType, Fold, MaxNewTokens, ModelArg, Seed, load_by_name
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.traits import load_trait
 from persona_vectors.training.sets import make_training_sets
@@ -34,9 +34,9 @@ def main(
     asked = None
     if questions:
         asked = [line.strip() for line in questions.read_text(encoding="utf-8").splitlines() if line.strip()]
-    loaded, tokenizer = load(model, device, dtype, device_map, fold_system)
+    loaded, tokenizer = load_by_name(model, device=device, dtype=dtype, device_map=device_map, fold_system=fold_system)
     options = {"questions": asked, "samples": samples, "max_new_tokens": max_new_tokens, "seed": seed}
-    for name, count in make_training_sets(loaded, tokenizer, load_trait(trait), out, **options).items():
+    for name, count in make_training_sets(loaded, tokenizer, load_trait(trait), out=out, **options).items():
         print(f"{count:6} samples -> {out}/{name}.jsonl")
 
 

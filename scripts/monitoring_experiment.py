@@ -8,7 +8,6 @@ intervals clustered by question, beside random directions and a baseline that re
 Usage: python scripts/monitoring_experiment.py MODEL VECTOR TRAIT --judge sentiment [--out DIR]
 """
 
-import csv
 import json
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from matplotlib.figure import Figure
+from monitoring_report import line, plot, report, write_csv
 from safetensors.torch import load_file, save_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import RidgeCV
@@ -28,15 +27,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from persona_vectors.cli.judges import make_judge
-from persona_vectors.cli.options import Device, DType, ModelArg, load
+from persona_vectors.cli.options import Device, DType, ModelArg, load_by_name
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path
 from persona_vectors.data.intervals import Interval, correlation_interval
 from persona_vectors.data.traits import Trait, load_trait
 from persona_vectors.evaluation.judge import Answer, score
-from persona_vectors.model.generation import generate_tokens, stop_tokens
+from persona_vectors.model.generation import generate_batches, stop_tokens
 from persona_vectors.model.pooling import pool_while_generating
-from persona_vectors.model.prompts import batch_tokens_for, chat_text, decode, encode, length_batches
+from persona_vectors.model.prompts import chat_text, decode, encode
 from persona_vectors.vectors.controls import random_vector
 from persona_vectors.vectors.vector import PersonaVector
 
@@ -66,8 +65,10 @@ def main(
     if layer is None and loaded_vector.separation is None:
         raise InputError(f"{loaded_vector!r} does not know where it separates best: give --layer")
     chosen = int(loaded_vector.separation.argmax()) if layer is None else layer  # type: ignore[union-attr]
-    loaded, tokenizer = load(model, device, dtype, None)
-    scorer = make_judge(judge, loaded, tokenizer, loaded_trait, lambda name: load(name, device, dtype, None))
+    loaded, tokenizer = load_by_name(model, device=device, dtype=dtype)
+    scorer = make_judge(
+        judge, loaded, tokenizer, loaded_trait, lambda name: load_by_name(name, device=device, dtype=dtype)
+    )
     if scorer is None:
         raise InputError("judge none scores nothing: give another")
     asked = loaded_trait.questions.eval[:questions]
@@ -80,23 +81,7 @@ def main(
     }
     check_settings(out, {**settings, "model": Path(model).name})
 
-    shots = make_shots(loaded, tokenizer, loaded_trait, out, max_new_tokens // 2)
-    points: list[dict[str, Any]] = []
-    states: list[Tensor] = []
-    conditions = make_conditions(loaded_trait, shots)
-    for name, before in tqdm(conditions.items(), desc="conditions"):
-        prompts = [[*before, {"role": "user", "content": question}] for question in asked]
-        each = shot_samples if name.startswith("shots") else samples
-        answers, hidden = answered(loaded, tokenizer, prompts, out / name, each, max_new_tokens)
-        flat = [Answer(question, text) for question, row in zip(asked, answers) for text in row]
-        scores = [np.nan if s is None else s for s in score(scorer, flat, loaded_trait.eval_prompt)]
-        for index, question in enumerate(asked):
-            own = scores[index * each : (index + 1) * each]
-            mean = float(np.nanmean(own)) if not np.all(np.isnan(own)) else np.nan
-            text = chat_text(tokenizer, prompts[index], add_generation_prompt=True)
-            points.append({"condition": name, "question": index, "asked": question, "text": text, "score": mean})
-        states.append(hidden)
-    hidden = torch.cat(states)
+    points, hidden = measure(loaded, tokenizer, loaded_trait, scorer, out, settings)
     for point, value in zip(points, loaded_vector.project(hidden[:, chosen], layer=chosen).tolist()):
         point["projection"] = value
 
@@ -112,6 +97,30 @@ def main(
     with atomic_path(out / "monitoring.png") as temporary:
         plot(points, lines, loaded_vector.trait, chosen).savefig(temporary, dpi=150)
     print(f"Written: {out}/points.csv, correlations.csv, correlations.md, monitoring.png")
+
+
+def measure(
+    model: Any, tokenizer: Any, trait: Trait, scorer: Any, out: Path, settings: dict[str, Any]
+) -> tuple[list[dict[str, Any]], Tensor]:
+    """Return a point for each condition and question, and the residual stream before each, [point, layer, hidden]."""
+    max_new_tokens, asked = settings["max_new_tokens"], trait.questions.eval[: settings["questions"]]
+    shots = make_shots(model, tokenizer, trait, out, max_new_tokens // 2)
+    points: list[dict[str, Any]] = []
+    states: list[Tensor] = []
+    conditions = make_conditions(trait, shots)
+    for name, before in tqdm(conditions.items(), desc="conditions"):
+        prompts = [[*before, {"role": "user", "content": question}] for question in asked]
+        each = settings["shot_samples"] if name.startswith("shots") else settings["samples"]
+        answers, hidden = answered(model, tokenizer, prompts, out / name, each, max_new_tokens)
+        flat = [Answer(question, text) for question, row in zip(asked, answers) for text in row]
+        scores = [np.nan if s is None else s for s in score(scorer, flat, trait.eval_prompt)]
+        for index, question in enumerate(asked):
+            own = scores[index * each : (index + 1) * each]
+            mean = float(np.nanmean(own)) if not np.all(np.isnan(own)) else np.nan
+            text = chat_text(tokenizer, prompts[index], add_generation_prompt=True)
+            points.append({"condition": name, "question": index, "asked": question, "text": text, "score": mean})
+        states.append(hidden)
+    return points, torch.cat(states)
 
 
 def check_settings(out: Path, settings: dict[str, Any]) -> None:
@@ -162,14 +171,16 @@ def answered(
         rows = [prompt for prompt in encoded for _ in range(samples)]
         answers, states = [""] * len(rows), [torch.zeros(0)] * len(rows)
         stops = stop_tokens(model, tokenizer)
-        for number, batch in enumerate(length_batches(rows, max_new_tokens, 8 * batch_tokens_for(model))):
-            with pool_while_generating(model, stops=stops, poolings=["prompt_last"]) as pooled:
-                made = generate_tokens(
-                    model, tokenizer, [rows[i] for i in batch], max_new_tokens=max_new_tokens, seed=number
-                )
-            means = pooled().means[:, 0]
-            for line, i in enumerate(batch):
-                answers[i], states[i] = decode(tokenizer, made[line][0]), means[line]
+        for batch in generate_batches(
+            model,
+            tokenizer,
+            rows,
+            max_new_tokens=max_new_tokens,
+            during=lambda _: pool_while_generating(model, stops=stops, poolings=["prompt_last"]),
+        ):
+            means = batch.read().means[:, 0]
+            for i, (made, _), mean in zip(batch.rows, batch.answers, means):
+                answers[i], states[i] = decode(tokenizer, made), mean
         with atomic_path(tensors) as temporary:
             save_file({"prompt_last": torch.stack(states[::samples]).contiguous()}, temporary)
         with atomic_path(texts) as temporary:
@@ -219,14 +230,6 @@ def compare(
     return lines
 
 
-def line(kind: str, predictor: str, r: Interval, within: Interval | None, beaten: str = "") -> dict[str, Any]:
-    ends = {"within": np.nan, "within_low": np.nan, "within_high": np.nan}
-    if within is not None:
-        ends = {"within": within.mean, "within_low": within.low, "within_high": within.high}
-    found = {"r": r.mean, "low": r.low, "high": r.high}
-    return {"prompts": kind, "predictor": predictor, **found, **ends, "below_the_vector": beaten}
-
-
 def text_baseline(texts: Sequence[str], scores: Sequence[float], questions: Sequence[int]) -> list[float]:
     """Return each score as a ridge regression on the prompts' words predicts it, fitted on the other questions."""
     known = ~np.isnan(scores)
@@ -237,49 +240,6 @@ def text_baseline(texts: Sequence[str], scores: Sequence[float], questions: Sequ
     folds = GroupKFold(min(5, len(np.unique(groups))))
     predicted[known] = cross_val_predict(ridge, kept, np.asarray(scores)[known], groups=groups, cv=folds)
     return predicted.tolist()
-
-
-def report(lines: Sequence[dict[str, Any]], title: str) -> str:
-    """Return the correlations as a Markdown table."""
-    rows = [
-        f"{title}\n",
-        "| prompts | predictor | r [95 %] | r within a condition [95 %] | controls below |",
-        "|---" * 5 + "|",
-    ]
-    for entry in lines:
-        r = f"{entry['r']:.2f} [{entry['low']:.2f}, {entry['high']:.2f}]"
-        within = "" if np.isnan(entry["within"]) else f"{entry['within']:.2f} [{entry['within_low']:.2f}, "
-        within += within and f"{entry['within_high']:.2f}]"
-        rows.append(f"| {entry['prompts']} | {entry['predictor']} | {r} | {within} | {entry['below_the_vector']} |")
-    return "\n".join(rows)
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def plot(points: Sequence[dict], lines: Sequence[dict[str, Any]], trait: str, layer: int) -> Figure:
-    """Plot score against projection, coloured by condition, for system prompts and many-shot prompts."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, kind, title in zip(figure.subplots(1, 2), ("system", "shots"), ("graded system prompts", "many-shot")):
-        names = [name for name in dict.fromkeys(p["condition"] for p in points) if name.startswith(kind)]
-        for index, name in enumerate(names):
-            own = [p for p in points if p["condition"] == name]
-            share = index / max(1, len(names) - 1)
-            colour = tuple((1 - share) * low + share * high for low, high in zip((0.0, 0.45, 0.7), (0.84, 0.37, 0.0)))
-            x, y = ([p[key] for p in own] for key in ("projection", "score"))
-            axes.scatter(x, y, s=12, color=colour, alpha=0.6, linewidths=0, label=name.split()[1])
-        own_line = next(entry for entry in lines if entry["prompts"] == kind)
-        axes.set_title(f"{title}: r {own_line['r']:.2f} [{own_line['low']:.2f}, {own_line['high']:.2f}]")
-        axes.set(xlabel=f"projection before the answer, layer {layer}", ylabel=f"{trait}: mean score of the answers")
-        legend = "level (8: encouraged)" if kind == "system" else "examples shown"
-        axes.legend(frameon=False, fontsize=8, title=legend, title_fontsize=8, ncols=2)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    return figure
 
 
 if __name__ == "__main__":

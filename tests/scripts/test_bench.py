@@ -1,28 +1,21 @@
 import contextlib
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import zoo
+from bench import extraction, flagging, generation, inputs, measuring, peers, training
 from transformers import GenerationConfig
 
+from persona_vectors.model.blocks import decoder_layers
 from persona_vectors.model.pooling import POOLINGS, pool
 
-PATH = Path(__file__).parents[2] / "scripts" / "bench" / "__main__.py"
-SPEC = importlib.util.spec_from_file_location("bench", PATH)
-assert SPEC is not None and SPEC.loader is not None
-bench = sys.modules["bench"] = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(bench)
-
-ROWS = bench.make_rows([[5, 6, 7], [8, 9, 10, 11, 12]], samples=3, answer_tokens=8, vocabulary=zoo.VOCAB)
+ROWS = inputs.make_rows([[5, 6, 7], [8, 9, 10, 11, 12]], samples=3, answer_tokens=8, vocabulary=zoo.VOCAB)
 
 
 def test_every_method_has_its_row(model, capsys):
-    methods = bench.extraction_methods(model, ROWS, batch_tokens=64)
-    bench.run_rounds(methods, 2, model.device)
-    table = bench.report_extraction(methods)
+    methods = extraction.extraction_methods(model, ROWS, batch_tokens=64)
+    measuring.run_rounds(methods, 2, model.device)
+    table = extraction.report_extraction(methods)
     names = [line["method"] for line in table]
     ours = ["bare forward", "ours", "ours, nothing shared", "official procedure"]
     assert names == [*ours, "repeng 0.4.0", "steering-vectors 0.12.2"]
@@ -38,7 +31,7 @@ def test_every_method_has_its_row(model, capsys):
 
 
 def test_the_official_baseline_equals_ours_at_every_layer_but_the_last(model):
-    theirs = bench.official(model, ROWS)
+    theirs = peers.official(model, ROWS)
     means = torch.stack([torch.stack([torch.cat(layer) for layer in theirs[name]], dim=1) for name in POOLINGS], dim=1)
     found = pool(model, ROWS, poolings=POOLINGS).means
     torch.testing.assert_close(found[:, :, :-1], means[:, :, 1:-1], rtol=2e-4, atol=2e-5)
@@ -46,30 +39,30 @@ def test_the_official_baseline_equals_ours_at_every_layer_but_the_last(model):
 
 
 def test_every_method_reads_as_many_tokens(model):
-    rows, total = bench.extraction_methods(model, ROWS, batch_tokens=64), sum(len(p) + len(a) for p, a in ROWS)
+    rows, total = extraction.extraction_methods(model, ROWS, batch_tokens=64), sum(len(p) + len(a) for p, a in ROWS)
     assert all(abs(method.tokens - total) <= len(ROWS) / 2 for method in rows)
-    assert len({len(prompt) for prompt, _ in bench.even(ROWS)}) == 1
-    assert len({tuple(prompt) for prompt, _ in bench.unshared(ROWS)}) == len(ROWS)
+    assert len({len(prompt) for prompt, _ in inputs.even(ROWS)}) == 1
+    assert len({tuple(prompt) for prompt, _ in inputs.unshared(ROWS)}) == len(ROWS)
 
 
 def test_generation_is_measured_with_and_without_reading(model, tokenizer, capsys):
-    methods = bench.reading_methods(model, tokenizer, [[5, 6, 7], [8, 9]], new_tokens=3)
-    bench.run_rounds(methods, 1, model.device)
-    table = bench.report_generation(methods, methods[:2])
+    methods = extraction.reading_methods(model, tokenizer, [[5, 6, 7], [8, 9]], new_tokens=3)
+    measuring.run_rounds(methods, 1, model.device)
+    table = extraction.report_generation(methods, methods[:2])
     assert [line["method"] for line in table] == ["generate", "one token more", "generate + reading"]
     assert table[2]["time x one token more"] > 0
 
 
 def test_generation_is_measured_under_monitors_and_edits_step_by_step(model, capsys):
     block, parameters = model.model.layers[1], [id(p) for p in model.parameters()]
-    twin = bench.twin_of(model)
+    twin = generation.twin_of(model)
     assert [id(p) for p in twin.parameters()] == parameters and twin.model.layers[1] is not block
-    methods = bench.edited_generations(model)
+    methods = generation.edited_generations(model)
     for method in methods:
-        bench.time_steps((model, twin), [[5, 6, 7], [8, 9]], 3, 2, method)
+        generation.time_steps((model, twin), [[5, 6, 7], [8, 9]], 3, 2, method)
     assert all(len(method.plain) == len(method.edited) == 6 for method in methods if not method.theirs)
     assert all(len(method.plain) == 6 or "No module named" in method.does for method in methods if method.theirs)
-    table = bench.report_steps(methods)
+    table = generation.report_steps(methods)
     assert all(line["from"] <= line["overhead %"] <= line["to"] for line in table[:4])
     assert model.model.layers[1] is block and [id(p) for p in model.parameters()] == parameters
     assert not any(layer._forward_hooks for m in (model, twin) for layer in m.model.layers)
@@ -78,7 +71,7 @@ def test_generation_is_measured_under_monitors_and_edits_step_by_step(model, cap
 def test_the_measured_generation_is_that_of_generate(model):
     asked, plain = [], [[5, 6, 7], [8, 9, 10]]
     model.register_forward_pre_hook(lambda _, args, kwargs: asked.append(kwargs["input_ids"]), with_kwargs=True)
-    list(bench.greedy_steps(model, plain, 4, contextlib.nullcontext()))
+    list(generation.greedy_steps(model, plain, 4, contextlib.nullcontext()))
     read = torch.cat(asked, dim=1)
     ids = torch.tensor(plain)
     config = GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0)
@@ -86,14 +79,14 @@ def test_the_measured_generation_is_that_of_generate(model):
 
 
 def test_flagging_is_measured_beside_the_bare_pass_and_the_official_projection(model, tokenizer):
-    methods = bench.flagging_methods(model, tokenizer, ROWS, new_tokens=3, batch_tokens=64, layer=1)
-    bench.run_rounds(methods, 1, model.device)
+    methods = flagging.flagging_methods(model, tokenizer, ROWS, new_tokens=3, batch_tokens=64, layer=1)
+    measuring.run_rounds(methods, 1, model.device)
     assert [method.name for method in methods][1:3] == ["prompt_last", "official projection"]
     assert all(len(method.seconds) == 1 for method in methods)
-    blocks, ran = bench.decoder_layers(model), []
+    blocks, ran = decoder_layers(model), []
     handles = [block.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, block in enumerate(blocks)]
     methods[0].run(methods[0].rows)
-    assert set(ran) == {0, 1} and bench.decoder_layers(model) is blocks
+    assert set(ran) == {0, 1} and decoder_layers(model) is blocks
     for handle in handles:
         handle.remove()
 
@@ -102,17 +95,17 @@ def test_an_error_in_other_peoples_code_is_their_result_and_in_ours_it_is_raised
     def broken(_: object) -> None:
         raise RuntimeError("no such layer")
 
-    theirs = bench.Method("theirs", "", ROWS, broken, theirs=True)
-    bench.run_rounds([theirs], 1, model.device)
+    theirs = measuring.Method("theirs", "", ROWS, broken, theirs=True)
+    measuring.run_rounds([theirs], 1, model.device)
     assert theirs.does == "failed: RuntimeError: no such layer" and not theirs.seconds
     with pytest.raises(RuntimeError, match="no such layer"):
-        bench.run_rounds([bench.Method("ours", "", ROWS, broken)], 1, model.device)
+        measuring.run_rounds([measuring.Method("ours", "", ROWS, broken)], 1, model.device)
 
 
 def test_training_is_measured_in_pairs_and_leaves_the_model_alone(model, capsys):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    steps = bench.training_steps(model, batch=2, tokens=6, steps=3)
+    steps = training.training_steps(model, batch=2, tokens=6, steps=3)
     assert {name: len(values) for name, values in steps.items()} == {"plain": 3, "steered": 3}
-    found = bench.report_training(steps, bench.probe_seconds(model, 6))
+    found = training.report_training(steps, training.probe_seconds(model, 6))
     assert found["callback every 10 steps"] > 0 and "median of 3 pairs" in capsys.readouterr().out
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

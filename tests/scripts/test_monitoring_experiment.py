@@ -30,7 +30,7 @@ def test_the_experiment_runs_and_goes_on_from_its_answers(trait, tmp_path, capsy
     table = (out / "correlations.md").read_text()
     assert table in capsys.readouterr().out and table.count("the vector") == 2 and "/5" in table
     assert (out / "monitoring.png").stat().st_size > 10_000
-    monkeypatch.setattr(experiment, "generate_tokens", None)  # a second run makes no answer again
+    monkeypatch.setattr(experiment, "generate_batches", None)  # a second run makes no answer again
     before = (out / "points.csv").read_text()
     experiment.main(*run, **options)
     assert (out / "points.csv").read_text() == before
