@@ -20,8 +20,11 @@ from persona_vectors.cli import (
 from persona_vectors.cli.options import app
 from persona_vectors.data.errors import InputError
 
-# Importing a module adds its commands, in this order.
-COMMANDS = (extraction, vectors, steering, monitoring, chat, evaluation, contrast, flagging, training)
+ROOMS = [
+    m.__name__ for m in (extraction, vectors, steering, monitoring, chat, evaluation, contrast, flagging, training)
+]
+# Importing a module adds its commands; --help lists them in the order of the rooms.
+app.registered_commands.sort(key=lambda command: ROOMS.index(str(getattr(command.callback, "__module__", ""))))
 
 
 def _show_version(wanted: bool) -> bool:
