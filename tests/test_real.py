@@ -96,7 +96,7 @@ def test_official_rollouts_give_the_official_vector(embedded, tmp_path):
 def test_extraction_while_generating_equals_the_second_pass(embedded, tmp_path):
     model, tokenizer = embedded
     trait, path = pv.load_trait("humorous"), tmp_path / "r.jsonl"
-    options = {"judge": None, "samples": 2, "questions": 2, "max_new_tokens": 12}
+    options = {"judge": None, "samples": 2, "first": 2, "max_new_tokens": 12}
     direct = pv.extract(model, tokenizer, trait, rollouts=path, **options)
     ready = [r for side in ("pos", "neg") for r in load_rollouts(path, side=side, trait=trait, tokenizer=tokenizer)]
     second = pv.extract_from(model, tokenizer, trait, ready, judge=None)
@@ -117,10 +117,11 @@ def test_monitored_values_are_those_of_the_finished_text(embedded, temperature: 
         text = torch.tensor([[*prompt, *answer]])[:, : len(prompt) + 11]  # the last token sampled is never read
         with torch.no_grad():
             states = model(text, output_hidden_states=True).hidden_states
-        for (name, layer), vector in zip(trace.last.keys, vectors * 3):
+        for key, vector in zip(trace.last.keys, vectors * 3):
+            name, layer = key.split("@")
             assert vector.trait == name
-            found = trace[f"{name}@{layer}"][line]
-            expected = vector.project(states[layer + 1][0], layer=layer)
+            found = trace[key][line]
+            expected = vector.project(states[int(layer) + 1][0], layer=int(layer))
             torch.testing.assert_close(found[~found.isnan()][: len(expected)], expected, rtol=1e-3, atol=1e-3)
 
 
@@ -132,7 +133,7 @@ def test_nnsight_and_transformer_lens_give_the_same_steered_logits_and_vector(em
     vector = pv.PersonaVector.load(VECTORS / "optimistic.safetensors")
     trait = pv.load_trait("optimistic")
     ids = torch.tensor([encode(tokenizer, pv.chat_prompt(tokenizer, "How will my exam go?"))])
-    options = {"samples": 1, "questions": 2, "max_new_tokens": 12, "min_pairs": 2, "judge": None}
+    options = {"samples": 1, "first": 2, "max_new_tokens": 12, "min_pairs": 2, "judge": None}
 
     def extracted(wrapped: object, name: str) -> pv.PersonaVector:
         return pv.extract(wrapped, tokenizer, trait, rollouts=tmp_path / f"{name}.jsonl", **options)

@@ -45,6 +45,7 @@ def generate_tokens(
     temperature: float = 1.0,
     seed: int = 0,
     reading: bool = False,
+    use_cache: bool = True,
 ) -> list[tuple[list[int], bool]]:
     """Generate one answer to each prompt in one batch: its token ids without the end token, and whether it ended.
 
@@ -68,7 +69,7 @@ def generate_tokens(
         repetition_penalty=1.0,
         eos_token_id=stops or None,
         pad_token_id=pad,
-        use_cache=keeps_cache(model),
+        use_cache=use_cache and keeps_cache(model),
     )
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
         torch.manual_seed(seed)
