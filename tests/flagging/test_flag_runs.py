@@ -110,7 +110,7 @@ def test_ray_actors_give_the_same_numbers_and_one_that_is_killed_costs_nothing(m
         if number == 3 and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        from persona_vectors.flagging.run import project_rows  # in the actor, where it is not replaced
+        from persona_vectors.flagging.work import project_rows  # in the actor, where it is not replaced
 
         project_rows(folder, units, batch_tokens, model, number)
 
