@@ -56,7 +56,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     before, after = session.config.stash[BEFORE], checkout_files()
     faults = [f"{name}: left in the checkout; write it to tmp_path" for name in sorted(after - before)]
     faults += [f"{name}: gone from the checkout; work on a copy" for name in sorted(before - after)]
-    advice = "remove it, and run the test's program with helpers.ENVIRONMENT"
+    advice = "remove it, and run the test's program with helpers.run_with_file_limit"
     faults += [f"{name}: bytecode that cannot be loaded; {advice}" for name in broken_bytecode()]
     session.config.stash[FAULTS] = faults
     if faults and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):

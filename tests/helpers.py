@@ -114,7 +114,8 @@ def run_with_file_limit(arguments: list[str], size: int) -> subprocess.Completed
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    return subprocess.run(arguments, env=ENVIRONMENT, preexec_fn=limit, capture_output=True, text=True, check=False)
+    environment = {**ENVIRONMENT, "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(arguments, env=environment, preexec_fn=limit, capture_output=True, text=True, check=False)
 
 
 def rows(count: int = 8, width: int = 6) -> list[dict[str, Tensor]]:
