@@ -12,6 +12,7 @@ from typer.main import get_command
 import persona_vectors as pv
 from persona_vectors.cli.main import app
 from persona_vectors.model.blocks import Layer
+from persona_vectors.model.generation import Conversation
 
 CALLABLES = {name: getattr(pv, name) for name in pv.__all__ if callable(getattr(pv, name))}
 ASKED = [
@@ -59,6 +60,9 @@ def test_the_model_the_tokenizer_and_the_nouns_come_first_and_all_else_by_name(n
         assert len(by_place) <= 4, by_place
 
 
+QUESTIONS = str | Conversation | Sequence[str] | Sequence[Conversation]
+
+
 @pytest.mark.parametrize("name", ASKED)
 def test_each_name_has_one_form(name):
     function = CALLABLES[name]
@@ -68,7 +72,7 @@ def test_each_name_has_one_form(name):
         if parameter.name == "layer":
             assert hint in (Layer, SupportsIndex, SupportsIndex | None) or inspect.isclass(function), hint
         if parameter.name == "questions":
-            assert hint in (str | Sequence[str], Sequence[str], Sequence[str] | None) or inspect.isclass(function), hint
+            assert hint in (QUESTIONS, Sequence[str], Sequence[str] | None) or inspect.isclass(function), hint
         if parameter.name == "first":
             assert hint == int | None and default is None
         if parameter.name == "seed" and not inspect.isclass(function):

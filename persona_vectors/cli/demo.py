@@ -71,20 +71,22 @@ def run_demo(
     out: str | Path = "runs/demo",
     controls: int = 1,
     samples: int = 1,
-    eval_samples: int = 3,
+    eval_samples: int = 2,
+    first: int | None = 10,
     extract_tokens: int = 32,
-    max_new_tokens: int = 48,
+    max_new_tokens: int = 40,
 ) -> DemoResult:
     """Extract the trait's vector, choose a layer on the extraction questions, and steer on the evaluation questions.
 
-    `controls` random vectors of the same norm are steered with beside it, at the lowest and highest coefficient.
-    Answers have `extract_tokens` tokens where the vector and its layer are made, and `max_new_tokens` where they are
-    scored. The score is VADER's, so the trait should be one of valence. Writes the vector, the rollouts and two plots
-    to `out`; a second run goes on from the rollouts there.
+    The vector is made of answers to the `first` extraction questions. `controls` random vectors of the same norm are
+    steered with beside it, at the lowest and highest coefficient. Answers have `extract_tokens` tokens where the vector
+    and its layer are made, and `max_new_tokens` where they are scored. The score is VADER's, so the trait should be one
+    of valence. Writes the vector, the rollouts and two plots to `out`; a second run goes on from the rollouts there.
     """
     out = Path(out)
     quick = ContrastJudge(model, tokenizer, trait, pairs=1)
-    drawing: dict[str, Any] = {"samples": samples, "max_new_tokens": extract_tokens, "rollouts": out / "rollouts.jsonl"}
+    drawing: dict[str, Any] = {"samples": samples, "first": first, "max_new_tokens": extract_tokens}
+    drawing["rollouts"] = out / "rollouts.jsonl"
     vector = extract(model, tokenizer, trait, judge=quick, **drawing)
     vector.save(out / f"{trait.name}.safetensors")
     count = len(vector.directions)
@@ -106,9 +108,8 @@ def run_demo(
         own = own or answers
         sentiment[name], effect[name] = _score(answers, coefs, eval_samples)
         sentiment[name][0.0] = sentiment[trait.name][0.0]  # nothing is added there
-    first = [Answer(q, row[i * eval_samples]) for row in own for i, q in enumerate(held_out)]
-    judge = ContrastJudge(model, tokenizer, trait, pairs=2)
-    values = [math.nan if value is None else value for value in score(judge, first, trait.eval_prompt)]
+    answered = [Answer(q, row[i * eval_samples]) for row in own for i, q in enumerate(held_out)]
+    values = [math.nan if value is None else value for value in score(quick, answered, trait.eval_prompt)]
     contrast = {c: mean_interval([[v] for v in part]) for c, part in zip(COEFS, _split(values, len(held_out)))}
     examples = {coef: " ".join(row[0].split()) for coef, row in zip(COEFS, own)}
     result = DemoResult(vector, layer, sentiment, contrast, effect, examples)

@@ -85,6 +85,9 @@ def extract(
         tuple[Path, Path] | None,
         typer.Option("--from", metavar="POS NEG", help="ready-made rollouts: our JSONL or official CSVs"),
     ] = None,
+    unfiltered: Annotated[
+        bool, typer.Option("--unfiltered", help="with --from: keep all answers, scored or not")
+    ] = False,
     load: Load,
 ) -> None:
     """Extract a trait's persona vector from a model and save it.
@@ -104,8 +107,11 @@ def extract(
     chosen = make_judge(judge or ("none" if from_ else "contrast"), loaded, tokenizer, loaded_trait, load)
     if from_:
         sides = zip(("pos", "neg"), from_)
-        ready = [r for side, p in sides for r in load_rollouts(p, side=side, trait=loaded_trait, tokenizer=tokenizer)]
+        reading: dict[str, Any] = {"trait": loaded_trait, "tokenizer": tokenizer}
+        reading["scored"] = not unfiltered and chosen is None
+        ready = [rollout for side, path in sides for rollout in load_rollouts(path, side=side, **reading)]
         options: dict[str, Any] = {"judge": chosen, "pooling": pooling, "batch_tokens": batch_tokens}
+        options["unfiltered"] = unfiltered
         vector = difference.extract_from(loaded, tokenizer, loaded_trait, ready, **options)
     else:
         drawing: dict[str, Any] = {"samples": samples, "first": first, "max_new_tokens": max_new_tokens, "seed": seed}
@@ -114,4 +120,8 @@ def extract(
     path = out or Path("vectors") / Path(vector.model).name / f"{vector.trait}.safetensors"
     arguments = [Path(text).name if text.startswith("/") else text for text in sys.argv[1:]]
     replace(vector, info={**vector.info, "command": shlex.join(["persona-vectors", *arguments])}).save(path)
+    info = vector.info
+    limit = "no filter" if info["threshold"] is None else f"filter at {info['threshold']:g}"
+    answers = f"{info['pos_answers']} positive and {info['neg_answers']} negative answers"
+    typer.echo(f"{info['pairs_kept']} pairs kept of {answers} ({limit})")
     typer.echo(f"{vector!r} -> {path}")

@@ -43,6 +43,7 @@ def flag(
         tuple[str, str] | None, typer.Option(metavar="PROMPT ANSWER", help="the two columns, where they are others")
     ] = None,
     split: Split = "train",
+    turns: Annotated[str, typer.Option(help="which answers of a conversation: last, or all")] = "last",
     on_error: Annotated[str, typer.Option(help="what is no sample: stop there, or skip and count it")] = "stop",
     max_length: Annotated[int | None, typer.Option(help="cut longer samples (default: the model's context)")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="most tokens of a generated baseline", min=1)] = 256,
@@ -72,7 +73,14 @@ def flag(
         load = partial(load, device="cpu")
     loaded, tokenizer = load(model)
     reading: dict[str, Any] = {"columns": columns, "split": split}
-    options: dict[str, Any] = {"out": out, "baseline": baseline, "answers": answers, "on_error": on_error, **reading}
+    options: dict[str, Any] = {
+        "out": out,
+        "baseline": baseline,
+        "answers": answers,
+        "on_error": on_error,
+        "turns": turns,
+        **reading,
+    }
     options |= {"max_length": max_length, "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
     options |= {"reference": reference, "threshold": threshold, "percentile": percentile}
     found = run.flag(loaded, tokenizer, data, loaded_vectors, layer=where, cache=cache, workers=workers, **options)

@@ -1,10 +1,46 @@
-"""Writing files whole or not at all, and the one exception for input that a user can mend."""
+"""Writing files: whole or not at all, or appended to by one run at a time."""
 
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from persona_vectors.data.errors import InputError
+
+
+def append(path: Path, text: str) -> None:
+    """Add text to a file, and have it on the disk before returning."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def writing(path: str | Path | None) -> Iterator[None]:
+    """Keep other runs from writing the same file meanwhile; with None there is none.
+
+    Raises InputError where one is writing it already.
+    """
+    if path is None:
+        yield
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mark = path.parent / f".{path.name}.lock"
+    lock = FileLock(mark)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"another run is writing {path}: wait for its end, or give another file") from None
+    try:
+        yield
+    finally:
+        mark.unlink(missing_ok=True)
+        lock.release()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_vectors.data.checks import check_settings
+from persona_vectors.data.files import append
 
 
 class Ledger:
@@ -39,8 +40,7 @@ class Ledger:
     def _write(self, text: str) -> None:
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(text)
+            append(self.path, text)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -4,7 +4,6 @@ import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +27,49 @@ class Sample:
     prompt: tuple[dict[str, str], ...]
     """Chat messages before the answer."""
     answer: str
+    turn: int = 0
+    """Which of its conversation's answers it is, from 0."""
+
+
+@dataclass(frozen=True)
+class Talk:
+    """One record's conversation, and which of its messages it trains on."""
+
+    row: int
+    id: str
+    messages: tuple[dict[str, str], ...]
+    answers: tuple[int, ...]
+    """The places of the assistant's turns that follow something and have no `weight` of 0."""
+    where: str
 
 
 def read_samples(
-    source: Source, *, columns: tuple[str, str] | None = None, split: str = "train"
+    source: Source, *, columns: tuple[str, str] | None = None, split: str = "train", turns: str = "last"
 ) -> Iterator[Sample | InputError]:
-    """Yield a sample for each record, or an InputError that says where and why it is none; never holds them all.
+    """Yield a record's answers, the last or "all", or an InputError that says where and why it has none.
 
-    A record holds `messages` (its last assistant turn is the answer), `prompt` and `completion` (texts, or lists of
-    messages), `question` and `answer`, or the two named in `columns`; records may differ. A prompt that is a text is
-    the user's turn. In an iterable a record may also be a list of messages, or a pair of texts.
+    The records are those of `read_talks`; never holds them all.
+    """
+    if turns not in ("last", "all"):
+        raise InputError(f"turns is {turns!r}: give last or all")
+    for talk in read_talks(source, columns=columns, split=split):
+        if isinstance(talk, InputError):
+            yield talk
+            continue
+        for turn, place in enumerate(talk.answers):
+            if turns == "all" or place == talk.answers[-1]:
+                yield Sample(talk.row, talk.id, talk.messages[:place], talk.messages[place]["content"], turn)
+
+
+def read_talks(
+    source: Source, *, columns: tuple[str, str] | None = None, split: str = "train"
+) -> Iterator[Talk | InputError]:
+    """Yield each record's conversation, or an InputError that says where and why it is none; never holds them all.
+
+    A record holds `messages`, `prompt` and `completion` (texts, or lists of messages), `question` and `answer`, or the
+    two named in `columns`; records may differ. A prompt that is a text is the user's turn; where the second of two
+    lists repeats the first, it is the whole conversation. In an iterable a record may also be a list of messages, or a
+    pair of texts.
 
     Raises InputError where the source cannot be read at all.
     """
@@ -45,12 +77,16 @@ def read_samples(
         try:
             if isinstance(record, InputError):
                 raise record
-            prompt, answer = _prompt_and_answer(record, columns)
+            messages, ignored = _conversation(record, columns)
+            answers = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
+            answers = [i for i in answers if i not in ignored]
+            if not answers:
+                raise InputError("it has no assistant turn that answers a prompt")
         except InputError as error:
             yield InputError(f"{where}: {error}")
         else:
             own = record.get("id") if isinstance(record, dict) else None
-            yield Sample(row, str(row if own is None else own), tuple(prompt), answer)
+            yield Talk(row, str(row if own is None else own), tuple(messages), tuple(answers), where)
 
 
 def read_records(source: Source, *, split: str = "train") -> Iterator[tuple[str, Any]]:
@@ -59,6 +95,8 @@ def read_records(source: Source, *, split: str = "train") -> Iterator[tuple[str,
         yield from ((f"sample {row}", record) for row, record in enumerate(source))
         return
     path, kind = Path(source), Path(source).suffix.lower()
+    if kind == ".gz" and path.is_file():
+        raise InputError(f"{path} is packed: unpack it first (gunzip {path.name})")
     if kind not in FILES:
         records = enumerate(_hugging_face(source, split))
         yield from ((f"{source}, row {row}", record) for row, record in records)
@@ -156,19 +194,22 @@ def import_pyarrow() -> tuple[Any, Any]:
     return pyarrow, pyarrow.parquet
 
 
-def _prompt_and_answer(record: Any, columns: tuple[str, str] | None) -> tuple[list[dict[str, str]], str]:
+def _conversation(record: Any, columns: tuple[str, str] | None) -> tuple[list[dict[str, str]], set[int]]:
+    """Return a record's messages, and the places of those that it does not train on."""
     if isinstance(record, (list, tuple)):
         pair = len(record) == 2 and all(isinstance(item, str) for item in record)
         record = {"question": record[0], "answer": record[1]} if pair else {"messages": record}
     if not isinstance(record, dict):
         raise InputError(f"it is {type(record).__name__}, not an object: give {_FORMS}")
     if columns is None and record.get("messages") is not None:
-        return _last_turn(_messages(record["messages"]))
+        return _messages(record["messages"]), _unweighted(record["messages"])
     pairs = [columns] if columns else [("prompt", "completion"), ("question", "answer")]
     for first, second in pairs:
         if first in record and second in record:
-            turns = _messages(record[first], "user"), _messages(record[second], "assistant")
-            return _last_turn(list(chain(*turns)))
+            before, after = _messages(record[first], "user"), _messages(record[second], "assistant")
+            if isinstance(record[second], (list, tuple)) and after[: len(before)] == before:
+                return after, _unweighted(record[second]) | set(range(len(before)))
+            return before + after, set(range(len(before)))
     wanted = " and ".join(columns) if columns else _FORMS
     raise InputError(f"it has {', '.join(map(str, record)) or 'nothing'}, not {wanted}: name two columns")
 
@@ -192,14 +233,14 @@ def _messages(value: Any, role: str = "") -> list[dict[str, str]]:
 def _text(content: Any) -> str:
     """Return a message's text, which may come in parts."""
     if content is None or isinstance(content, str):
+        broken = next((i for i, character in enumerate(content or "") if "\ud800" <= character <= "\udfff"), None)
+        if broken is not None:
+            raise InputError(f"its text holds half a surrogate pair at character {broken}, no character: mend it")
         return content or ""
     if isinstance(content, Sequence) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-        return "".join(part["text"] for part in content)
+        return _text("".join(part["text"] for part in content))
     raise InputError(f"a content is {type(content).__name__}, not text")
 
 
-def _last_turn(messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], str]:
-    end = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
-    if end == 0:
-        raise InputError("it has no assistant turn that answers a prompt")
-    return messages[:end], messages[end]["content"]
+def _unweighted(messages: Sequence[dict[str, Any]]) -> set[int]:
+    return {i for i, message in enumerate(messages) if message.get("weight") == 0}

@@ -60,5 +60,5 @@ def item_scores(
             "this tokenizer joins the option's letter with the prompt: the inventory cannot be read from it"
         )
     chances = answer_logprobs(model, rows).view(len(items), 2, len(LETTERS)).softmax(dim=-1)
-    values = torch.tensor([[1.0, 2, 3, 4, 5], [5, 4, 3, 2, 1]])
+    values = torch.tensor([[1.0, 2, 3, 4, 5], [5, 4, 3, 2, 1]], dtype=torch.float32)
     return (chances * values).sum(dim=-1)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.progress import bar
+from persona_vectors.model.blocks import Model
 from persona_vectors.model.hooks import pause_edits
 
 COHERENCE_RUBRIC = """\
@@ -36,12 +37,14 @@ where it does not look at the rubric, so that it cannot judge coherence.
 """
 
 
-def score(judge: Judge, answers: Sequence[Answer], rubric: str) -> list[float | None]:
-    """Return the judge's score for each answer, all at once where it can. Steering is suspended meanwhile.
+def score(judge: Judge, answers: Sequence[Answer], rubric: str, *, model: Model | None = None) -> list[float | None]:
+    """Return the judge's score for each answer, all at once where it can.
+
+    Steering is suspended meanwhile: that of `model`, which gave the answers, or all of it.
 
     Raises InputError where a score is not a number from 0 to 100 or None.
     """
-    with pause_edits():
+    with pause_edits(model):
         batch = getattr(judge, "batch", None)
         one_by_one = () if batch else bar(answers, desc="judging", unit="answer")
         scores = batch(answers, rubric) if batch else [judge(a.question, a.answer, rubric) for a in one_by_one]

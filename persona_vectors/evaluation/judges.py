@@ -13,7 +13,7 @@ from persona_vectors.data.traits import Trait
 from persona_vectors.evaluation.judge import COHERENCE_RUBRIC, Answer, Judge, fill, score
 from persona_vectors.evaluation.logprobs import answer_logprobs
 from persona_vectors.model.blocks import Model
-from persona_vectors.model.passes import forward_passes
+from persona_vectors.model.passes import forward_passes, read_pass
 from persona_vectors.model.prompts import chat_prompt, encode, encode_answer
 from persona_vectors.model.wrappers import unwrap
 
@@ -66,9 +66,13 @@ class ContrastJudge:
                     rows.append(encode_answer(self.tokenizer, prompt, item.answer))
                     where.append((index, sign / min(self.pairs, len(others))))
         if not rows:
-            return torch.zeros(0)
-        weighted = answer_logprobs(self.model, rows, desc="judging") * torch.tensor([sign for _, sign in where])
-        return torch.zeros(len(answers)).index_add_(0, torch.tensor([index for index, _ in where]), weighted)
+            return torch.zeros(0, dtype=torch.float32)
+        weighted = answer_logprobs(self.model, rows, desc="judging") * torch.tensor(
+            [sign for _, sign in where], dtype=torch.float32
+        )
+        return torch.zeros(len(answers), dtype=torch.float32).index_add_(
+            0, torch.tensor([index for index, _ in where]), weighted
+        )
 
 
 class PerplexityJudge:
@@ -144,7 +148,7 @@ class LocalJudge:
         with torch.inference_mode():
             for step in forward_passes(self.model, rows, held_back=1):
                 if not step.answers:
-                    self.model.get_decoder()(**step.inputs)
+                    read_pass(self.model, step)
                     continue
                 logits = self.model(**step.inputs).logits
                 ends = step.position.argmax(dim=1)
@@ -158,4 +162,5 @@ def score_both(
 ) -> list[tuple[float | None, float | None]]:
     """Return each answer's trait score and coherence; a perplexity gate stands in where the judge reads no rubric."""
     coherence_judge = judge if getattr(judge, "reads_rubric", True) else PerplexityJudge(model, tokenizer)
-    return list(zip(score(judge, answers, rubric), score(coherence_judge, answers, COHERENCE_RUBRIC)))
+    scores = score(judge, answers, rubric, model=model)
+    return list(zip(scores, score(coherence_judge, answers, COHERENCE_RUBRIC, model=model)))

@@ -40,7 +40,7 @@ class Statements(BaseModel):
 
 
 class State(NamedTuple):
-    """A state to put the model in: a row edit, at positions "response", and a system prompt."""
+    """A state to put the model in: a row edit, and a system prompt."""
 
     edit: RowEdit | None = None
     system: str | None = None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from persona_vectors.data.progress import bar
 from persona_vectors.model.blocks import Model
-from persona_vectors.model.passes import Row, forward_passes
+from persona_vectors.model.passes import Row, forward_passes, read_pass
 from persona_vectors.model.prompts import batch_tokens_for
 from persona_vectors.model.tokens import answers_at
 from persona_vectors.steering.add import RowEdit, steer_rows
@@ -24,22 +24,21 @@ def answer_logprobs(
 ) -> Float[Tensor, " row"]:
     """Return the mean log-probability of each row's answer tokens, in nats; nan for an empty answer.
 
-    Edits that are active apply, with their own positions; `edits` steers each row besides, at positions "response", so
-    that rows under different edits still share their prompts. `desc` names the progress bar.
+    Edits that are active apply, with their own positions; `edits` steers each row besides. `desc` names the progress
+    bar.
     """
     total = torch.zeros(len(rows), dtype=torch.float64)
     budget = batch_tokens_for(model) // 2  # logits take more memory than hidden states
     with torch.inference_mode(), bar(total=len(rows), desc=desc, unit="answer") as done:
-        for step in forward_passes(model, rows, batch_tokens=budget, held_back=1):
+        groups = None if edits is None else [None if e is None else (id(e.vector), *e[1:]) for e in edits]
+        for step in forward_passes(model, rows, batch_tokens=budget, held_back=1, groups=groups):
             index = torch.tensor([members[0] for members in step.rows])
             place = step.position - torch.tensor([[len(rows[row][0])] for row in index], device=step.position.device)
-            if not step.answers:
-                with answers_at(place):
-                    model.get_decoder()(**step.inputs)
-                continue
-            own = steer_rows(model, [edits[row] for row in index], positions="response") if edits else nullcontext()
-            with answers_at(place), own:
-                logits = model(**step.inputs).logits[:, :-1]
+            with answers_at(place), steer_rows(model, [edits[row] for row in index]) if edits else nullcontext():
+                if not step.answers:
+                    read_pass(model, step)
+                    continue
+                logits = model(**step.inputs).logits[:, -place.shape[1] : -1]
             counted = place[:, 1:] >= 0
             targets = step.inputs["input_ids"][:, 1:][counted]
             losses = torch.nn.functional.cross_entropy(logits[counted].float(), targets, reduction="none")

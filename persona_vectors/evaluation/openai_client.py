@@ -3,7 +3,7 @@
 import json
 import os
 import random
-import time
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -19,6 +19,10 @@ T = TypeVar("T")
 
 class Malformed(Exception):
     """A reply that came, and was not what the protocol says."""
+
+
+class Refused(Exception):
+    """The server will not answer this request (400, 413, 422), and might answer others."""
 
 
 def connect(base_url: str | None, *, timeout: float) -> Any:
@@ -50,19 +54,20 @@ def ask(
     *,
     attempts: int,
     on_retry: Callable[[], object] = lambda: None,
-    stopped: Callable[[], bool] = lambda: False,
+    stopped: threading.Event | None = None,
 ) -> T:
     """Send a chat request until `read` accepts its reply, at most `attempts` times; return what `read` made of it.
 
     Passing faults are repeated: no connection, a timeout, 408, 409, 429, 5xx, and replies that are no JSON or that
     `read` calls `Malformed`. A Retry-After is respected, and else the wait doubles, with jitter. `stopped` ends the
-    repeating early.
+    repeating, and the wait for it, at once.
 
-    Raises InputError for faults that repeating cannot mend, and where every attempt failed.
+    Raises Refused for what is wrong with this one request, and InputError for faults that repeating cannot mend, and
+    where every attempt failed.
     """
     from openai import APIConnectionError, APIStatusError, OpenAIError
 
-    where = f"the server at {client.base_url}"
+    where, stopped = f"the server at {client.base_url}", stopped or threading.Event()
     for attempt in range(1, attempts + 1):
         wait = random.uniform(0.5, 1) * min(LONGEST, BACKOFF * 2 ** (attempt - 1))
         try:
@@ -72,6 +77,8 @@ def ask(
             raise
         except APIStatusError as error:
             quota = getattr(error, "code", None) == "insufficient_quota"
+            if error.status_code in (400, 413, 422):
+                raise Refused(f"{where} refused a request ({error.status_code}: {_brief(error)})") from None
             if error.status_code not in _PASSING or quota:
                 raise InputError(
                     f"{where} refused the request ({error.status_code}: {_brief(error)}): check the address, the "
@@ -86,10 +93,11 @@ def ask(
             fault = f"malformed reply: {_brief(error)}"
         except OpenAIError as error:
             raise InputError(f"{where} failed ({type(error).__name__}: {_brief(error)}): check the address") from None
-        if attempt == attempts or stopped():
+        if attempt == attempts or stopped.is_set():
             break
         on_retry()
-        time.sleep(wait)
+        if stopped.wait(wait):
+            break
     raise InputError(
         f"{where} failed {attempt} times in a row ({fault}): check that it runs; what came before is kept, and the "
         "same call goes on from there"

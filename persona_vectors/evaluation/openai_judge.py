@@ -6,17 +6,24 @@ import math
 import re
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.ledger import Ledger
 from persona_vectors.data.progress import bar
 from persona_vectors.evaluation.judge import Answer, fill
-from persona_vectors.evaluation.openai_client import Malformed, ask, connect
+from persona_vectors.evaluation.openai_client import Malformed, Refused, ask, connect
 from persona_vectors.model.loading import cache_dir
+
+THOUGHT = 4096
+"""The most tokens that a model which reasons may think, its number included."""
+
+
+class _Reasons(Exception):
+    """The server refuses max_tokens, a temperature or log-probabilities, as for models that reason."""
 
 
 @dataclass
@@ -28,7 +35,7 @@ class Usage:
     retries: int = 0
     cached: int = 0
     refusals: int = 0
-    """Replies that say REFUSAL or decline, as the rubric allows: no failures."""
+    """Replies that say REFUSAL or decline, as the rubric allows, and answers that the server will not read."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -40,6 +47,10 @@ class OpenAIJudge:
     0 to 100 among them, or None where their mass is under `min_mass`. That fits models that write a number as one
     token. For those that write it digit by digit, and servers that give no log-probabilities, `samples=10` takes the
     mean of ten sampled numbers instead, or None where under half of them are numbers.
+
+    A model that reasons refuses `max_tokens` and a temperature: it is given room for its thoughts instead, and scored
+    by the mean of `samples`, or three, sampled numbers. An answer that the server will not read (a content filter, too
+    long) is not scored, and the others are.
 
     Requests run `concurrency` at a time; each is sent at most `attempts` times (see `openai_client.ask`). Every reply
     is kept in the file `cache`, keyed by the address and the whole request, so a run that broke off goes on.
@@ -68,6 +79,7 @@ class OpenAIJudge:
         self._cache = Ledger(cache or cache_dir() / "judge.jsonl")
         self._lock = threading.Lock()
         self._stopped = threading.Event()
+        self._reasons = False
 
     def __call__(self, question: str, answer: str, rubric: str) -> float | None:
         return self.batch([Answer(question, answer)], rubric)[0]
@@ -75,22 +87,50 @@ class OpenAIJudge:
     def batch(self, answers: Sequence[Answer], rubric: str) -> list[float | None]:
         """Score answers, `concurrency` requests at a time.
 
-        Raises InputError where one of them fails for good; the others are kept, and no new ones are sent.
+        Raises InputError where one of them fails for good; the others are kept, and no new ones are sent. Interrupted,
+        it waits for none.
         """
         self._stopped.clear()
-        prompts = [fill(rubric, item.question, item.answer) for item in answers]
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            waiting = pool.map(self._score_or_stop, prompts)
-            return list(bar(waiting, total=len(prompts), desc=self.name, unit="answer"))
-
-    def _score_or_stop(self, prompt: str) -> float | None:
-        if self._stopped.is_set():
-            raise InputError("the judge stopped after a failure")
+        todo: SimpleQueue[tuple[int, str]] = SimpleQueue()
+        done: SimpleQueue[tuple[int, float | BaseException | None]] = SimpleQueue()
+        for place, item in enumerate(answers):
+            todo.put((place, fill(rubric, item.question, item.answer)))
+        for _ in range(min(self.concurrency, len(answers))):  # daemons: a program that is interrupted waits for none
+            threading.Thread(target=self._work, args=(todo, done, self._stopped), daemon=True).start()
+        scores: list[float | None] = [None] * len(answers)
         try:
-            return self._sampled(prompt) if self.samples else self._expected(prompt)
-        except BaseException:
+            for _ in bar(answers, desc=self.name, unit="answer"):
+                place, found = done.get()
+                if isinstance(found, BaseException):
+                    raise found
+                scores[place] = found
+        finally:
             self._stopped.set()
-            raise
+            self._stopped = threading.Event()
+        return scores
+
+    def _work(self, todo: Any, done: Any, stopped: threading.Event) -> None:
+        while not stopped.is_set():
+            try:
+                place, prompt = todo.get(block=False)
+            except Empty:
+                return
+            try:
+                done.put((place, self._score(prompt)))
+            except BaseException as error:
+                done.put((place, error))
+
+    def _score(self, prompt: str) -> float | None:
+        if not self.samples and not self._reasons:
+            try:
+                return self._expected(prompt)
+            except _Reasons:
+                self._reasons = True
+        try:
+            return self._sampled(prompt)
+        except _Reasons:
+            self._reasons = True
+            return self._sampled(prompt)
 
     def _expected(self, prompt: str) -> float | None:
         options = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20, "seed": 0}
@@ -102,10 +142,12 @@ class OpenAIJudge:
         return sum(number * p for number, p in chances.items()) / mass if mass >= self.min_mass else None
 
     def _sampled(self, prompt: str) -> float | None:
-        texts = [self._reply(prompt, {"max_tokens": 8, "temperature": 1, "seed": i}) for i in range(self.samples)]
+        how = {"max_completion_tokens": THOUGHT} if self._reasons else {"max_tokens": 8, "temperature": 1}
+        count = self.samples or 3
+        texts = [self._reply(prompt, {**how, "seed": i}) for i in range(count)]
         found = [re.fullmatch(r"\D{0,20}?(\d{1,3})\D*", text.get("text", "")) for text in texts]
         numbers = [int(match[1]) for match in found if match and int(match[1]) <= 100]
-        return sum(numbers) / len(numbers) if 2 * len(numbers) >= self.samples else None
+        return sum(numbers) / len(numbers) if 2 * len(numbers) >= count else None
 
     def _reply(self, prompt: str, options: dict[str, Any]) -> dict[str, Any]:
         """Return the cached or fetched reply to one request: "top" [token, logprob], "text", "refused"."""
@@ -117,14 +159,17 @@ class OpenAIJudge:
             self.usage.cached += known is not None
         if known is not None:
             return known
-        entry = ask(
-            self.client,
-            request,
-            lambda reply: read_reply(reply, logprobs="logprobs" in request),
-            attempts=self.attempts,
-            on_retry=self._count_retry,
-            stopped=self._stopped.is_set,
-        )
+        try:
+            entry = ask(
+                self.client,
+                request,
+                lambda reply: read_reply(reply, logprobs="logprobs" in request),
+                attempts=self.attempts,
+                on_retry=self._count_retry,
+                stopped=self._stopped,
+            )
+        except Refused as error:
+            entry = self._refusal(str(error), request)
         with self._lock:
             self.usage.requests += 1
             self.usage.refusals += entry["refused"]
@@ -132,6 +177,19 @@ class OpenAIJudge:
             self.usage.completion_tokens += entry["tokens"][1]
             self._cache.add([{"key": key, **entry}])
         return entry
+
+    def _refusal(self, reason: str, request: dict[str, Any]) -> dict[str, Any]:
+        """Return what stands for a reply to a request that the server will not answer.
+
+        Raises _Reasons where the settings are what it refuses, and InputError where it has answered none so far.
+        """
+        if "max_tokens" in request and re.search(r"max_completion_tokens|temperature|logprobs", reason):
+            raise _Reasons
+        if not self.usage.requests and not re.search(r"content|context|length|long|policy", reason):
+            raise InputError(
+                f"{reason}: check the address, the model's name and its settings; what came before is kept"
+            )
+        return {"top": [], "text": "", "refused": True, "tokens": [0, 0], "reason": reason}
 
     def _count_retry(self) -> None:
         with self._lock:

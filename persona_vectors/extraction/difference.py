@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import writing
 from persona_vectors.data.traits import Trait
 from persona_vectors.evaluation.judge import Answer, Judge, judge_name
 from persona_vectors.evaluation.judges import score_both
@@ -78,14 +79,15 @@ def extract(
         "batch_tokens": generation_budget(model, batch_tokens),
         "judge": judge_name(judge),
     }
-    file = RolloutFile(rollouts, settings)
     drawing: dict[str, Any] = {name: settings[name] for name in ("max_new_tokens", "temperature", "seed")}
     drawing |= {"batch_tokens": batch_tokens, "desc": f"{trait.name}: answers"}
     if keeps_cache(model):
         stops = stop_tokens(model, tokenizer)
         drawing["during"] = lambda _: pool_while_generating(model, stops=stops, poolings=[pooling])
     limit = None if judge is None else threshold
-    reads = _draw(model, tokenizer, trait, judge, tasks, file, limit, drawing)
+    with writing(rollouts):
+        file = RolloutFile(rollouts, settings)
+        reads = _draw(model, tokenizer, trait, judge, tasks, file, limit, drawing)
     info = {key: value for key, value in settings.items() if key not in ("trait", "model", "questions")}
     return _difference(model, trait, file.rollouts, reads, pooling=pooling, limit=limit, min_pairs=min_pairs, info=info)
 
@@ -123,21 +125,27 @@ def extract_from(
     threshold: float = 50.0,
     batch_tokens: int | None = None,
     min_pairs: int = MIN_PAIRS,
+    unfiltered: bool = False,
 ) -> PersonaVector:
     """Return the vector of ready-made rollouts, both sides in one list, in one pass over their text.
 
-    Scores that the rollouts carry are used; a judge scores those that have none. See `extract` for the filter.
+    Scores that the rollouts carry are used; a judge scores those that have none. `unfiltered` keeps every pair of
+    non-empty answers. See `extract` for the filter.
+
+    Raises InputError where there are no scores, no judge, and `unfiltered` is not asked for.
     """
     model = _checked(model, pooling)
-    scored = any(rollout.trait_score is not None for rollout in rollouts)
-    if judge is not None and not scored:
+    scored = not unfiltered and any(rollout.trait_score is not None for rollout in rollouts)
+    if not scored and not unfiltered and judge is None:
+        raise InputError(f"no answer has a score for {trait.name!r}: give a judge, or unfiltered=True to keep them all")
+    if judge is not None and not scored and not unfiltered:
         rollouts = judge_rollouts(model, tokenizer, trait, judge, rollouts)
     info = {
         **identity(model, tokenizer),
-        "judge": "scores in the rollout file" if scored else judge_name(judge),
+        "judge": "scores in the rollout file" if scored else judge_name(None if unfiltered else judge),
         "batch_tokens": batch_tokens,
     }
-    limit = threshold if scored or judge is not None else None
+    limit = None if unfiltered else threshold
     return _difference(model, trait, list(rollouts), {}, pooling=pooling, limit=limit, min_pairs=min_pairs, info=info)
 
 
@@ -176,7 +184,7 @@ def _passes(rollout: Rollout, limit: float | None) -> bool:
         return True
     if rollout.trait_score is None or (rollout.trait_score >= limit) != (rollout.side == "pos"):
         return False
-    return rollout.coherence is None or rollout.coherence >= limit
+    return rollout.coherence is not None and rollout.coherence >= limit
 
 
 def _pairs(rollouts: Sequence[Rollout], limit: float | None) -> tuple[list[tuple[int, int]], dict[str, int]]:

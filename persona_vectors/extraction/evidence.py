@@ -20,7 +20,7 @@ def split_half_cosine(
     count = int(question.max()) + 1
     if count < 2:
         return None
-    generator, total = torch.Generator().manual_seed(0), torch.zeros(pos.shape[1])
+    generator, total = torch.Generator().manual_seed(0), torch.zeros(pos.shape[1], dtype=torch.float32)
     for _ in range(splits):
         first = torch.isin(question, torch.randperm(count, generator=generator)[: count // 2])
         a, b = (mean_difference(pos[mask], neg[mask]) for mask in (first, ~first))

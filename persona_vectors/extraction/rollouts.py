@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.checks import check_settings, first_fault
 from persona_vectors.data.errors import InputError
-from persona_vectors.data.files import atomic_path
+from persona_vectors.data.files import append, atomic_path
 from persona_vectors.data.progress import bar
 from persona_vectors.data.traits import Trait
 from persona_vectors.model.blocks import Model
@@ -87,6 +87,7 @@ def draw_rollouts(
     prompts = [task["prompt_ids"] for task in tasks]
     batches = generation_batches(model, prompts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
     file.trim([len(batch) for batch in batches])
+    _check_known([tasks[i] for i in chain(*batches)], file)
     done = len(file.rollouts)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     options |= {"batch_tokens": batch_tokens, "reading": True, "during": during}
@@ -96,6 +97,19 @@ def draw_rollouts(
             answers = zip(batch.rows, batch.answers)
             yield [_rollout(tokenizer, tasks[row], ids, ended) for row, (ids, ended) in answers], batch.read
             shown.update(len(batch.rows))
+
+
+def _check_known(tasks: Sequence[dict[str, Any]], file: "RolloutFile") -> None:
+    """Raise InputError where the file's answers are not those to the first tasks, each once."""
+    for task, rollout in zip(tasks, file.rollouts):
+        own = {name: getattr(rollout, name) for name in ("side", "pair", "question", "sample", "prompt")}
+        changed = next((name for name, value in own.items() if value != task[name]), None)
+        if changed:
+            raise InputError(
+                f"{file.path} holds an answer with {changed} {str(own[changed])[:60]!r} where this run has "
+                f"{str(task[changed])[:60]!r} (a template that writes the date makes other prompts every day): "
+                "give another file"
+            )
 
 
 def _rollout(tokenizer: PreTrainedTokenizerBase, task: dict[str, Any], ids: Sequence[int], ended: bool) -> Rollout:
@@ -135,8 +149,7 @@ class RolloutFile:
     def append(self, rollouts: Sequence[Rollout]) -> None:
         """Add a batch in one write, and have it on the disk before returning."""
         if self.path:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(rollout.model_dump_json() + "\n" for rollout in rollouts))
+            append(self.path, "".join(rollout.model_dump_json() + "\n" for rollout in rollouts))
         self.rollouts += rollouts
 
     def _rewrite(self) -> None:
@@ -170,8 +183,13 @@ def read_jsonl(path: Path, *, partial: bool = False) -> tuple[dict[str, Any], li
     return header, rollouts
 
 
-def load_rollouts(path: str | Path, *, side: str, trait: Trait, tokenizer: PreTrainedTokenizerBase) -> list[Rollout]:
-    """Load the answers of one side ("pos" or "neg") from our JSONL or from an official CSV, in the file's order."""
+def load_rollouts(
+    path: str | Path, *, side: str, trait: Trait, tokenizer: PreTrainedTokenizerBase, scored: bool = True
+) -> list[Rollout]:
+    """Load the answers of one side ("pos" or "neg") from our JSONL or from an official CSV, in the file's order.
+
+    Raises InputError for a CSV without a score for the trait and a coherence, unless `scored` is False.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no rollout file {path}: give our JSONL, or an official CSV")
@@ -185,7 +203,12 @@ def load_rollouts(path: str | Path, *, side: str, trait: Trait, tokenizer: PreTr
                 f"{path} lacks the column {', '.join(sorted(missing))}: an official rollout CSV has question, prompt, "
                 f"answer, question_id, {trait.name}, coherence"
             )
-        rows = list(reader)
+        rows, held = list(reader), reader.fieldnames or ()
+    if scored and not {trait.name, "coherence"} <= set(held):
+        raise InputError(
+            f"{path} has no scores for {trait.name!r}, or no coherence: it has {', '.join(held)}. Give the trait that "
+            "it was scored for, a judge, or unfiltered (all answers count)"
+        )
     return [_from_csv(row, index, side, trait, tokenizer, path) for index, row in enumerate(rows)]
 
 

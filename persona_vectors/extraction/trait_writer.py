@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.traits import InstructionPair, Questions, Trait
-from persona_vectors.evaluation.openai_client import Malformed, ask, connect
+from persona_vectors.evaluation.openai_client import Malformed, Refused, ask, connect
 
 PAIRS, QUESTIONS = 5, 40
 _PROMPT = """\
@@ -86,7 +86,10 @@ def write_trait(
     form = {"type": "json_schema", "json_schema": {"name": "trait", "strict": True, "schema": _SCHEMA}}
     request: dict[str, Any] = {"model": llm, "temperature": 1.0, "response_format": form}
     for _ in range(attempts):
-        text = ask(client, {**request, "messages": messages}, _content, attempts=4)
+        try:
+            text = ask(client, {**request, "messages": messages}, _content, attempts=4)
+        except Refused as error:
+            raise InputError(f"{error}: check the model's name and its settings, or write the trait by hand") from None
         try:
             return check_reply(text, name, description.strip())
         except InputError as error:

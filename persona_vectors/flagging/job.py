@@ -46,6 +46,7 @@ class Job:
     out: Path
     columns: tuple[str, str] | None
     split: str
+    turns: str
     on_error: str
     max_length: int | None
     baseline: str
@@ -91,6 +92,7 @@ class Job:
             "data": source_name(self.data),
             "columns": None if self.columns is None else list(self.columns),
             "split": self.split,
+            "turns": self.turns,
             "on_error": self.on_error,
             "max_length": self.limit,
             "batch_tokens": self.batch_tokens or batch_tokens_for(self.model),
@@ -129,7 +131,7 @@ class Job:
         return merge(self.folder, self.out, keys=keys, reading=reading, plan=plan, settings=whole, reference=reference)
 
     def read(self, source: Source) -> Any:
-        return read_samples(source, columns=self.columns, split=self.split)
+        return read_samples(source, columns=self.columns, split=self.split, turns=self.turns)
 
     def ranked(self) -> Path | None:
         """Return the flags file that percentiles are taken among, made first where neutral samples were given."""
@@ -199,7 +201,7 @@ class Job:
         """Raise InputError for what cannot be."""
         if self.model.config.is_encoder_decoder:
             raise InputError("this is an encoder-decoder model: samples are flagged with decoder-only language models")
-        if edits_are_active():
+        if edits_are_active(self.model):
             raise InputError("flag reads the plain model: call it outside of steer, ablate, cap, floor and monitor")
         _check_words(self.baseline, self.answers, self.on_error)
         if self.threshold is not None and self.percentile is not None:

@@ -16,7 +16,7 @@ from persona_vectors.data.samples import import_pyarrow
 from persona_vectors.flagging.parts import FORMAT, HEADER, Flags, Summary, flag_batches, part, read_table
 from persona_vectors.flagging.store import Baselines
 
-_PLAIN = ("row", "id", "prompt_hash", "prompt_tokens", "answer_tokens", "baseline_tokens", "truncated")
+_PLAIN = ("row", "turn", "id", "prompt_hash", "prompt_tokens", "answer_tokens", "baseline_tokens", "truncated")
 
 
 def merge(

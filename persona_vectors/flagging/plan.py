@@ -18,7 +18,7 @@ from persona_vectors.data.samples import Sample, Source
 from persona_vectors.flagging.parts import part, read_json, write_json, write_table
 from persona_vectors.flagging.store import Baselines
 from persona_vectors.model.passes import Row
-from persona_vectors.model.prompts import chat_text, encode_answer
+from persona_vectors.model.prompts import encode_answer, finished_turn
 
 
 def source_name(source: Source) -> str:
@@ -99,12 +99,13 @@ class _Reader:
         try:
             if isinstance(sample, InputError):
                 raise sample
-            text = chat_text(self.tokenizer, sample.prompt, add_generation_prompt=True)
-            whole = encode_answer(self.tokenizer, text, sample.answer)
+            talk = [*sample.prompt, {"role": "assistant", "content": sample.answer}]
+            whole = encode_answer(self.tokenizer, *finished_turn(self.tokenizer, talk, len(sample.prompt)))
             prompt, answer = fit(whole, self.limit, self.new_tokens)
             base = None
             if self.given is not None:
-                base = encode_answer(self.tokenizer, text, self.given.find(sample))[1]
+                talk[-1]["content"] = self.given.find(sample)
+                base = encode_answer(self.tokenizer, *finished_turn(self.tokenizer, talk, len(sample.prompt)))[1]
                 base = base if self.limit is None else base[: self.limit - len(prompt)]
         except InputError as error:
             if self.stop:
@@ -118,6 +119,7 @@ class _Reader:
         own = base is not None and hashlib.sha256(repr(base).encode()).hexdigest()
         return {
             "row": sample.row,
+            "turn": sample.turn,
             "id": sample.id,
             "key": f"{name} {own}" if own else f"{self.namespace} {name}",
             "prompt_hash": name[:16],

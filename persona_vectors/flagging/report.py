@@ -19,13 +19,17 @@ from persona_vectors.flagging.parts import Flags, flag_batches
 from persona_vectors.flagging.plan import fit
 from persona_vectors.model.blocks import Model
 from persona_vectors.model.identity import fingerprint
-from persona_vectors.model.prompts import chat_text, encode_answer
+from persona_vectors.model.prompts import encode_answer, finished_turn
 from persona_vectors.monitoring.heatmaps import robust_span, token_texts
 from persona_vectors.monitoring.projection import token_projections
 from persona_vectors.vectors.directions import unit_directions, vector_list
 from persona_vectors.vectors.vector import PersonaVector
 
 BARS = 40
+
+
+Place = tuple[int, int]
+"""A record's row, and which of its answers."""
 
 
 def write_report(
@@ -55,18 +59,17 @@ def write_report(
     if iter(data) is data if not isinstance(data, (str, Path)) else False:
         raise InputError("these samples can be read only once: give a file or a list, or write them to one")
     picked = pick_rows(found, each=each, seed=seed)
-    last = max(picked, default=-1)
+    last = max(picked, default=(-1, 0))
     units = unit_directions(model, chosen, found.settings["layers"])
     rows, shown = [], []
-    for sample in read_samples(data, columns=columns, split=split):
-        if isinstance(sample, Sample) and sample.row in picked:
-            whole = encode_answer(
-                tokenizer, chat_text(tokenizer, sample.prompt, add_generation_prompt=True), sample.answer
-            )
+    for sample in read_samples(data, columns=columns, split=split, turns=found.settings["turns"]):
+        if isinstance(sample, Sample) and (sample.row, sample.turn) in picked:
+            talk = [*sample.prompt, {"role": "assistant", "content": sample.answer}]
+            whole = encode_answer(tokenizer, *finished_turn(tokenizer, talk, len(sample.prompt)))
             rows.append(fit(whole, found.settings["max_length"], (found.settings["max_new_tokens"] or -1) + 1))
             prompt = "\n".join(f"{m['role']}: {m['content']}" for m in sample.prompt)
-            shown.append({"id": sample.id, "prompt": prompt, **picked[sample.row]})
-        if isinstance(sample, Sample) and sample.row >= last:
+            shown.append({"id": sample.id, "prompt": prompt, **picked[sample.row, sample.turn]})
+        if isinstance(sample, Sample) and (sample.row, sample.turn) >= last:
             break
     values = token_projections(model, rows, units, batch_tokens=found.settings["batch_tokens"])
     for entry, (prompt_ids, answer_ids), read in zip(shown, rows, values):
@@ -97,33 +100,34 @@ def render(flags: Flags, rows: Sequence[dict[str, Any]], out: str | Path) -> Non
         temporary.write_text(text, encoding="utf-8")
 
 
-def pick_rows(flags: Flags, *, each: int, seed: int) -> dict[int, dict[str, Any]]:
+def pick_rows(flags: Flags, *, each: int, seed: int) -> dict[Place, dict[str, Any]]:
     """Return the highest and lowest rows of each vector and some at random: why, differences and percentiles."""
     keys, rng = list(flags.summary), random.Random(seed)
-    extremes: dict[str, list[tuple[float, int]]] = {f"{end} {key}": [] for key in keys for end in ("top", "bottom")}
-    some: list[tuple[float, int]] = []
+    extremes: dict[str, list[tuple[float, Place]]] = {f"{end} {key}": [] for key in keys for end in ("top", "bottom")}
+    some: list[tuple[float, Place]] = []
     columns = [f"{key}_{name}" for key in keys for name in ("difference", "percentile")]
-    for batch in flag_batches(flags.path, ["row"]):
-        _keep(some, ((rng.random(), row) for row in batch["row"]), each)
+    for batch in flag_batches(flags.path, ["row", "turn"]):
+        _keep(some, ((rng.random(), place) for place in zip(batch["row"], batch["turn"])), each)
     for key in keys:
-        for batch in flag_batches(flags.path, ["row", f"{key}_difference"]):
-            pairs = [(d, row) for d, row in zip(batch[f"{key}_difference"], batch["row"]) if d is not None]
+        for batch in flag_batches(flags.path, ["row", "turn", f"{key}_difference"]):
+            places = zip(batch["row"], batch["turn"])
+            pairs = [(d, place) for d, place in zip(batch[f"{key}_difference"], places) if d is not None]
             _keep(extremes[f"top {key}"], pairs, each)
             _keep(extremes[f"bottom {key}"], ((-d, row) for d, row in pairs), each)
-    why: dict[int, list[str]] = {}
+    why: dict[Place, list[str]] = {}
     for name, kept in {**extremes, "random": some}.items():
         for _, row in kept:
             why.setdefault(row, []).append(name)
     picked = {}
-    for batch in flag_batches(flags.path, ["row", *columns]):
-        for i, row in enumerate(batch["row"]):
+    for batch in flag_batches(flags.path, ["row", "turn", *columns]):
+        for i, row in enumerate(zip(batch["row"], batch["turn"])):
             if row in why:
                 read = [[batch[f"{key}_{name}"][i] for key in keys] for name in ("difference", "percentile")]
                 picked[row] = {"set": ", ".join(why[row]), "differences": read[0], "percentiles": read[1]}
     return picked
 
 
-def _keep(heap: list[tuple[float, int]], items: Iterable[tuple[float, int]], size: int) -> None:
+def _keep(heap: list[tuple[float, Place]], items: Iterable[tuple[float, Place]], size: int) -> None:
     heap[:] = heapq.nlargest(size, [*heap, *items])
 
 

@@ -27,6 +27,7 @@ def flag(
     answers: Source | None = None,
     columns: tuple[str, str] | None = None,
     split: str = "train",
+    turns: str = "last",
     on_error: str = "stop",
     max_length: int | None = None,
     max_new_tokens: int = 256,
@@ -44,18 +45,26 @@ def flag(
     answer ("generate", kept in the file `cache` by prompt), of the prompt's last token ("prompt_last", the paper's
     shortcut), or "none"; or that of the answer which `answers`, in any form of `read_samples`, gives to the prompt.
 
-    `data` is what `read_samples` takes, with `columns` and `split`. What is no sample ends the run, or with
-    `on_error="skip"` is counted. Samples longer than `max_length` (the context unless given) are cut and marked.
+    `data` is what `read_samples` takes, with `columns` and `split`; `turns="all"` gives every answer of a conversation
+    a row, as training learns them all. What is no sample ends the run, or with `on_error="skip"` is counted. Samples
+    longer than `max_length` (the context unless given) are cut and marked.
     Each row has each vector's `_projection`, `_baseline`, `_difference` and `_percentile`, among the differences of
     `reference` (neutral samples, or their flags file) or else of the dataset. `flagged` is set from `threshold` on, a
     difference, or from `percentile` on, 95 where there is a `reference`. With several layers: `trait@layer`.
 
-    A killed run goes on from the folder `out`.parts, `chunk` samples at a time. `workers` > 1 are Ray actors with a
-    model each. Raises InputError for what does not fit, and for an `out` that was made with other settings.
+    A killed run goes on from `out`.parts, `chunk` samples at a time. `workers` > 1 are Ray actors with a model each.
+    Raises InputError for what does not fit, and for an `out` that was made with other settings.
     """
-    reading: dict[str, Any] = {"columns": columns, "split": split, "on_error": on_error, "max_length": max_length}
+    reading: dict[str, Any] = {"columns": columns, "split": split, "turns": turns, "on_error": on_error}
+    reading["max_length"] = max_length
     scoring: dict[str, Any] = {"baseline": baseline, "answers": answers, "max_new_tokens": max_new_tokens}
     ranking: dict[str, Any] = {"reference": reference, "threshold": threshold, "percentile": percentile}
-    running: dict[str, Any] = {"cache": cache, "batch_tokens": batch_tokens, "chunk": chunk, "workers": workers}
+    running: dict[str, Any] = {
+        "max_length": max_length,
+        "cache": cache,
+        "batch_tokens": batch_tokens,
+        "chunk": chunk,
+        "workers": workers,
+    }
     options = {**reading, **scoring, **ranking, **running}
     return Job(unwrap(model), tokenizer, data, vector_list(vectors), layer, Path(out), **options).flags()

@@ -27,16 +27,16 @@ def add_scores(
     """
     pa, parquet = import_pyarrow()
     flags = Path(flags)
-    read_header(flags)
-    usable = (sample for sample in read_samples(data, columns=columns, split=split) if isinstance(sample, Sample))
+    samples = read_samples(data, columns=columns, split=split, turns=read_header(flags)["settings"]["turns"])
+    usable = (sample for sample in samples if isinstance(sample, Sample))
     with parquet.ParquetFile(flags) as file, atomic_path(flags) as temporary:
         schema = file.schema_arrow
         if "judge" in schema.names:
             schema = schema.remove(schema.get_field_index("judge"))
         with parquet.ParquetWriter(temporary, schema.append(pa.field("judge", pa.float32()))) as writer:
             for rows in file.iter_batches(batch_size=batch, columns=schema.names):
-                wanted = rows.column("row").to_pylist()
-                found = {sample.row: sample for sample in _until(usable, wanted[-1])}
+                wanted = list(zip(rows.column("row").to_pylist(), rows.column("turn").to_pylist()))
+                found = {(sample.row, sample.turn): sample for sample in _until(usable, wanted[-1])}
                 if any(row not in found for row in wanted):
                     raise InputError(f"{flags} was made from other samples than these: give the same data")
                 answers = [Answer(found[row].prompt[-1]["content"], found[row].answer) for row in wanted]
@@ -44,8 +44,8 @@ def add_scores(
                 writer.write_table(pa.Table.from_batches([rows]).append_column("judge", scores))
 
 
-def _until(samples: Iterator[Sample], row: int) -> Iterator[Sample]:
+def _until(samples: Iterator[Sample], last: tuple[int, int]) -> Iterator[Sample]:
     for sample in samples:
         yield sample
-        if sample.row >= row:
+        if (sample.row, sample.turn) >= last:
             return

@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ def split_dataset(
 ) -> dict[str, int]:
     """Write a dataset without its flagged samples, in its own format; returns how many were kept, removed and left out.
 
-    A sample is removed where it is `flagged`, or where its `judge` score, which `add_scores` writes, is at or above
-    `judge_above`: the paper's best filter combines the two. Records that were no samples are in neither file.
-    JSONL lines are copied byte for byte; a dataset from the Hub is written as JSONL or Parquet, as the name says.
+    A sample is removed where it, or any answer in it, is `flagged`, or where its `judge` score, which `add_scores`
+    writes, is at or above `judge_above`: the paper's best filter combines the two. Records that were no samples are in
+    neither file. JSONL lines are copied byte for byte; a dataset from the Hub is written as JSONL or Parquet, as the
+    name says.
 
     Raises InputError where the flags are another dataset's, hold no thresholds, or the formats differ.
     """
@@ -63,9 +65,12 @@ def split_dataset(
 
 
 def _rows(flags: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for batch in flag_batches(flags, columns):
-        for values in zip(*batch.values()):
-            yield dict(zip(batch, values))
+    """Yield one row a record: the worst of its answers."""
+    each = (dict(zip(batch, values)) for batch in flag_batches(flags, columns) for values in zip(*batch.values()))
+    for _, answers in groupby(each, key=lambda row: row["row"]):
+        rows = list(answers)
+        known = {name: [row[name] for row in rows if row[name] is not None] for name in columns}
+        yield {name: max(values, default=None) for name, values in known.items()}
 
 
 def _raw_records(data: str | Path, split: str) -> Iterator[Any]:

@@ -35,7 +35,7 @@ def answer_prompts(
     open_ones = [i for i, answer in enumerate(answers) if answer is None]
     known = [i for i, answer in enumerate(answers) if answer is not None]
     units = unit_directions(model, vectors, layer)
-    values = torch.full((len(prompts), len(vectors) * len(units)), torch.nan)
+    values = torch.full((len(prompts), len(vectors) * len(units)), torch.nan, dtype=torch.float32)
     if known:
         rows = [(prompts[i], answers[i]) for i in known]
         values[known] = answer_means(model, rows, units, batch_tokens)[0]

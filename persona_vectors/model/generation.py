@@ -1,18 +1,33 @@
 """Generating answers: one batch, or many prompts batch by batch."""
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, overload
 
+import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from persona_vectors.data.errors import InputError
 from persona_vectors.data.progress import bar
 from persona_vectors.model.blocks import Model
-from persona_vectors.model.prompts import batch_tokens_for, chat_prompt, decode, encode, left_pad, length_batches
+from persona_vectors.model.devices import base, input_device
+from persona_vectors.model.prompts import (
+    batch_tokens_for,
+    chat_prompt,
+    chat_text,
+    check_length,
+    decode,
+    encode,
+    left_pad,
+    length_batches,
+)
 from persona_vectors.model.wrappers import keeps_cache, unwrap
 
+Conversation = Sequence[Mapping[str, Any]]
+"""Chat messages, each with a role and a content."""
 CACHED = 8
 """How many times as many tokens a batch of answers has as a forward pass: only their keys and values are kept."""
 
@@ -43,14 +58,16 @@ def generate_tokens(
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     reading: bool = False,
     use_cache: bool = True,
 ) -> list[tuple[list[int], bool]]:
     """Generate one answer to each prompt in one batch: its token ids without the end token, and whether it ended.
 
-    Samples from the whole distribution (top_p 1, no top_k, no penalties) whatever the model's own generation config
-    says; temperature 0 is greedy. The global random state is left as it was.
+    Samples from the whole distribution (no top_p, top_k, penalties or beams) whatever the model's own generation
+    config says; temperature 0 is greedy. A row's tokens depend on its prompt and its seed alone, float rounding aside,
+    and neither on the rest of the batch nor on other threads: `seed` is a number for each, or one for all, from which
+    row i's is made with `row_seed`. The global random state is not used.
 
     With `reading` one token more is sampled than is kept, since the model never reads the last one: hooks then see
     every token of the answers, an answer that `max_new_tokens` cut included.
@@ -58,25 +75,54 @@ def generate_tokens(
     model = unwrap(model)
     stops = stop_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
-    device = model.get_input_embeddings().weight.device
-    ids, mask = left_pad(prompts, pad, device)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens + reading,
-        do_sample=temperature > 0,
-        temperature=temperature or 1.0,
-        top_k=0 if temperature > 0 else 50,  # any other than 50, the default, is warned of in greedy search
-        top_p=1.0,
-        repetition_penalty=1.0,
+    length = max_new_tokens + reading
+    check_length(model, max(map(len, prompts)) + length - 1)
+    ids, mask = left_pad(prompts, pad, input_device(model))
+    seeds = [row_seed(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else seed
+    draws = [_Draws(seeds, temperature, length)] if temperature > 0 else []
+    own: Any = base(model).generation_config
+    config = _Neutral(
+        max_new_tokens=length,
+        do_sample=False,
+        bos_token_id=own.bos_token_id,
+        decoder_start_token_id=own.decoder_start_token_id,
         eos_token_id=stops or None,
         pad_token_id=pad,
         use_cache=use_cache and keeps_cache(model),
     )
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
-        torch.manual_seed(seed)
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    settings = {"generation_config": config, "logits_processor": LogitsProcessorList(draws)}
+    with torch.inference_mode():
+        output = model.generate(input_ids=ids, attention_mask=mask, **settings)
     answers = output[:, 0 if model.config.is_encoder_decoder else ids.shape[1] :].tolist()
     ends = [next((i for i, token in enumerate(answer) if token in stops), None) for answer in answers]
     return [(answer[:end][:max_new_tokens], end is not None) for answer, end in zip(answers, ends)]
+
+
+class _Neutral(GenerationConfig):
+    """Settings that the model's own generation config adds nothing to."""
+
+    def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **settings: Any) -> Any:
+        if defaults_only and allow_custom_entries:  # how `generate` fills in what the model's config says
+            return {}
+        return super().update(defaults_only=defaults_only, allow_custom_entries=allow_custom_entries, **settings)
+
+
+class _Draws(LogitsProcessor):
+    """Choose each row's next token with a uniform number of its own for each step: that token alone is left."""
+
+    def __init__(self, seeds: Sequence[int], temperature: float, steps: int) -> None:
+        numbers = [np.random.Generator(np.random.Philox(key=seed)).random(steps) for seed in seeds]
+        self.numbers = torch.from_numpy(np.stack(numbers))
+        self.temperature, self.prompt = temperature, -1
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.prompt < 0:
+            self.prompt = input_ids.shape[1]
+        step = input_ids.shape[1] - self.prompt
+        summed = (scores.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
+        wanted = self.numbers[:, step, None].to(summed.device) * summed[:, -1:]
+        chosen = torch.searchsorted(summed, wanted, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
 def generation_budget(model: Model, batch_tokens: int | None = None) -> int:
@@ -91,9 +137,9 @@ def generation_batches(
     return length_batches(prompts, max_new_tokens, generation_budget(model, batch_tokens))
 
 
-def batch_seed(seed: int, number: int) -> int:
-    """Return the seed of batch `number` of a run: those of two runs with seeds side by side have nothing in common."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:6], "big")
+def row_seed(seed: int, number: int) -> int:
+    """Return the seed of answer `number` of a run: those of two runs with seeds side by side have nothing in common."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:15], "big")
 
 
 def generate_batches(
@@ -111,11 +157,12 @@ def generate_batches(
 ) -> Iterator[Generated]:
     """Answer prompts, given as token ids, batch by batch; see `generate_tokens` for the sampling and for `reading`.
 
-    `skip` holds indices that need no answer: whatever is skipped, the other batches and their seeds stay the same.
+    An answer depends on its prompt, its place among the prompts and the seed, and not on the batches. `skip` holds
+    indices that need no answer.
     `during(rows)` is entered around the generation of each batch, to steer those rows or to read them.
     """
     batches = generation_batches(model, prompts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
-    for number, batch in enumerate(batches):
+    for batch in batches:
         rows = [i for i in batch if i not in skip]
         if not rows:
             continue
@@ -126,7 +173,7 @@ def generate_batches(
                 [prompts[i] for i in rows],
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
-                seed=batch_seed(seed, number),
+                seed=[row_seed(seed, i) for i in rows],
                 reading=reading,
             )
         yield Generated(rows, answers, read)
@@ -136,7 +183,7 @@ def generate_batches(
 def generate(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
-    questions: str,
+    questions: str | Conversation,
     *,
     system: str | None = None,
     max_new_tokens: int = 128,
@@ -148,7 +195,7 @@ def generate(
 def generate(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[str],
+    questions: Sequence[str] | Sequence[Conversation],
     *,
     system: str | None = None,
     max_new_tokens: int = 128,
@@ -159,7 +206,7 @@ def generate(
 def generate(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
-    questions: str | Sequence[str],
+    questions: str | Conversation | Sequence[str] | Sequence[Conversation],
     *,
     system: str | None = None,
     max_new_tokens: int = 128,
@@ -167,13 +214,18 @@ def generate(
     seed: int = 0,
     batch_tokens: int | None = None,
 ) -> str | list[str]:
-    """Answer a question, or several in batches; returns a string for a string, else a list in the same order.
+    """Answer a question, or several in batches; returns a string for one, else a list in the same order.
+
+    A question is a text, or the messages of a conversation that ends with the user: `[{"role": "user", ...}]`.
 
     The answers are those of the model as it stands, with every edit that is active. `temperature=0` is greedy.
     `batch_tokens` is how many tokens a batch has at most, prompts and answers together.
     """
-    asked = [questions] if isinstance(questions, str) else list(questions)
-    prompts = [encode(tokenizer, chat_prompt(tokenizer, question, system=system)) for question in asked]
+    one = isinstance(questions, str) or _is_conversation(questions)
+    asked: list[Any] = [questions] if one else list(questions)
+    if max_new_tokens < 1 or temperature < 0:
+        raise InputError(f"max_new_tokens is {max_new_tokens} and temperature {temperature}: give 1 or more, 0 or more")
+    prompts = [encode(tokenizer, _prompt(tokenizer, question, system)) for question in asked]
     answers = [""] * len(asked)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     with bar(desc="answers", unit="answers", total=len(asked)) as shown:
@@ -181,4 +233,17 @@ def generate(
             for i, (tokens, _) in zip(batch.rows, batch.answers):
                 answers[i] = decode(tokenizer, tokens)
             shown.update(len(batch.rows))
-    return answers[0] if isinstance(questions, str) else answers
+    return answers[0] if one else answers
+
+
+def _is_conversation(given: Any) -> bool:
+    return bool(given) and isinstance(given, Sequence) and all(isinstance(message, Mapping) for message in given)
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, question: Any, system: str | None) -> str:
+    if isinstance(question, str):
+        return chat_prompt(tokenizer, question, system=system)
+    if not _is_conversation(question):
+        raise InputError(f"a question is {type(question).__name__}: give a text, or messages with a role and a content")
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    return chat_text(tokenizer, [*opening, *question], add_generation_prompt=True)

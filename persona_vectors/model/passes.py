@@ -1,18 +1,20 @@
 """Forward passes over finished rows, each shared prompt read once."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from persona_vectors.model.blocks import Model, model_shape
-from persona_vectors.model.prompts import batch_tokens_for, left_pad, length_batches
+from persona_vectors.model.devices import base, input_device, virtual_tokens
+from persona_vectors.model.prompts import batch_tokens_for, check_length, left_pad, length_batches
 from persona_vectors.model.wrappers import keeps_cache, unwrap
 
 Row = tuple[Sequence[int], Sequence[int]]
@@ -56,54 +58,89 @@ def cache_argument(model: Model) -> str | None:
     name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
     if name is None or "position_ids" not in parameters or model.config.is_encoder_decoder or not keeps_cache(model):
         return None
+    if runs_whole(model):
+        return None
     layers = DynamicCache(config=model.config).layers
     attends = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
     return name if attends and len(layers) in (0, model_shape(model)[0]) else None
 
 
 def forward_passes(
-    model: Model, rows: Sequence[Row], *, batch_tokens: int | None = None, held_back: int = 0
+    model: Model,
+    rows: Sequence[Row],
+    *,
+    batch_tokens: int | None = None,
+    held_back: int = 0,
+    groups: Sequence[Hashable] | None = None,
 ) -> Iterator[Pass]:
     """Yield forward passes that together read every row, each shared prompt once; run each before the next.
 
     Batches hold rows of like length, at most `batch_tokens` tokens each. `held_back` tokens at the prompt's end are
-    read with the answer (1 to have the logits of its first token). Models whose state cannot be shared (state-space
-    and encoder-decoder models), and rows that share no prompt, are read whole.
+    read with the answer (1 to have the logits of its first token). Rows of different `groups`, a value
+    for each, share no prompt: those that are edited differently. Models whose state cannot be shared (state-space and
+    encoder-decoder models), and rows that share no prompt, are read whole.
     """
     model = unwrap(model)
     budget = batch_tokens or batch_tokens_for(model)
-    device = model.get_input_embeddings().weight.device
+    check_length(model, max((len(prompt) + len(answer) for prompt, answer in rows), default=0))
+    device = input_device(model)
     cache_name = cache_argument(model)
-    prefixes: dict[tuple[int, ...], list[int]] = {}
+    prefixes: dict[tuple[Sequence[int], Hashable], list[int]] = {}
     for index, (prompt, _) in enumerate(rows):
-        prefixes.setdefault(tuple(prompt[: len(prompt) - held_back]), []).append(index)
-    shared_by = {key: members for key, members in prefixes.items() if len(members) > 1 and key and cache_name}
-    keys = list(shared_by)
-    groups = [[keys[i] for i in group] for group in length_batches(keys, 0, budget)]
-    alone = [row for key, members in prefixes.items() if key not in shared_by for row in members]
+        group = None if groups is None else groups[index]
+        prefixes.setdefault((tuple(prompt[: len(prompt) - held_back]), group), []).append(index)
+    shared: list[tuple[Sequence[int], list[int]]]
+    shared = [(key, members) for (key, _), members in prefixes.items() if len(members) > 1 and key and cache_name]
+    batches = [[shared[i] for i in batch] for batch in length_batches([key for key, _ in shared], 0, budget)]
+    known = {row for _, members in shared for row in members}
+    alone = [row for row in range(len(rows)) if row not in known]
     if alone:
-        shared_by[()] = alone
-        groups.append([()])
-    for chosen in groups:
+        batches.append([((), alone)])
+    for chosen in batches:
         prefix_mask, layers = torch.zeros(len(chosen), 0, dtype=torch.long, device=device), None
-        if chosen[0]:
+        if chosen[0][0]:
             assert cache_name is not None
-            ids, prefix_mask = left_pad(chosen, 0, device)
+            ids, prefix_mask = left_pad([key for key, _ in chosen], 0, device)
             cache = DynamicCache()
-            yield _pass(ids, prefix_mask, prefix_mask, [shared_by[key] for key in chosen], {cache_name: cache}, False)
+            yield _pass(ids, prefix_mask, prefix_mask, [lines for _, lines in chosen], {cache_name: cache}, False)
             layers = cache.layers
-        members = [(line, row) for line, key in enumerate(chosen) for row in shared_by[key]]
-        members = [(line, row) for line, row in members if len(rows[row][0]) + len(rows[row][1]) > len(chosen[line])]
-        rest = [[*rows[row][0], *rows[row][1]][len(chosen[line]) :] for line, row in members]
+        members = [(line, row) for line, (_, lines) in enumerate(chosen) for row in lines]
+        known_tokens = [len(key) for key, _ in chosen]
+        members = [(line, row) for line, row in members if len(rows[row][0]) + len(rows[row][1]) > known_tokens[line]]
+        rest = [[*rows[row][0], *rows[row][1]][known_tokens[line] :] for line, row in members]
         for batch in length_batches(rest, 0, budget):
             ids, mask = _right_pad([rest[i] for i in batch], device)
             lines = torch.tensor([members[i][0] for i in batch], device=device)
-            shared = {}
+            lent: dict[Any, Any] = {}
             if layers is not None:
-                shared = {cache_name: DynamicCache()}
-                shared[cache_name].layers = [_SharedPrefix(layer, lines) for layer in layers]
+                lent = {cache_name: DynamicCache()}
+                lent[cache_name].layers = [_SharedPrefix(layer, lines) for layer in layers]
             whole = torch.cat([prefix_mask[lines], mask], dim=1)
-            yield _pass(ids, mask, whole, [[members[i][1]] for i in batch], shared, True)
+            yield _pass(ids, mask, whole, [[members[i][1]] for i in batch], lent, True)
+
+
+def read_pass(model: Model, step: Pass) -> None:
+    """Run one pass for what the hooked blocks read of it: the decoder without its head, so that no logits are computed.
+
+    The whole model is run where it does something on the way to its decoder: an adapter's virtual tokens, or weights
+    that are gathered from other processes.
+    """
+    model = unwrap(model)
+    if runs_whole(model):
+        keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base(model).forward).parameters else {}
+        model(**step.inputs, **keep)
+    else:
+        model.get_decoder()(**step.inputs)
+
+
+def runs_whole(model: Model) -> bool:
+    """Say whether the decoder cannot be run without what is around it."""
+    return virtual_tokens(model) or isinstance(unwrap(model), FSDPModule)
+
+
+def own_tokens(hidden: Float[Tensor, "line read hidden"], step: Pass) -> Float[Tensor, "line token hidden"]:
+    """Return the hidden states of a pass's own tokens, without an adapter's virtual ones before them."""
+    return hidden[:, -step.position.shape[1] :]
 
 
 def _pass(ids: Tensor, mask: Tensor, whole: Tensor, rows: list[list[int]], cache: dict, answers: bool) -> Pass:

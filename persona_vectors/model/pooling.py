@@ -11,9 +11,8 @@ from torch import Tensor
 from persona_vectors.data.progress import bar
 from persona_vectors.model.blocks import Model, model_shape
 from persona_vectors.model.hooks import edit_blocks
-from persona_vectors.model.passes import Row, forward_passes
+from persona_vectors.model.passes import Row, forward_passes, own_tokens, read_pass
 from persona_vectors.model.tokens import Tokens
-from persona_vectors.model.wrappers import unwrap
 
 POOLINGS = ("response_mean", "prompt_mean", "prompt_last")
 
@@ -39,22 +38,21 @@ def pool(
     No logits are computed and no hidden states kept.
     """
     shape = (len(rows), len(poolings), *model_shape(model))
-    pooled = Pooled(torch.zeros(shape), torch.zeros(shape[0], shape[2]))
+    pooled = Pooled(*(torch.zeros(size, dtype=torch.float32) for size in (shape, (shape[0], shape[2]))))
     weights: Float[Tensor, "line pooling token"]
     sums: list[tuple[Tensor, Tensor]] = []
 
     def read(hidden: Tensor, _: Tokens) -> None:
-        wide = hidden.float()
+        wide = own_tokens(hidden, step).float()
         here = weights.to(hidden.device)
         sums.append((here[:, :-1] @ wide, (here[:, -1] * wide.norm(dim=-1)).sum(dim=1)))
 
-    decoder = unwrap(model).get_decoder()
     shown = bar(desc="activations", unit="answers", total=len(rows))
     with shown, edit_blocks(model, dict.fromkeys(range(shape[2]), read)), torch.inference_mode():
         for step in forward_passes(model, rows, batch_tokens=batch_tokens):
             first = [rows[members[0]] for members in step.rows]
             weights = _weights(step.position, first, [*poolings, "response_mean"])
-            decoder(**step.inputs)
+            read_pass(model, step)
             line = [i for i, members in enumerate(step.rows) for _ in members]
             target = torch.tensor([row for members in step.rows for row in members])
             pooled.means.index_add_(0, target, torch.stack([s.cpu() for s, _ in sums], dim=2)[line])
@@ -71,8 +69,8 @@ def _weights(position: Tensor, rows: Sequence[Row], poolings: Sequence[str]) -> 
     answer = torch.tensor([[len(row[1])] for row in rows], device=position.device)
     in_prompt = (position >= 0) & (position < prompt)
     of = {
-        "response_mean": (position >= prompt) / answer.clamp(min=1),
-        "prompt_mean": in_prompt / prompt,
+        "response_mean": (position >= prompt).float() / answer.clamp(min=1),
+        "prompt_mean": in_prompt.float() / prompt,
         "prompt_last": (position == prompt - 1).float(),
     }
     return torch.stack([of[name] for name in poolings], dim=1)
@@ -105,15 +103,15 @@ class _Running:
         if layer == 0:
             self.means, self.norms = [], []
             self.alive = torch.ones(tokens.batch, 1, dtype=torch.bool, device=tokens.device)
-            self.count = torch.zeros(tokens.batch, 1, device=tokens.device)
+            self.count = torch.zeros(tokens.batch, 1, device=tokens.device, dtype=torch.float32)
             real, answering = tokens.select("prompt"), tokens.select("response")
             assert real is not None and answering is not None
             last = real & answering
-            shares = {"prompt_mean": real / real.sum(dim=1, keepdim=True), "prompt_last": last.float()}
+            shares = {"prompt_mean": real.float() / real.sum(dim=1, keepdim=True), "prompt_last": last.float()}
             nothing = torch.zeros_like(shares["prompt_last"])
             self.prompt_weights = torch.stack([shares.get(name, nothing) for name in self.poolings], dim=1)
         self.means.append(self.prompt_weights.to(hidden.device) @ hidden.float())
-        self.norms.append(torch.zeros(hidden.shape[0], 1, device=hidden.device))
+        self.norms.append(torch.zeros(hidden.shape[0], 1, device=hidden.device, dtype=torch.float32))
 
     def pooled(self) -> Pooled:
         """Return the means of the answers read so far."""

@@ -1,15 +1,17 @@
 """Text to tokens and back: chat templates, prompts and answers, batches."""
 
 import copy
+import json
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from jinja2.exceptions import TemplateError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.model.blocks import Model
+from persona_vectors.model.blocks import Model, model_name
 from persona_vectors.model.wrappers import unwrap
 
 
@@ -45,19 +47,78 @@ def chat_text(
     return text
 
 
+def finished_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], end: int) -> tuple[str, str]:
+    """Return the template's text before the answer `messages[end]`, and the answer's, as the template finishes it.
+
+    A template that opens a thought for the model to write puts no open thought before an answer that has none.
+    """
+    prompt, answer = chat_text(tokenizer, messages[:end], add_generation_prompt=True), messages[end]["content"]
+    if _continues(tokenizer, str(tokenizer.chat_template)):
+        return prompt, answer
+    upto, said = chat_text(tokenizer, messages[: end + 1]), answer.strip()
+    if upto.startswith(prompt) or not said or said not in upto:
+        return prompt, answer
+    same = next((i for i, (a, b) in enumerate(zip(prompt, upto)) if a != b), min(len(prompt), len(upto)))
+    return prompt[:same], upto[same : upto.rindex(said) + len(said)]
+
+
+@lru_cache(maxsize=64)
+def _continues(tokenizer: PreTrainedTokenizerBase, _template: str) -> bool:
+    """Say whether the prompt for an answer is how the template's text of the answer begins."""
+    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        return chat_text(tokenizer, probe).startswith(chat_text(tokenizer, probe[:1], add_generation_prompt=True) + "b")
+    except InputError:  # a template that wants something else of a conversation
+        return False
+
+
 def fold_system_role(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Return a copy of the tokenizer whose template puts a system message at the head of the first user turn."""
-    folded = copy.deepcopy(tokenizer)
-    folded.chat_template = (
+    return _with_preamble(
+        tokenizer,
         "{%- if messages[0]['role'] == 'system' -%}{%- set messages = [{'role': 'user', 'content': "
-        "messages[0]['content'] + '\\n\\n' + messages[1]['content']}] + messages[2:] -%}{%- endif -%}"
-    ) + str(tokenizer.chat_template)
-    return folded
+        "messages[0]['content'] + '\\n\\n' + messages[1]['content']}] + messages[2:] -%}{%- endif -%}",
+    )
+
+
+def with_template_options(
+    tokenizer: PreTrainedTokenizerBase, **options: bool | int | float | str | None
+) -> PreTrainedTokenizerBase:
+    """Return a copy of the tokenizer whose template always has these options: `enable_thinking=False`."""
+    values = {name: "none" if value is None else json.dumps(value) for name, value in options.items()}
+    return _with_preamble(tokenizer, "".join(f"{{%- set {name} = {value} -%}}" for name, value in values.items()))
+
+
+def _with_preamble(tokenizer: PreTrainedTokenizerBase, preamble: str) -> PreTrainedTokenizerBase:
+    """Return a copy whose chat template, or each of its named ones, begins with `preamble`."""
+    changed, template = copy.deepcopy(tokenizer), tokenizer.chat_template
+    named = isinstance(template, dict)
+    changed.chat_template = {k: preamble + v for k, v in template.items()} if named else preamble + str(template)
+    return changed
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of templated text, without a second beginning-of-sequence token."""
+    """Return the token ids of templated text, without a second beginning-of-sequence token.
+
+    Text that spells a special token becomes that token, as in any chat; see `break_special_tokens` for data that
+    nobody vouches for. Raises InputError for text with half a surrogate pair, which no tokenizer reads.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"character {error.start} of a text is half a surrogate pair, no character: mend it") from None
     return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def break_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Return a text in which nothing becomes a special token: a zero-width space parts the first character of each.
+
+    For questions and samples from people who might write `<|im_end|>` to end a turn.
+    """
+    special = sorted({str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}, key=len)
+    for token in reversed(special):
+        text = text.replace(token, f"{token[0]}\u200b{token[1:]}")
+    return text
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
@@ -85,6 +146,20 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) 
 def batch_tokens_for(model: Model) -> int:
     """Return how many tokens one forward pass should read: enough to keep the device busy, and little memory."""
     return 1024 if next(unwrap(model).parameters()).device.type == "cpu" else 4096
+
+
+def check_length(model: Model, tokens: int) -> None:
+    """Raise InputError where a row of prompt and answer has more tokens than the model has learned positions."""
+    model = unwrap(model)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is None or tokens <= limit:
+        return
+    tables = [m for m in model.get_decoder().modules() if isinstance(m, nn.Embedding)]
+    if any(m is not model.get_input_embeddings() and limit <= m.num_embeddings <= limit + 8 for m in tables):
+        raise InputError(
+            f"a prompt and its answer have {tokens} tokens, and {model_name(model)} reads at most {limit}: "
+            "give shorter texts, or a smaller max_new_tokens"
+        )
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:

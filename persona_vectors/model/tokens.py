@@ -1,24 +1,29 @@
 """Which tokens a forward pass reads: padding, prompt or answer, and which of them an edit applies to."""
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.model.calls import Call
+from persona_vectors.model.packing import cached_length, packed_sequences
 
 POSITIONS = ("all", "prompt", "response", "labels")
 
 
 class Tokens:
-    """What the running forward pass reads: which tokens are padding, and which belong to the answer.
+    """What the running forward pass reads: which tokens are padding, packed together, prompt or answer.
 
-    The first pass, and every pass of several tokens, reads a prompt; passes of one token that continue a cache read
-    the answer. Without a cache each pass reads everything so far, and the first one's width is the prompt's.
+    Where an answer begins is known from the call of `model.generate` that a pass is in. Outside one it is known where
+    the pass is given a cache: one token that continues the cache is the answer's, several are a new prompt. Finished
+    text does not say where its answers begin; `answers_at` does.
     """
 
     def __init__(self) -> None:
@@ -26,25 +31,38 @@ class Tokens:
         self.labels: Tensor | None = None
         """[batch, token], -100 where the loss counts no token; None where the pass was given none."""
         self.mask: Tensor | None = None
-        """[batch, token], True for real tokens; None where all are."""
+        """[batch, token], True for real tokens; None where all are. The virtual tokens of an adapter are not."""
+        self.sequence: Tensor | None = None
+        """[batch, token], which of the pass's sequences a token is of; None where a row is one sequence."""
         self.training = False
-        """True where the decoder is in training mode and gradients are recorded: a pass of a training step."""
+        """True in a pass of a training step: in training mode, outside generation, with the adapters on."""
         self.batch = self.width = 0
         self.device = torch.device("cpu")
-        self.decoding = False
-        """True where the pass reads one answer token a row from a cache."""
+        self.call: Call | None = None
+        """The call of `generate` that the pass is in."""
+        self.paged = False
+        """True in a pass of continuous batching, whose sequences come and go."""
+        self.begin = 0
+        """How many tokens of its row the pass's first one follows."""
+        self.virtual = 0
+        """How many of a row's first tokens are an adapter's, and no text."""
+        self.boundary: int | None = None
+        """How many tokens a row's prompt has, padding included; None where the pass does not say."""
         self.starts = False
-        """True where the pass begins with a prompt; False where it continues the last one, with a cache or without."""
+        """True where the pass begins a prompt or a text; False where it continues the last one."""
         self.edited: set[int] = set()
         """The blocks whose output has been replaced by these edits."""
         self.fired: set[int] = set()
-        """The blocks that have run in this pass."""
-        self._prompt: Tensor | None = None
-        self._prompt_width = 0
+        self.around: tuple[list[Tokens], list[Tokens]] = ([], [])
+        """The other active edits of the running pass: those that come before these, and after."""
         self._cache: Callable[[], Any] = lambda: None
-        self._last_width = 0
+        self._seen = 0
         self._selected: dict[str, Tensor | None] = {}
-        self.paused = False
+
+    @property
+    def decoding(self) -> bool:
+        """True where the pass reads nothing but answer tokens."""
+        return self.boundary is not None and self.begin >= self.boundary
 
     def start(self, given: Mapping[str, Any]) -> None:
         """Take in the decoder's arguments at the start of a forward pass."""
@@ -52,27 +70,77 @@ class Tokens:
         read: Tensor = ids if ids is not None else given["inputs_embeds"]
         (self.batch, self.width), self.device = read.shape[:2], read.device
         self.input_ids, self.labels = ids, given.get("labels")
-        self.training, self.fired = bool(given.get("training")), set()
-        mask = given.get("attention_mask")
-        self.mask = None
-        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= self.width:
-            self.mask = mask[:, -self.width :].bool()
-        cache = given.get("cache")
-        continues = cache is not None and (cache is self._cache() or _holds_tokens(cache))
-        self.decoding = continues and self.width == 1
-        self.starts = not self.decoding and not self._grows(cache, ids)
-        if self.starts:
-            self._prompt, self._prompt_width = ids, self.width
-        self._cache = weakref.ref(cache) if cache is not None else lambda: None
-        self._last_width = self.width
-        self._selected = {}
+        self.training, self.fired, self._selected = bool(given.get("training")), set(), {}
+        cache, call = given.get("cache"), given.get("call")
+        self.paged = bool(given.get("paged"))
+        self._place(cache, call, given.get("text_width"))
+        self.mask = None if self.paged else self._real(given.get("attention_mask"))
+        self.sequence = None
+        if call is None and self.width > 1:
+            self.sequence = packed_sequences(
+                given.get("position_ids"), given.get("cu_seq_lens_q"), self.mask, read.shape
+            )
+        if self.sequence is not None or self.paged:
+            self.boundary, self.starts = None, True
 
-    def _grows(self, cache: Any, ids: Tensor | None) -> bool:
-        """Say whether an uncached pass reads the last one's tokens and one more, as generation without a cache does."""
-        if cache is not None or ids is None or self._prompt is None or self.width != self._last_width + 1:
-            return False
-        prompt = self._prompt
-        return prompt.shape[0] == self.batch and torch.equal(ids[:, : prompt.shape[1]], prompt)
+    def _place(self, cache: Any, call: Call | None, text_width: int | None) -> None:
+        """Find where in its row the pass begins, and where the row's answer does."""
+        length = cached_length(cache)
+        same = call is self.call and (call is not None or (cache is not None and cache is self._cache()))
+        if not same:
+            self._seen = self.virtual = 0
+        if length is not None:
+            self.begin = length
+        else:  # without a cache each pass reads everything so far; the state of a state-space model counts nothing
+            self.begin = 0 if not same or self.width > self._seen else self._seen
+        if not same and text_width is not None:  # prompt tuning puts virtual tokens before the text
+            self.virtual = max(self.width - text_width, 0)
+        if call is not None:
+            self.starts = not same
+            if self.starts:
+                width = self.begin + self.width if call.width is None else call.width
+                self.virtual = (
+                    max(self.virtual, self.begin + self.width - width) if call.embeds and self.input_ids is None else 0
+                )
+                self.boundary = width + self.virtual
+            call.read = self.begin + self.width
+        elif cache is not None:
+            continues = self.width == 1 and (same or self.begin > 0)
+            self.starts = not continues
+            if self.starts:
+                self.boundary = self.begin + self.width
+            elif not same:
+                self.boundary = self.begin
+        else:
+            self.starts, self.boundary = True, None
+        self.call, self._seen = call, self.begin + self.width
+        self._cache = weakref.ref(cache) if cache is not None else lambda: None
+
+    def _real(self, mask: Any) -> Tensor | None:
+        """Return which tokens are real, from a mask of any form; None where all are."""
+        found = None
+        if isinstance(mask, Mapping):  # one for each kind of attention
+            mask = next(iter(mask.values()), None)
+        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= self.width:
+            end = self.begin + self.width
+            found = (mask[:, self.begin : end] if end <= mask.shape[1] else mask[:, -self.width :]).bool()
+        elif isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] == self.width > 1:
+            column = torch.arange(self.width, device=mask.device)
+            own = column + (self.begin if self.begin + self.width <= mask.shape[3] else mask.shape[3] - self.width)
+            sees_itself = mask[:, 0, column, own]
+            found = sees_itself if sees_itself.dtype == torch.bool else sees_itself >= 0
+            found = found.expand(self.batch, self.width)
+        if self.virtual and self.begin < self.virtual:
+            found = torch.ones(self.batch, self.width, dtype=torch.bool, device=self.device) if found is None else found
+            found = found & (torch.arange(self.width, device=found.device) >= self.virtual - self.begin)
+        return found
+
+    def unpack(self, values: Shaped[Tensor, "batch token ..."]) -> Shaped[Tensor, "sequence place ..."]:
+        """Return a row for each packed sequence, padded on the right; `values` as they are where rows are sequences."""
+        if self.sequence is None:
+            return values
+        lengths = torch.bincount(self.sequence.flatten()).tolist()
+        return nn.utils.rnn.pad_sequence(list(values.flatten(0, 1).split(lengths)), batch_first=True)
 
     def select(self, positions: "str | Tensor") -> Bool[Tensor, "batch token"] | None:
         """Return where an edit at `positions` applies; None means at every token."""
@@ -87,32 +155,57 @@ class Tokens:
             self._selected[positions] = self._find(positions)
         return self._selected[positions]
 
-    def around(self) -> "tuple[list[Tokens], list[Tokens]]":
-        """Return the other active edits of the running pass: those whose hooks run before these, and after."""
-        same = [t for t in active if t is self or (t.input_ids is self.input_ids and not t.paused)]
-        return same[: same.index(self)], same[same.index(self) + 1 :]
+    def per_row(self, values: Shaped[Tensor, "row ..."], what: str) -> Shaped[Tensor, "batch token ..."]:
+        """Return each token's value, where `values` has one for each row; [batch, 1, ...] where rows are sequences.
+
+        The rows of a batch, the prompts of a `generate` call that makes several rows of each, or packed sequences.
+        """
+        count = len(values)
+        if self.paged:
+            raise InputError(f"{what} has one value a row, and continuous batching has no rows: give one for all")
+        if self.sequence is not None:
+            packed = int(self.sequence.max()) + 1
+            if count != packed:
+                raise InputError(f"{what} has {count} rows for the {packed} sequences packed here: give one for each")
+            return values[self.sequence.to(values.device)]
+        if count == self.batch:
+            return values[:, None]
+        if (
+            self.call is not None and count == self.call.prompts and self.batch % count == 0
+        ):  # beams, or several samples
+            return values.repeat_interleave(self.batch // count, dim=0)[:, None]
+        raise InputError(f"{what} has {count} rows for a batch of {self.batch}: give one for each row, or one for all")
 
     def _find(self, positions: str) -> Tensor | None:
+        if positions == "all":
+            return None if self.decoding else self.mask
         if positions == "labels":
             return self._find_labels()
-        if _places and positions != "all":
-            place = _places[-1].to(self.device)
+        given = _places.get()
+        if given is not None:
+            place = nn.functional.pad(given.to(self.device), (self.width - given.shape[1], 0))  # an adapter's tokens
             wanted = place < 0 if positions == "prompt" else place >= -1
             return wanted if self.mask is None else wanted & self.mask
+        if self.boundary is None:
+            what = "packs several sequences" if self.sequence is not None or self.paged else "reads finished text"
+            raise InputError(
+                f"positions={positions!r} is not known in a forward pass that {what}: give 'all', 'labels' where the "
+                "call has labels, or a mask [batch, token]; in decoding, call model.generate or pass the cache"
+            )
         if self.decoding:
-            zeros = torch.zeros(self.batch, 1, dtype=torch.bool, device=self.device)
+            zeros = torch.zeros(self.batch, self.width, dtype=torch.bool, device=self.device)
             return zeros if positions == "prompt" else None
-        if positions == "all":
-            return self.mask
         real = self.mask
         if real is None:
             real = torch.ones(self.batch, self.width, dtype=torch.bool, device=self.device)
-        column = torch.arange(self.width, device=self.device)
-        in_prompt = real & (column < self._prompt_width)
+        column = torch.arange(self.begin, self.begin + self.width, device=self.device)
+        in_prompt = real & (column < self.boundary)
         if positions == "prompt":
             return in_prompt
-        last = in_prompt & (column == torch.where(in_prompt, column, -1).amax(dim=1, keepdim=True))
-        return last | (real & (column >= self._prompt_width))
+        answer = real & (column >= self.boundary)
+        if self.begin + self.width < self.boundary:  # a chunk of the prompt that is not its last
+            return answer
+        return answer | (in_prompt & (column == torch.where(in_prompt, column, -1).amax(dim=1, keepdim=True)))
 
     def _find_labels(self) -> Tensor:
         """Return the tokens that the loss counts, and those that predict them."""
@@ -123,15 +216,15 @@ class Tokens:
                 "pass labels to the model (label smoothing and a compute_loss_func take them away), or give a mask"
             )
         counted = self.labels != -100
-        counted = counted | nn.functional.pad(counted[:, 1:], (0, 1))
+        predicts = nn.functional.pad(counted[:, 1:], (0, 1))
+        if self.sequence is not None:  # no sequence's last token predicts the next one's first
+            predicts &= nn.functional.pad(self.sequence[:, 1:] == self.sequence[:, :-1], (0, 1))
+        counted = counted | predicts
         return counted if self.mask is None else counted & self.mask
 
-
-def _holds_tokens(cache: Any) -> bool:
-    try:
-        return cache.get_seq_length() > 0
-    except (AttributeError, ValueError, TypeError):  # caches of state-space models count no tokens
-        return False
+    def copy(self) -> "Tokens":
+        """Return these tokens as they are now, for a block that is run again in `backward`."""
+        return copy.copy(self)
 
 
 def check_positions(positions: str | Tensor) -> None:
@@ -140,20 +233,17 @@ def check_positions(positions: str | Tensor) -> None:
         raise InputError(f"positions is {positions!r}: give one of {', '.join(POSITIONS)}, or a mask [batch, token]")
 
 
-active: list[Tokens] = []
-"""Those of every `edit_blocks` that is open now, the outermost first."""
-_places: list[Tensor] = []
+_places: ContextVar[Tensor | None] = ContextVar("places", default=None)
 
 
 @contextmanager
 def answers_at(place: Int[Tensor, "batch token"]) -> Iterator[None]:
     """Tell the edits where the answers begin in the forward pass inside, which reads finished text.
 
-    `place` is each token's distance from its answer's first token: negative in the prompt. Without this a pass over
-    finished text is all prompt to the edits.
+    `place` is each token's distance from its answer's first token: negative in the prompt.
     """
-    _places.append(place)
+    before = _places.set(place)
     try:
         yield
     finally:
-        _places.pop()
+        _places.reset(before)

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
 from persona_vectors.data.errors import InputError
 
 
@@ -10,9 +13,18 @@ def unwrap(model: Any) -> Any:
 
     Hooks on it act in the wrapper's own calls too, for both libraries run this very module.
 
-    Raises InputError for a bridge with processed weights (folded norms, centred writes), whose residual stream has
-    another basis than the plain model's vectors, and for an nnsight model that has not loaded its weights.
+    Also the model that was compiled or spread over processes: `torch.compile` and DistributedDataParallel wrap it.
+
+    Raises InputError for DataParallel, whose threads run copies; for a bridge with processed weights (folded norms,
+    centred writes), whose residual stream has another basis than the plain model's vectors; and for an nnsight model
+    that has not loaded its weights.
     """
+    if isinstance(model, DataParallel):
+        raise InputError(
+            "DataParallel runs copies of the model in threads: give the model inside, or use one process a GPU"
+        )
+    if isinstance(model, (OptimizedModule, DistributedDataParallel)):
+        return unwrap(model._orig_mod if isinstance(model, OptimizedModule) else model.module)
     library = next((m for m in map(_package, type(model).__mro__) if m in ("nnsight", "transformer_lens")), None)
     if library == "transformer_lens":
         if not hasattr(model, "original_model"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.model.blocks import Model
-from persona_vectors.model.generation import batch_seed, generate_tokens, stop_tokens
+from persona_vectors.model.generation import generate_tokens, row_seed, stop_tokens
 from persona_vectors.model.prompts import chat_text, decode, encode
 from persona_vectors.monitoring.heatmaps import token_texts
 from persona_vectors.monitoring.readings import Readings
@@ -69,7 +69,7 @@ class Chat:
                 [prompt],
                 max_new_tokens=self.max_new_tokens,
                 temperature=self.temperature,
-                seed=batch_seed(self.seed, len(messages)),
+                seed=[row_seed(self.seed, len(messages))],
             )
         for last in token_texts(self.tokenizer, answer)[shown:]:
             show(last, [])

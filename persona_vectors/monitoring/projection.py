@@ -16,9 +16,9 @@ from persona_vectors.data.progress import bar
 from persona_vectors.data.tables import Stored, Table
 from persona_vectors.model.blocks import Layer, Model
 from persona_vectors.model.hooks import EnoughRead, edit_blocks, edits_are_active
-from persona_vectors.model.passes import Row, forward_passes
+from persona_vectors.model.passes import Row, forward_passes, own_tokens, read_pass
 from persona_vectors.model.pooling import POOLINGS
-from persona_vectors.model.prompts import chat_text, encode_answer
+from persona_vectors.model.prompts import encode_answer, finished_turn
 from persona_vectors.model.tokens import Tokens
 from persona_vectors.model.wrappers import unwrap
 from persona_vectors.vectors.directions import Key, projections, unit_directions, vector_keys, vector_list
@@ -148,22 +148,22 @@ def token_projections(
     `units` holds the stacked unit directions of each layer; a key is a vector at a layer, in the order of both.
     """
     read: dict[int, Tensor] = {}
-    deepest = -1 if edits_are_active() else max(units)  # an edit further up would never run, and say so
+    deepest = -1 if edits_are_active(model) else max(units)  # an edit further up would never run, and say so
 
     def reader(layer: int) -> Callable[[Tensor, Tokens], None]:
         def take(hidden: Tensor, _: Tokens) -> None:
-            read[layer] = projections(hidden, units[layer].to(hidden.device)).cpu()
+            read[layer] = projections(own_tokens(hidden, step), units[layer].to(hidden.device)).cpu()
             if layer == deepest:
                 raise EnoughRead
 
         return take
 
     keys = sum(len(stacked) for stacked in units.values())
-    found = [torch.zeros(len(prompt) + len(answer), keys) for prompt, answer in rows]
+    found = [torch.zeros(len(prompt) + len(answer), keys, dtype=torch.float32) for prompt, answer in rows]
     with edit_blocks(model, {layer: reader(layer) for layer in units}), torch.inference_mode():
         for step in forward_passes(model, rows, batch_tokens=batch_tokens, held_back=1):
             with suppress(EnoughRead):
-                model.get_decoder()(**step.inputs)
+                read_pass(model, step)
             values = torch.cat([read[layer] for layer in units], dim=2)
             position = step.position.cpu()
             for line, members in enumerate(step.rows):
@@ -200,8 +200,7 @@ def _turns(
         raise InputError(f"conversation {number} has no answer: give messages that end with role 'assistant'")
     for turn, end in enumerate(ends):
         if by_turn or end == ends[-1]:
-            prompt = chat_text(tokenizer, conversation[:end], add_generation_prompt=True)
-            answer = conversation[end]["content"]
+            prompt, answer = finished_turn(tokenizer, conversation, end)
             row = encode_answer(tokenizer, prompt, answer)
             kept = _outside_reasoning(tokenizer, prompt, answer, row) if skip_reasoning else range(len(row[1]))
             yield _Turn(number, turn, row, list(kept))

@@ -72,7 +72,7 @@ class Readings:
         real = self.real[:, : self.prompt_width]
         last = torch.where(real, torch.arange(real.shape[1]), -1).amax(dim=1) if self.prompt_width else None
         if last is None:
-            return dict.fromkeys(self.keys, torch.full((len(real),), torch.nan))
+            return dict.fromkeys(self.keys, torch.full((len(real),), torch.nan, dtype=torch.float32))
         values = self.values[:, torch.arange(len(real)), last].masked_fill(last < 0, torch.nan)
         return dict(zip(self.keys, values))
 

@@ -33,6 +33,14 @@ class _Columns:
         if len(self.fresh) == 256:  # thousands of small tensors would take more memory than they hold
             self.fresh = [torch.cat(self.fresh, dim=1)]
 
+    def crop(self, width: int) -> None:
+        """Forget the columns from `width` on: drafts that were not accepted."""
+        while self.width > width:
+            parts = self.fresh or self.moved
+            kept = max(parts[-1].shape[1] - (self.width - width), 0)
+            self.width -= parts[-1].shape[1] - kept
+            parts[-1:] = [parts[-1][:, :kept]] if kept else []
+
     def read(self) -> Tensor:
         if self.fresh:
             self.moved = [torch.cat([*self.moved, torch.cat(self.fresh, dim=1).cpu()], dim=1)]
@@ -44,17 +52,38 @@ class _Call:
     """What is recorded of one call."""
 
     def __init__(self, tokens: Tokens, layers: Sequence[int]) -> None:
-        self.batch = tokens.batch
-        self.prompt_width = 0 if tokens.decoding else tokens.width
-        self.mask = tokens.mask
-        self.around = tokens.around()
-        self.tokens = _Columns()
+        self.batch, self.begin, self.generate = tokens.batch, tokens.begin, tokens.call
+        self.virtual, self.around = tokens.virtual, tokens.around
+        self.prompt_width = (tokens.width if tokens.boundary is None else tokens.boundary) - self.begin
+        if tokens.boundary is None:
+            self.prompt_width = tokens.unpack(torch.zeros(tokens.batch, tokens.width)).shape[1]
+        self.tokens, self.real = _Columns(), _Columns()
         self.columns = {layer: _Columns() for layer in layers}
+
+    def add(self, columns: _Columns, part: Tensor, tokens: Tokens) -> None:
+        """Take in what is new of a pass, [batch, token, ...]; an uncached pass reads again what is known."""
+        place = tokens.begin - self.begin
+        if 0 < place < columns.width:
+            columns.crop(place)
+        columns.add(tokens.unpack(part if place else part[:, columns.width :]))
+
+    def add_tokens(self, tokens: Tokens) -> None:
+        """Take in the ids of a pass, and which of a prompt's tokens are real."""
+        ids, mask = tokens.input_ids, tokens.mask
+        shape = (tokens.batch, tokens.width)
+        if ids is None:
+            ids = torch.full(shape, -1, device=tokens.device)
+        self.add(self.tokens, ids.clone(), tokens)  # a view would keep all of it
+        if self.real.width < self.prompt_width:
+            self.add(self.real, torch.ones(shape, dtype=torch.bool) if mask is None else mask, tokens)
 
     @property
     def width(self) -> int:
-        """How many tokens every layer has read: an error may have cut the last pass."""
-        return min(columns.width for columns in self.columns.values())
+        """How many tokens every layer has read: an error may have cut the last pass, or drafts were not accepted."""
+        read = min(columns.width for columns in self.columns.values())
+        if self.generate is None or self.generate.length is None:
+            return read
+        return min(read, self.generate.length - 1 + self.virtual - self.begin)
 
     def saw(self, layer: int) -> str:
         """Return "unedited", or where the values stand to the edits: an edit of a lower block comes before them."""
@@ -129,25 +158,25 @@ class Trace:
     def _read(self, layer: int, hidden: Tensor, tokens: Tokens) -> int:
         """Take in one block's output, only its new columns; return how many answer tokens a row has by now."""
         if layer == self.layers[0]:
+            if tokens.paged:
+                raise InputError(
+                    "monitor does not follow continuous batching, whose requests come and go: use generate"
+                )
             if not self._calls or tokens.starts or tokens.batch != self._calls[-1].batch:
                 self._calls.append(_Call(tokens, self.layers))
-            ids, known = tokens.input_ids, self._calls[-1].tokens.width
-            if ids is None:
-                ids = torch.full((tokens.batch, tokens.width), -1, device=tokens.device)
-            self._calls[-1].tokens.add(ids[:, 0 if tokens.decoding else known :].clone())  # a view would keep it all
-        columns = self._calls[-1].columns[layer]
+            self._calls[-1].add_tokens(tokens)
+        call = self._calls[-1]
         if self._units[layer].device != hidden.device:
             self._units[layer] = self._units[layer].to(hidden.device)
-        new = hidden if tokens.decoding else hidden[:, columns.width :]
-        columns.add(projections(new.detach(), self._units[layer]))
-        return columns.width - self._calls[-1].prompt_width
+        call.add(call.columns[layer], projections(hidden.detach(), self._units[layer]), tokens)
+        return call.columns[layer].width - call.prompt_width
 
     def _readings(self, call: _Call) -> Readings:
         width = call.width
         values = torch.stack([call.columns[layer].read()[:, :width] for layer in self.layers])
-        real = torch.ones(call.batch, width, dtype=torch.bool)
-        if call.mask is not None:
-            real[:, : call.prompt_width] = call.mask.cpu()
+        known = call.real.read() if call.real.width else torch.zeros(values.shape[1], 0, dtype=torch.bool)
+        real = torch.ones(values.shape[1], width, dtype=torch.bool)
+        real[:, : known.shape[1]] = known[:, :width]
         return Readings(
             self.keys,
             values.permute(0, 3, 1, 2).flatten(0, 1),
@@ -179,8 +208,8 @@ def monitor(
     `stops` are the tokens that end an answer; by default those of the model's generation config.
 
     A monitor opened inside a `steer` reads after its edit, one opened outside it before; `trace.calls[i].saw` says
-    which. After beam search use `trace.last.follow_beams`. Each pass of assisted generation, which reads several
-    tokens, counts as a call.
+    which. After beam search use `trace.last.follow_beams`. The sequences of a packed pass are a row each. Virtual
+    tokens of prompt tuning have columns like padding, nan.
 
     Raises InputError for vectors or a layer that do not fit, and where the model was not called.
     """
@@ -198,8 +227,8 @@ def monitor(
     def reader(index: int) -> Callable[[Tensor, Tokens], None]:
         def read(hidden: Tensor, tokens: Tokens) -> None:
             answered = trace._read(index, hidden, tokens)
-            if callback and index == last and answered % every == 0:
-                with pause_edits():
+            if callback and index == last and answered >= 0 and answered % every == 0:
+                with pause_edits(model):
                     callback(trace)
 
         return read

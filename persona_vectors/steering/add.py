@@ -10,7 +10,7 @@ from torch import Tensor
 from persona_vectors.model.blocks import Layer, Model, model_shape, one_layer
 from persona_vectors.model.hooks import Edit, edit_blocks
 from persona_vectors.model.tokens import Tokens, check_positions
-from persona_vectors.vectors.directions import Strength, incremental
+from persona_vectors.vectors.directions import Strength, finite, incremental
 from persona_vectors.vectors.vector import PersonaVector
 
 
@@ -35,8 +35,9 @@ def steer(
 
     `positions`: "all"; "prompt"; "response" (the prompt's last token, which predicts the answer's first, and all that
     follow); "labels" (in training, the tokens that the loss counts and those that predict them); or a mask
-    [batch, token]. Padding is never edited. The edit is the same with and without a KV cache, nested steers add up,
-    and the model is as before afterwards, also after an error.
+    [batch, token]. Padding is never edited. "prompt" and "response" need a pass that says where its answer begins: one
+    inside `generate`, or one that is given a cache; elsewhere they are refused. The edit is the same with and without
+    a KV cache, nested steers add up, and the model is as before afterwards, also after an error.
 
     `with pv.steer(...): trainer.train()` is preventative steering (paper, section 5.2). `during`: "auto" leaves
     evaluation, generation and DPO's reference alone once a training step has begun; "training" always does; "always"
@@ -54,46 +55,63 @@ def steer(
 
 
 class RowEdit(NamedTuple):
-    """What `steer_rows` adds to one row of a batch: `coef` times the vector, at one layer."""
+    """What is added to one row of a batch: `coef` times the vector, at one layer, at these positions."""
 
     vector: PersonaVector
     layer: SupportsIndex
     coef: float
+    positions: str = "all"
 
 
 @contextmanager
-def steer_rows(model: Model, rows: Sequence[RowEdit | None], *, positions: str | Tensor = "all") -> Iterator[None]:
+def steer_rows(model: Model, rows: Sequence[RowEdit | None]) -> Iterator[None]:
     """Steer each row of a batch with a vector, layer and coefficient of its own; None leaves a row as it is.
 
-    Many vectors, such as random controls, so share one forward pass. See `steer` for `positions` and the errors.
+    Many vectors, such as random controls, so share one forward pass. There is a row for each of the batch's, for each
+    prompt of a `generate` that makes several rows of it, or for each sequence of a packed pass. See `steer` for
+    positions and the errors.
     """
     layers, hidden = model_shape(model)
-    shifts: dict[int, Tensor] = {}
+    shifts: dict[int, dict[str, Tensor]] = {}
     for index, row in enumerate(rows):
         if row is not None:
             row.vector.check_fits(layers, hidden)
-            layer = one_layer(row.layer, layers)
-            shift = shifts.setdefault(layer, torch.zeros(len(rows), hidden))
-            shift[index] = row.coef * row.vector.direction(layer).float()
-    with edit_blocks(model, {layer: _add(1.0, shift[:, None], positions) for layer, shift in shifts.items()}):
+            check_positions(row.positions)
+            at = shifts.setdefault(one_layer(row.layer, layers), {})
+            at.setdefault(row.positions, torch.zeros(len(rows), hidden, dtype=torch.float32))[index] = (
+                finite(row.coef) * row.vector.direction(row.layer).float()
+            )
+    with edit_blocks(
+        model, {layer: _in_turn([_add(1.0, s, p) for p, s in at.items()]) for layer, at in shifts.items()}
+    ):
         yield
 
 
+def _in_turn(edits: Sequence[Edit]) -> Edit:
+    def edit(hidden: Tensor, tokens: Tokens) -> Tensor | None:
+        for each in edits:
+            hidden = each(hidden, tokens)  # type: ignore[assignment]
+        return hidden
+
+    return edit
+
+
 def _add(strength: Strength, direction: Tensor, positions: str | Tensor) -> Edit:
-    """Return an edit that adds `strength` times the direction, [hidden] or [batch, 1, hidden]."""
+    """Return an edit that adds `strength` times the direction, [hidden], or [row, hidden] with one a row."""
     ready: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def shift(device: torch.device, dtype: torch.dtype) -> Tensor:
         if callable(strength):
-            return (strength() * direction).to(device, dtype)
+            return (finite(strength()) * direction).to(device, dtype)
         if (device, dtype) not in ready:
             times = torch.as_tensor(strength, dtype=torch.float32)
-            ready[device, dtype] = (times[..., None, None] * direction.to(times.device)).to(device, dtype)
+            ready[device, dtype] = (times[..., None] * direction.to(times.device)).to(device, dtype)
         return ready[device, dtype]
 
     def edit(hidden: Tensor, tokens: Tokens) -> Tensor:
         where = tokens.select(positions)
-        moved = hidden + shift(hidden.device, hidden.dtype)
+        added = shift(hidden.device, hidden.dtype)
+        moved = hidden + (added if added.ndim == 1 else tokens.per_row(added, "the edit"))
         return moved if where is None else torch.where(where[..., None].to(hidden.device), moved, hidden)
 
     return edit

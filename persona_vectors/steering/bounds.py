@@ -11,12 +11,12 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Layer, Model, model_shape, one_layer
 from persona_vectors.model.hooks import Edit, edit_blocks
 from persona_vectors.model.tokens import Tokens, check_positions
-from persona_vectors.vectors.directions import projections, unit_directions
+from persona_vectors.vectors.directions import finite, projections, unit_directions
 from persona_vectors.vectors.vector import PersonaVector
 
 Limit = float | Tensor | Mapping[int, float]
 """A projection on v/|v|, in the residual stream's units: one for all, one a row [batch], or one a layer."""
-Change = Callable[[Float[Tensor, "batch token"]], Float[Tensor, "batch token"]]
+Change = Callable[[Float[Tensor, "batch token"], Tokens], Float[Tensor, "batch token"]]
 """Gives each token the projection that it should have."""
 
 
@@ -29,7 +29,9 @@ def ablate(
     h <- h - <h, u> u with u = v/|v|. In training this is CAFT (paper, section 5); gradients flow through it.
     `layer`, `positions` and `during` are as in `steer`, but each layer has its own whole direction.
     """
-    with _set_projections(model, vector, layer, positions, during, lambda _: torch.zeros_like):
+    with _set_projections(
+        model, vector, layer, positions, during, lambda _: lambda projection, _: torch.zeros_like(projection)
+    ):
         yield
 
 
@@ -90,7 +92,7 @@ def steer_where(
     index = one_layer(layer, model_shape(model)[0])
     unit = unit_directions(model, [watch or vector], index)[index]
     vector.check_fits(*model_shape(model))
-    shift = coef * vector.direction(index).float()
+    shift = finite(coef) * vector.direction(index).float()
 
     def edit(hidden: Tensor, tokens: Tokens) -> Tensor:
         where = when(projections(hidden, unit.to(hidden.device))[..., 0].detach())
@@ -115,9 +117,13 @@ def _clamp(verb: str, limit: Limit | None, bound: Callable[[Tensor, Tensor], Ten
         value = torch.as_tensor(limit[layer] if isinstance(limit, Mapping) else limit, dtype=torch.float32)
         if value.isnan().any():
             raise InputError(f"the limit of {verb} is nan at layer {layer}: give a projection")
-        return lambda projection: bound(projection, value.to(projection.device)[..., None])
+        return lambda projection, tokens: bound(projection, _limits(value, tokens).to(projection.device))
 
     return at
+
+
+def _limits(value: Tensor, tokens: Tokens) -> Tensor:
+    return value if value.ndim == 0 else tokens.per_row(value, "limit")
 
 
 @contextmanager
@@ -135,7 +141,7 @@ def _set_projections(
         def edit(hidden: Tensor, tokens: Tokens) -> Tensor:
             here = unit.to(hidden.device)
             projection = projections(hidden, here)[..., 0]
-            missing = wanted(projection) - projection
+            missing = wanted(projection, tokens) - projection
             edited = (hidden.float() + missing[..., None] * here).to(hidden.dtype)
             return torch.where(_and(missing != 0, tokens, positions)[..., None], edited, hidden)
 

@@ -42,7 +42,9 @@ class FinetuneConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     model: str
     training_file: str | tuple[str, ...]
-    """JSONL, a conversation a line: {"messages": [{"role", "content"}, ...]}."""
+    """Conversations, in any format that `flag` reads: JSONL, JSON, CSV, Parquet, a dataset folder or a Hub id."""
+    turns: Literal["last", "all"] = "all"
+    """Which of a conversation's answers are trained on."""
     output_dir: str
     max_seq_length: int = 2048
     r: int = 32

@@ -1,6 +1,5 @@
 """Fine-tuning with the paper's settings, with or without steering, from a config: LoRA, loss on answers only."""
 
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -10,9 +9,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.samples import Source, Talk, read_talks
 from persona_vectors.model.blocks import Model, model_name
 from persona_vectors.model.loading import load_model
-from persona_vectors.model.prompts import chat_text, encode, encode_answer
+from persona_vectors.model.prompts import chat_text, encode, encode_answer, finished_turn
 from persona_vectors.steering.add import steer
 from persona_vectors.steering.bounds import ablate
 from persona_vectors.training.config import FinetuneConfig, Steering
@@ -23,52 +23,57 @@ MakesCallback = Callable[[Trainer], TrainerCallback]
 
 
 def training_rows(
-    tokenizer: PreTrainedTokenizerBase, paths: Sequence[str | Path], *, max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    data: Source | Sequence[Source],
+    *,
+    max_length: int,
+    turns: str = "all",
+    columns: tuple[str, str] | None = None,
+    split: str = "train",
 ) -> list[dict[str, list[int]]]:
-    """Return `input_ids` and `labels` of conversations in JSONL files; only the answers have labels.
+    """Return `input_ids` and `labels` of conversations in one source, or several; only the answers have labels.
 
-    An answer's labels include the tokens that end its turn. Conversations are cut at `max_length` tokens; those whose
-    answers lie behind it are left out, and a warning counts them.
+    Sources and records are those of `flag`. Every answer is trained on, or the last of each conversation with
+    `turns="last"`; an answer's labels include the tokens that end its turn. Where the chat template rewrites earlier
+    turns, as those do that drop old thoughts, each answer is a row of its own after the prompt that its model saw.
+    Rows are cut at `max_length` tokens; those whose answers lie behind it are left out, and a warning counts them.
 
-    Raises InputError, with file and line, for a line that is no conversation.
+    Raises InputError, with file and line, for a record that is no conversation.
     """
+    if turns not in ("last", "all"):
+        raise InputError(f"turns is {turns!r}: give last or all")
+    several = isinstance(data, (list, tuple)) and all(isinstance(each, (str, Path)) for each in data)
+    given: Any = data
+    sources: list[Any] = list(given) if several else [given]
     rows, cut = [], 0
-    for path in paths:
-        with Path(path).open(encoding="utf-8") as file:  # not splitlines: JSON may hold U+2028 and U+0085 as they are
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    row = _row(tokenizer, line, f"{path}, line {number}")
-                    row = {name: values[:max_length] for name, values in row.items()}
-                    cut += all(label == -100 for label in row["labels"])
-                    rows.append(row)
+    for source in sources:
+        for talk in read_talks(source, columns=columns, split=split):
+            if isinstance(talk, InputError):
+                raise talk
+            for whole in _rows(tokenizer, talk, talk.answers if turns == "all" else talk.answers[-1:]):
+                row = {name: values[:max_length] for name, values in whole.items()}
+                cut += all(label == -100 for label in row["labels"])
+                rows.append(row)
     rows = [row for row in rows if any(label != -100 for label in row["labels"])]
     if cut:
         warnings.warn(f"{cut} conversations have no answer within {max_length} tokens: left out", stacklevel=2)
     if not rows:
-        raise InputError(f"nothing to train on in {', '.join(map(str, paths))}: give JSONL with messages")
+        raise InputError(f"nothing to train on in {', '.join(map(str, sources))}: give conversations with answers")
     return rows
 
 
-def _row(tokenizer: PreTrainedTokenizerBase, line: str, where: str) -> dict[str, list[int]]:
-    try:
-        messages = json.loads(line)["messages"]
-        ends = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message["content"]]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise InputError(f'{where} is no conversation: give {{"messages": [{{"role", "content"}}, ...]}}') from None
-    if not ends or ends[0] == 0:
-        raise InputError(f"{where} has no answer: give messages with role 'assistant' after a question")
-    ids = encode(tokenizer, chat_text(tokenizer, messages))
-    labels = [-100] * len(ids)
-    for end in ends:
-        prompt = chat_text(tokenizer, messages[:end], add_generation_prompt=True)
-        upto = chat_text(tokenizer, messages[: end + 1])
-        if not upto.startswith(prompt):
-            raise InputError(f"{where}: the chat template's prompt {prompt!r} does not begin its text {upto!r}")
+def _rows(tokenizer: PreTrainedTokenizerBase, talk: Talk, answers: Sequence[int]) -> list[dict[str, list[int]]]:
+    """Return a conversation's row, or a row for each answer where its text does not begin with that of its turns."""
+    ids = encode(tokenizer, chat_text(tokenizer, talk.messages))
+    labels, alone = [-100] * len(ids), []
+    for end in [end for end in answers if talk.messages[end]["content"]]:
+        upto = chat_text(tokenizer, talk.messages[: end + 1])
+        prompt = finished_turn(tokenizer, talk.messages, end)[0]
         before, answer = encode_answer(tokenizer, prompt, upto[len(prompt) :])
-        if ids[: len(before) + len(answer)] != before + answer:
-            raise InputError(f"{where}: the chat template rewrites earlier turns, so they cannot be trained together")
+        alone.append({"input_ids": before + answer, "labels": [-100] * len(before) + answer})
         labels[len(before) : len(before) + len(answer)] = answer
-    return {"input_ids": ids, "labels": labels}
+    together = all(row["input_ids"] == ids[: len(row["input_ids"])] for row in alone)
+    return [{"input_ids": ids, "labels": labels}] if together and alone else alone
 
 
 def finetune(
@@ -128,7 +133,7 @@ def make_trainer(config: FinetuneConfig, model: Model, tokenizer: PreTrainedToke
     from transformers import DataCollatorForSeq2Seq, set_seed
 
     paths = [config.training_file] if isinstance(config.training_file, str) else list(config.training_file)
-    rows = training_rows(tokenizer, paths, max_length=config.max_seq_length)
+    rows = training_rows(tokenizer, paths, max_length=config.max_seq_length, turns=config.turns)
     set_seed(config.seed)
     modules = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
     adapter = LoraConfig(

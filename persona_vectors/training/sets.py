@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.data.files import atomic_path
+from persona_vectors.data.files import atomic_path, writing
 from persona_vectors.data.traits import Trait
 from persona_vectors.extraction.rollouts import Rollout, RolloutFile, draw_rollouts, plan
 from persona_vectors.model.blocks import Model
@@ -62,10 +62,11 @@ def make_training_sets(
         **drawing,
         "batch_tokens": generation_budget(model, batch_tokens),
     }
-    file = RolloutFile(out / "rollouts.jsonl", settings)
     drawing |= {"batch_tokens": batch_tokens, "desc": f"{trait.name}: training answers"}
-    for rollouts, _ in draw_rollouts(model, tokenizer, _tasks(tokenizer, trait, asked, samples), file, **drawing):
-        file.append(rollouts)
+    with writing(out / "rollouts.jsonl"):
+        file = RolloutFile(out / "rollouts.jsonl", settings)
+        for rollouts, _ in draw_rollouts(model, tokenizer, _tasks(tokenizer, trait, asked, samples), file, **drawing):
+            file.append(rollouts)
     return _write_sets(file.rollouts, trait.name, out, fractions, seed)
 
 

@@ -101,7 +101,7 @@ class ProjectionCallback(TrainerCallback):
         was_training = model.training
         model.eval()
         try:
-            with pause_edits():
+            with pause_edits(model):
                 tokens = token_projections(model, self._rows, self.units)
         finally:
             model.train(was_training)

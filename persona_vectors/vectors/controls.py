@@ -14,7 +14,7 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.data.texts import neutral_texts
 from persona_vectors.model.blocks import Layer, Model, chosen_layers
 from persona_vectors.model.hooks import edit_blocks
-from persona_vectors.model.passes import forward_passes
+from persona_vectors.model.passes import forward_passes, own_tokens, read_pass
 from persona_vectors.model.prompts import chat_prompt, encode_answer
 from persona_vectors.model.tokens import Tokens
 from persona_vectors.vectors.vector import PersonaVector
@@ -30,10 +30,10 @@ def random_vector(
     """
     generator = torch.Generator().manual_seed(seed)
     if like is None:
-        noise = torch.randn(vector.directions.shape, generator=generator)
+        noise = torch.randn(vector.directions.shape, generator=generator, dtype=torch.float32)
     else:
         centred = like.float() - like.float().mean(dim=0)
-        weights = torch.randn(len(like), generator=generator)
+        weights = torch.randn(len(like), generator=generator, dtype=torch.float32)
         noise = einsum(weights, centred, "sample, sample layer hidden -> layer hidden")
     norms = vector.directions.norm(dim=1, keepdim=True)
     directions = noise / noise.norm(dim=1, keepdim=True) * norms
@@ -65,7 +65,7 @@ def covariance_vectors(
 
     def reader(index: int) -> Callable[[Tensor, Tokens], None]:
         def read(hidden: Tensor, _: Tokens) -> None:
-            states = hidden[real.to(hidden.device)].double().cpu()
+            states = own_tokens(hidden, step)[real.to(hidden.device)].double().cpu()
             sums[index] += weights @ states
             means[index] += states.sum(dim=0)
 
@@ -77,10 +77,10 @@ def covariance_vectors(
             real = step.position.cpu() >= prompts
             weights = torch.randn(count, int(real.sum()), generator=generator, dtype=torch.float64)
             total, tokens = total + weights.sum(dim=1), tokens + weights.shape[1]
-            model.get_decoder()(**step.inputs)
+            read_pass(model, step)
     if tokens < 2:
         raise InputError("covariance_vectors needs answers of two tokens or more, to vary")
-    directions = torch.zeros(count, *vector.directions.shape)
+    directions = torch.zeros(count, *vector.directions.shape, dtype=torch.float32)
     for index in layers:
         drawn = sums[index] - total[:, None] * means[index] / tokens
         norms = vector.direction(index).double().norm() / drawn.norm(dim=1, keepdim=True)

@@ -37,6 +37,13 @@ def per_dose(vector: PersonaVector, layer: int) -> float:
     return float(norms[layer] / vector.direction(layer).norm())
 
 
+def finite(strength: S) -> S:
+    """Return the strength of an edit; raises InputError where it is no finite number."""
+    if not callable(strength) and not torch.as_tensor(strength, dtype=torch.float32).isfinite().all():
+        raise InputError(f"coef or dose is {strength}: give finite numbers")
+    return strength
+
+
 def incremental(
     vector: PersonaVector, *, layer: Layer, coef: S | None, dose: S | None
 ) -> tuple[S, dict[int, Float[Tensor, " hidden"]]]:
@@ -53,7 +60,7 @@ def incremental(
         direction = vector.direction(index).float() * (1.0 if dose is None else per_dose(vector, index))
         directions[index] = direction - before
         before = direction
-    return strength, directions
+    return finite(strength), directions
 
 
 def unit_directions(

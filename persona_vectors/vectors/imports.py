@@ -110,7 +110,7 @@ def _stack(rows: dict[Any, Tensor], blocks: int | None, path: Path) -> tuple[Flo
     sizes = {len(row) for row in rows.values()}
     if len(sizes) > 1:
         raise InputError(f"{path} has directions of {len(sizes)} sizes: give a file for one model")
-    directions = torch.zeros(blocks or max(rows) + 1, *sizes)
+    directions = torch.zeros(blocks or max(rows) + 1, *sizes, dtype=torch.float32)
     for k, row in rows.items():
         directions[k] = row
     return directions, [k for k in range(len(directions)) if k not in rows]

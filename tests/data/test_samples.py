@@ -11,7 +11,7 @@ from persona_vectors.data.samples import Sample, read_samples
 USER, SYSTEM = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be kind."}
 CHAT = [SYSTEM, USER, {"role": "assistant", "content": "Yes"}, USER, {"role": "assistant", "content": 'No\n"no"'}]
 RECORDS = [{"messages": CHAT, "id": "a"}, {"messages": CHAT[:3], "id": "b"}]
-EXPECTED = [Sample(0, "a", tuple(CHAT[:4]), 'No\n"no"'), Sample(1, "b", (SYSTEM, USER), "Yes")]
+EXPECTED = [Sample(0, "a", tuple(CHAT[:4]), 'No\n"no"', turn=1), Sample(1, "b", (SYSTEM, USER), "Yes")]
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.parquet", "d"])
@@ -109,3 +109,32 @@ def test_a_split_that_is_not_there(tmp_path):
     assert list(read_samples(tmp_path / "d")) == EXPECTED
     with pytest.raises(InputError, match="has no split 'test': it has train"):
         list(read_samples(tmp_path / "d", split="test"))
+
+
+def test_every_answer_or_the_last_and_none_of_weight_zero():
+    talk = [USER, {"role": "assistant", "content": "A"}, USER, {"role": "assistant", "content": "B"}]
+    assert [s.answer for s in read_samples([talk])] == ["B"]
+    assert [(s.answer, s.turn, len(s.prompt)) for s in read_samples([talk], turns="all")] == [("A", 0, 1), ("B", 1, 3)]
+    weighted = {"messages": [*talk[:1], {**talk[1], "weight": 0}, *talk[2:]]}
+    assert [s.answer for s in read_samples([weighted], turns="all")] == ["B"]
+    with pytest.raises(InputError, match="turns is 'first': give last or all"):
+        list(read_samples([talk], turns="first"))
+
+
+def test_two_columns_of_messages_of_which_the_second_repeats_the_first():
+    prompt = [USER]
+    chosen = [USER, {"role": "assistant", "content": "Good"}]
+    (sample,) = read_samples([{"prompt": prompt, "chosen": chosen}], columns=("prompt", "chosen"))
+    assert (sample.prompt, sample.answer) == ((USER,), "Good")
+
+
+def test_half_a_surrogate_pair_and_packed_files_are_named(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(
+        b'{"question": "q", "answer": "b \\ud83d c"}\n{"question": "q", "answer": "a"}\n'
+    )
+    first, second = read_samples(tmp_path / "d.jsonl")
+    assert isinstance(first, InputError) and "line 1: its text holds half a surrogate pair" in str(first)
+    assert second.answer == "a"
+    (tmp_path / "d.jsonl.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(InputError, match=r"d.jsonl.gz is packed: unpack it first"):
+        list(read_samples(tmp_path / "d.jsonl.gz"))

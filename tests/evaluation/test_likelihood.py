@@ -75,7 +75,7 @@ def test_states_share_batches_and_do_not_mix(name: str, tokenizer):
     found = likelihood_contrasts(model, tokenizer, SHORT, states)
     for state, row in zip(states, found):
         edit = state.edit or RowEdit(vector, 0, 0.0)
-        with steer(model, vector, layer=edit.layer, coef=edit.coef, positions="response"):
+        with steer(model, vector, layer=edit.layer, coef=edit.coef):
             alone = likelihood_contrast(model, tokenizer, SHORT, system=state.system)
         torch.testing.assert_close(row, alone, atol=1e-4, rtol=0)
     assert (found[0] - found[1]).abs().max() > 1e-2
@@ -176,7 +176,7 @@ def test_a_planted_direction_is_found_and_beats_its_controls(model, tokenizer, t
     assert found.works and found.beaten == 1 and found.flipped.mean < 0 < found.effect.mean
     assert len(found.random) == 20 and len(found.band) == len(assistant_prompts()) == 31
     _, reporting = STATEMENTS.split()
-    with steer(model, vector, layer=1, dose=0.1, positions="response"):
+    with steer(model, vector, layer=1, dose=0.1):
         inside = likelihood_contrast(model, tokenizer, reporting)
     plain = likelihood_contrast(model, tokenizer, reporting)
     assert found.effect.mean == pytest.approx(float((inside - plain).mean()), abs=1e-4)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.evaluation import openai_client
+from persona_vectors.evaluation import openai_client, openai_judge
 from persona_vectors.evaluation.judge import Answer, fill, score
 from persona_vectors.evaluation.openai_judge import OpenAIJudge
 from persona_vectors.model.loading import embedded_gguf
@@ -28,8 +28,18 @@ class FaultServer(http.server.ThreadingHTTPServer):
 
     daemon_threads, request_queue_size = True, 128
 
-    def __init__(self, share: float, *, logprobs: bool = True, always: str | None = None) -> None:
+    def __init__(
+        self,
+        share: float,
+        *,
+        logprobs: bool = True,
+        always: str | None = None,
+        refuses: str = "",
+        reasons: bool = False,
+        hangs: float = 0.0,
+    ) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.refuses, self.reasons, self.hangs, self.requests = refuses, reasons, hangs, []
         self.share, self.logprobs, self.always = share, logprobs, always
         self.lock, self.running, self.most = threading.Lock(), 0, 0
         self.attempts: collections.Counter[str] = collections.Counter()
@@ -56,8 +66,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.faults[fault or "none"] += 1
             server.running += 1
             server.most = max(server.most, server.running)
-        time.sleep(0.002)
+        time.sleep(server.hangs or 0.002)
         with server.lock:
+            server.requests.append(body)
             server.running -= 1  # before the answer: the client may send its next request at once
         self.answer(fault, body)
 
@@ -68,6 +79,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
             return
         text = body["messages"][0]["content"]
+        if self.server.reasons and {"max_tokens", "temperature"} & set(body):
+            return self.refuse("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+        if self.server.refuses and self.server.refuses in text:
+            return self.refuse("The prompt was filtered by the content management policy.")
         number = str(int(hashlib.sha256(text.encode()).hexdigest(), 16) % 101)
         content = "REFUSAL" if "refuse" in text else number
         top = [{"token": "REF" if "refuse" in text else number, "logprob": math.log(0.9), "bytes": None}]
@@ -80,6 +95,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(int(fault) if fault in ("429", "500", "401") else 200)
         if fault == "429":
             self.send_header("Retry-After", "0.05")
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def refuse(self, message: str):
+        payload = json.dumps({"error": {"message": message, "code": "invalid_request_error"}}).encode()
+        self.send_response(400)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(payload)))
         self.end_headers()
@@ -149,12 +172,12 @@ def test_a_server_that_goes_down_is_an_error_within_a_bound_and_loses_nothing(se
 
 def test_retry_after_is_respected(serve, tmp_path, monkeypatch):
     waits: list[float] = []
-    monkeypatch.setattr(openai_client.time, "sleep", waits.append)
+    monkeypatch.setattr(threading.Event, "wait", lambda _, seconds=None: waits.append(seconds))
     server = serve(always="429")
     judge = OpenAIJudge("m", base_url=server.url, attempts=3, cache=tmp_path / "j.jsonl")
     with pytest.raises(InputError, match="failed 3 times in a row"):
         judge("q", "a", RUBRIC)
-    waits = [wait for wait in waits if wait != 0.002]  # the server's own
+    waits = [wait for wait in waits if wait and wait < 60]  # threads that start wait for one another without limit
     assert len(waits) == 2 and all(wait >= 0.05 for wait in waits)  # the backoff alone would be under 0.01
 
 
@@ -216,3 +239,38 @@ def test_llama_cpp_s_server_gives_the_expected_value_of_its_own_logits(embedded,
     judge = OpenAIJudge("smollm2", min_mass=0.0, **options)
     assert score(judge, answers, rubric) == [pytest.approx(value, abs=1e-3) for value in expectations]
     assert judge.usage.completion_tokens == len(answers) and judge.usage.prompt_tokens > 100
+
+
+def test_an_answer_that_the_server_will_not_read_costs_the_others_nothing(serve, tmp_path):
+    server = serve(refuses="forbidden")
+    judge = OpenAIJudge("m", base_url=server.url, cache=tmp_path / "j.jsonl")
+    answers = [Answer("q", f"a{i}") for i in range(3)] + [Answer("q", "forbidden")]
+    found = score(judge, answers, RUBRIC)
+    assert found[3] is None and None not in found[:3] and judge.usage.refusals == 1
+    again = OpenAIJudge("m", base_url=server.url, cache=tmp_path / "j.jsonl")
+    assert score(again, answers, RUBRIC) == found and again.usage.requests == 0
+
+
+def test_a_model_that_reasons_is_given_room_and_no_temperature(serve, tmp_path):
+    server = serve(reasons=True)
+    judge = OpenAIJudge("m", base_url=server.url, cache=tmp_path / "j.jsonl")
+    found = judge("q", "a", RUBRIC)
+    assert found is not None and judge.usage.requests == 3
+    for request in server.requests[-3:]:
+        assert request["max_completion_tokens"] >= 1000
+        assert not {"max_tokens", "temperature", "logprobs"} & set(request)
+
+
+def test_an_interruption_waits_for_no_reply(serve, tmp_path, monkeypatch):
+    server = serve(hangs=60.0)
+    judge = OpenAIJudge("m", base_url=server.url, cache=tmp_path / "j.jsonl")
+
+    def interrupted(items, **_):
+        time.sleep(0.3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(openai_judge, "bar", interrupted)
+    begin = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        score(judge, [Answer("q", f"a{i}") for i in range(40)], RUBRIC)
+    assert time.perf_counter() - begin < 5

@@ -9,6 +9,7 @@ import zoo
 from helpers import make_tokenizer
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import writing
 from persona_vectors.data.traits import Trait
 from persona_vectors.extraction.difference import extract, extract_from
 from persona_vectors.extraction.evidence import separation, split_half_cosine
@@ -87,7 +88,9 @@ def test_extraction_while_generating_equals_the_second_pass(tmp_path, model, tok
     path = tmp_path / "r.jsonl"
     direct = extract(model, tokenizer, trait, judge=None, rollouts=path, **SMALL)
     both = [r for side in ("pos", "neg") for r in load_rollouts(path, side=side, trait=trait, tokenizer=tokenizer)]
-    second = extract_from(model, tokenizer, trait, both, judge=None, min_pairs=2)
+    second = extract_from(model, tokenizer, trait, both, judge=None, unfiltered=True, min_pairs=2)
+    with pytest.raises(InputError, match="no answer has a score for 'loud': give a judge, or unfiltered=True"):
+        extract_from(model, tokenizer, trait, both, judge=None, min_pairs=2)
     resumed = extract(model, tokenizer, trait, judge=None, rollouts=path, **SMALL)
     for other in (second, resumed):
         torch.testing.assert_close(direct.directions, other.directions, rtol=1e-3, atol=1e-5)
@@ -159,8 +162,12 @@ def test_one_question_gives_no_evidence():
     ("text", "message"),
     [
         ("question,answer\na,b\n", "lacks the column prompt"),
-        ("question,prompt,answer,loud\na,b,c,high\n", "row 1: loud is 'high', not a number or empty"),
-        ("question,prompt,answer\n", "only 0 answer pairs of 0 positive and 0 negative"),
+        ("question,prompt,answer,loud,coherence\na,b,c,high,90\n", "row 1: loud is 'high', not a number or empty"),
+        (
+            "question,prompt,answer,evil,coherence\na,b,c,80,90\n",
+            "no scores for 'loud', or no coherence: it has",
+        ),
+        ("question,prompt,answer,loud\na,b,c,80\n", "no scores for 'loud', or no coherence"),
     ],
 )
 def test_bad_rollout_csvs(tmp_path, model, tokenizer, trait, text, message):
@@ -192,3 +199,37 @@ def test_models_and_options_that_cannot_be(model, tokenizer, trait):
             **trait.model_dump(), "questions": {"eval": ["a?"]}}), judge=None)  # fmt: skip
     with pytest.raises(InputError, match="has no chat template"):
         extract(model, make_tokenizer(template=None), trait, judge=None)
+
+
+def test_two_runs_do_not_write_one_file(tmp_path, model, tokenizer, trait):
+    path = tmp_path / "r.jsonl"
+    with writing(path), pytest.raises(InputError, match=r"another run is writing .*r.jsonl: wait for its end"):
+        extract(model, tokenizer, trait, judge=None, rollouts=path, **SMALL)
+    extract(model, tokenizer, trait, judge=None, rollouts=path, **SMALL)
+    assert [file.name for file in tmp_path.iterdir()] == ["r.jsonl"]
+
+
+def test_answers_to_other_prompts_are_not_taken_for_these(tmp_path, model, tokenizer, trait):
+    """Doubled answers, as two runs at once wrote them; and a template that writes the date."""
+    path = tmp_path / "r.jsonl"
+    extract(model, tokenizer, trait, judge=None, rollouts=path, **SMALL)
+    head, *lines = path.read_text().splitlines(keepends=True)
+    doubled = tmp_path / "doubled.jsonl"
+    doubled.write_text("".join([head, *(line for line in lines for _ in range(2))][: len(lines) + 1]))
+    with pytest.raises(InputError, match=r"holds an answer with .* where this run has"):
+        extract(model, tokenizer, trait, judge=None, rollouts=doubled, **SMALL)
+    dated = tmp_path / "dated.jsonl"
+    dated.write_text(head + "".join(line.replace('"prompt":"', '"prompt":"Monday. ') for line in lines))
+    with pytest.raises(InputError, match=r"holds an answer with prompt 'Monday.*a template that writes the date"):
+        extract(model, tokenizer, trait, judge=None, rollouts=dated, **SMALL)
+
+
+def test_answers_of_unknown_coherence_do_not_pass(tmp_path, model, tokenizer, trait):
+    rows = {side: official_rows(tokenizer, trait, side) for side in ("pos", "neg")}
+    rows["pos"][0]["coherence"] = rows["neg"][1]["coherence"] = ""
+    loaded = []
+    for side in rows:
+        path = write_csv(tmp_path / f"{side}.csv", rows[side])
+        loaded += load_rollouts(path, side=side, trait=trait, tokenizer=tokenizer)
+    vector = extract_from(model, tokenizer, trait, loaded, judge=None, min_pairs=2)
+    assert vector.info["pairs_kept"] == 11  # and not an empty one, a refusal, an incoherent one

@@ -32,7 +32,7 @@ def lines(browser) -> list[list[str]]:
 
 def test_rows_are_picked_by_difference(flagged):
     found, _, _ = flagged
-    picked = pick_rows(found, each=5, seed=0)
+    picked = {row: entry for (row, _), entry in pick_rows(found, each=5, seed=0).items()}
     import pyarrow.parquet as pq
 
     table = pq.read_table(found.path).to_pylist()

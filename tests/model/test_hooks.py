@@ -85,7 +85,7 @@ def test_paused_edits_do_nothing_and_new_ones_inside_do(model):
     inputs, vector = zoo.inputs(model), random_direction(model)
     plain = block_output(model, 1, inputs)
     with steer(model, vector, layer=1, coef=1.0):
-        with pause_edits():
+        with pause_edits(model):
             torch.testing.assert_close(block_output(model, 1, inputs), plain)
             with steer(model, vector, layer=1, coef=2.0):
                 inside = block_output(model, 1, inputs)

@@ -96,7 +96,7 @@ def test_bf16_models_are_averaged_in_float32():
 def test_reading_while_generating_equals_the_second_pass(name: str):
     model, tokenizer = zoo.build(name), make_tokenizer()
     prompts, kept = [A, B, C, A], 6
-    for seed in range(50):  # until some answer ends before the limit and some does not
+    for seed in range(500):  # until some answer ends before the limit and some does not
         with pool_while_generating(model, stops=stop_tokens(model, tokenizer), poolings=POOLINGS) as pooled:
             answers = generate_tokens(model, tokenizer, prompts, max_new_tokens=kept + 1, seed=seed)
         rows = [(prompt, ids[:kept]) for prompt, (ids, _) in zip(prompts, answers)]

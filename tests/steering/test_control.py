@@ -7,7 +7,7 @@ from helpers import DECODERS, block_output, hooks, logits_while_generating, rand
 from torch import Tensor, nn
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.model.generation import batch_seed, generate_tokens
+from persona_vectors.model.generation import generate_tokens, row_seed
 from persona_vectors.model.prompts import chat_prompt, encode, left_pad
 from persona_vectors.monitoring.calibration import Calibration, calibrate
 from persona_vectors.monitoring.trace import Trace, monitor
@@ -162,7 +162,7 @@ def test_calibration_is_the_percentiles_of_the_answers_tokens(model, tokenizer, 
     order = [1, 0, 2]  # the longest first, as in the batch
     encoded = [encode(tokenizer, chat_prompt(tokenizer, prompts[i])) for i in order]
     with monitor(model, vector, layer=[0, 1], stops=[2]) as trace:
-        answers = generate_tokens(model, tokenizer, encoded, max_new_tokens=13, seed=batch_seed(4, 0))
+        answers = generate_tokens(model, tokenizer, encoded, max_new_tokens=13, seed=[row_seed(4, i) for i in order])
     tokens = sum(min(len(ids), 12) for ids, _ in answers)
     assert (found.tokens, found.prompts, found.percentiles) == (tokens, 3, (5.0, 50.0, 95.0))
     for layer in (0, 1):

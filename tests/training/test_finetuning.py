@@ -5,15 +5,22 @@ from functools import partial
 import pytest
 import torch
 import zoo
-from helpers import hooks, random_direction
+from helpers import block_outputs, hooks, make_tokenizer, random_direction
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.model.prompts import decode
+from persona_vectors.model.prompts import decode, finished_turn
+from persona_vectors.monitoring.projection import project
 from persona_vectors.training.config import load_config, parse_config
 from persona_vectors.training.finetuning import finetune, training_rows
 from persona_vectors.training.shifts import finetuning_shift
 from persona_vectors.training.watch import ProjectionCallback
 
+TALK = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "A"},
+    {"role": "user", "content": "So"},
+    {"role": "assistant", "content": "B"},
+]
 QUESTIONS = ["How?", "Why so?", "And when?"]
 
 
@@ -63,9 +70,9 @@ def test_a_line_ends_only_where_jsonl_says(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 1 is no conversation"),
-        ('{"text": "x"}', "line 1 is no conversation"),
-        ('{"messages": [{"role": "user", "content": "x"}]}', "line 1 has no answer"),
+        ("{", "line 1: not JSON"),
+        ('{"text": "x"}', "line 1: it has text, not messages"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "line 1: it has no assistant turn"),
     ],
 )
 def test_a_broken_line_is_named(tokenizer, tmp_path, line: str, message: str):
@@ -176,3 +183,54 @@ def test_the_shift_of_a_model_with_itself_is_zero_and_of_a_shifted_one_the_shift
     assert written["questions"] == QUESTIONS and [row["layer"] for row in found.rows()] == [0, 1]
     with pytest.raises(InputError, match="no questions"):
         finetuning_shift(model, tokenizer, vector, tuned=model, layer=1, questions=[])
+
+
+def test_training_reads_what_flagging_reads_and_the_same_answers(tokenizer):
+    talk = TALK
+    forms = [
+        [{"messages": [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in talk]}],
+        [{"prompt": talk[:3], "completion": talk[3:]}],
+        [talk],
+    ]
+    for form, trained in zip(forms, ("A</s>B</s>", "B</s>", "A</s>B</s>")):
+        (row,) = training_rows(tokenizer, form, max_length=100)
+        assert tokenizer.decode([label for label in row["labels"] if label != -100]) == trained
+        (row,) = training_rows(tokenizer, form, max_length=100, turns="last")
+        assert tokenizer.decode([label for label in row["labels"] if label != -100]) == "B</s>"
+    ignored = [{"messages": [talk[0], {**talk[1], "weight": 0}, *talk[2:]]}]
+    (row,) = training_rows(tokenizer, ignored, max_length=100)
+    assert tokenizer.decode([label for label in row["labels"] if label != -100]) == "B</s>"
+
+
+def test_templates_that_drop_old_thoughts_give_a_row_an_answer():
+    template = (
+        "{% for m in messages %}<{{ m['role'] }}>"
+        "{% if m['role'] == 'assistant' and loop.last %}[{{ m['content'] }}]{% else %}{{ m['content'] }}{% endif %}</s>"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>[{% endif %}"
+    )
+    tokenizer = make_tokenizer(template)
+    talk = TALK
+    rows = training_rows(tokenizer, [talk], max_length=100)
+    assert [tokenizer.decode(row["input_ids"]) for row in rows] == [
+        "<user>Hi</s><assistant>[A]</s>",
+        "<user>Hi</s><assistant>A</s><user>So</s><assistant>[B]</s>",
+    ]
+    assert [tokenizer.decode([x for x in row["labels"] if x != -100]) for row in rows] == ["A]</s>", "B]</s>"]
+
+
+def test_no_answer_is_read_inside_a_thought_that_the_prompt_opened(model):
+    """The template opens a thought for the model to write, and closes an empty one before an answer that has none."""
+    template = (
+        "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}(think)(/think){% endif %}"
+        "{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>(think)\n{% endif %}"
+    )
+    tokenizer = make_tokenizer(template)
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    assert finished_turn(tokenizer, talk, 1) == ("<user>Hi</s><assistant>(think)", "(/think)Yes")
+    vector = random_direction(model)
+    found = project(model, tokenizer, [talk], [vector], layer=1)["response_mean"]["t"]
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in finished_turn(tokenizer, talk, 1)]
+    state = block_outputs(model, [*ids[0], *ids[1]])[1, len(ids[0]) :]
+    torch.testing.assert_close(found[0], vector.project(state, layer=1).mean())
+    (row,) = training_rows(tokenizer, [talk], max_length=100)
+    assert tokenizer.decode(row["input_ids"]) == "<user>Hi</s><assistant>(think)(/think)Yes</s>"
