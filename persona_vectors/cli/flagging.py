@@ -73,14 +73,8 @@ def flag(
         load = partial(load, device="cpu")
     loaded, tokenizer = load(model)
     reading: dict[str, Any] = {"columns": columns, "split": split}
-    options: dict[str, Any] = {
-        "out": out,
-        "baseline": baseline,
-        "answers": answers,
-        "on_error": on_error,
-        "turns": turns,
-        **reading,
-    }
+    options: dict[str, Any] = {"out": out, "baseline": baseline, "answers": answers, **reading}
+    options |= {"on_error": on_error, "turns": turns}
     options |= {"max_length": max_length, "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
     options |= {"reference": reference, "threshold": threshold, "percentile": percentile}
     found = run.flag(loaded, tokenizer, data, loaded_vectors, layer=where, cache=cache, workers=workers, **options)

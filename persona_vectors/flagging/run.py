@@ -56,7 +56,6 @@ def flag(
     Raises InputError for what does not fit, and for an `out` that was made with other settings.
     """
     reading: dict[str, Any] = {"columns": columns, "split": split, "turns": turns, "on_error": on_error}
-    reading["max_length"] = max_length
     scoring: dict[str, Any] = {"baseline": baseline, "answers": answers, "max_new_tokens": max_new_tokens}
     ranking: dict[str, Any] = {"reference": reference, "threshold": threshold, "percentile": percentile}
     running: dict[str, Any] = {
@@ -66,5 +65,5 @@ def flag(
         "chunk": chunk,
         "workers": workers,
     }
-    options = {**reading, **scoring, **ranking, **running}
+    options = {**reading, **scoring, **ranking, **running, "max_length": max_length}
     return Job(unwrap(model), tokenizer, data, vector_list(vectors), layer, Path(out), **options).flags()

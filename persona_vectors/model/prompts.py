@@ -50,10 +50,11 @@ def chat_text(
 def finished_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], end: int) -> tuple[str, str]:
     """Return the template's text before the answer `messages[end]`, and the answer's, as the template finishes it.
 
-    A template that opens a thought for the model to write puts no open thought before an answer that has none.
+    A template that opens a thought for the model to write puts no open thought before an answer that closes none.
     """
     prompt, answer = chat_text(tokenizer, messages[:end], add_generation_prompt=True), messages[end]["content"]
-    if _continues(tokenizer, str(tokenizer.chat_template)):
+    goes_on = "</think>" in answer.partition("<think>")[0]
+    if goes_on or _continues(tokenizer, str(tokenizer.chat_template)):
         return prompt, answer
     upto, said = chat_text(tokenizer, messages[: end + 1]), answer.strip()
     if upto.startswith(prompt) or not said or said not in upto:

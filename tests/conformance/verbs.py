@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 from ways import TEXTS, Case, Seen
 
 from persona_vectors.model.blocks import decoder_layers, model_shape
@@ -184,7 +184,8 @@ def penalized(case: Case) -> None:
     """The loss of a training step is the plain one and the penalty; in this way where it trains, else afterwards."""
     case.run()
     v, model = vector(case.model), case.model
-    trainer: Any = SimpleNamespace(model=model, current_gradient_accumulation_steps=1)
+    trainer: Any = object.__new__(Trainer)
+    trainer.model, trainer.current_gradient_accumulation_steps = model, 1
     was_training = model.training
     model.train()
     ids = torch.tensor([[*TEXTS[0][0], *TEXTS[0][1]]])

@@ -126,8 +126,8 @@ def test_a_prompt_that_opens_the_reasoning(model):
     template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}<assistant><think>\n"
     tokenizer, vector = make_tokenizer(template), random_direction(model)
     scores = project(model, tokenizer, [("a", "b</think>c"), ("a", "never ends")], vector, layer=1, skip_reasoning=True)
-    assert scores.answer_tokens.tolist() == [1, 0]
-    assert scores["response_mean"]["t"].isnan().tolist() == [False, True]
+    assert scores.answer_tokens.tolist() == [1, 10]  # what closes no thought is an answer, as the template finishes it
+    assert not scores["response_mean"]["t"].isnan().any()
 
 
 @pytest.mark.parametrize(
