@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.model.hooks import edit_blocks
     from persona_vectors.model.loading import load_model
     from persona_vectors.model.pooling import pool
-    from persona_vectors.model.prompts import chat_prompt, fold_system_role
+    from persona_vectors.model.prompts import break_special_tokens, chat_prompt, fold_system_role, with_template_options
     from persona_vectors.monitoring.calibration import Calibration, calibrate
     from persona_vectors.monitoring.heatmaps import heatmap
     from persona_vectors.monitoring.projection import project
@@ -84,7 +84,7 @@ _WHERE = {
     "model.hooks": ["edit_blocks"],
     "model.loading": ["load_model"],
     "model.pooling": ["pool"],
-    "model.prompts": ["chat_prompt", "fold_system_role"],
+    "model.prompts": ["break_special_tokens", "chat_prompt", "fold_system_role", "with_template_options"],
     "monitoring.calibration": ["Calibration", "calibrate"],
     "monitoring.heatmaps": ["heatmap"],
     "monitoring.projection": ["project"],

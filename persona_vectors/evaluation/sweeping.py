@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import writing
 from persona_vectors.data.intervals import mean_interval
 from persona_vectors.data.ledger import Ledger
 from persona_vectors.data.progress import bar
@@ -66,25 +68,28 @@ def sweep(
         raise InputError(f"trait {trait.name!r} lacks questions to choose with (extract) or to report on (eval)")
     vector.check_fits(*model_shape(model))
 
-    def edit(vector: PersonaVector, layer: int, strength: float) -> RowEdit:
-        return RowEdit(vector, layer, strength if doses is None else strength * per_dose(vector, layer))
-
+    edit = partial(_edit, vector, doses is not None)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     judged = {"trait_hash": hash_of(trait.model_dump()), "judge": judge_name(judge)}
-    ledger = Ledger(out, {**identity(model, tokenizer), **judged, **sampling})
-    runner = _Runner(model, tokenizer, trait, judge, samples, seed, ledger)
-    options = {**sampling, "batch_tokens": batch_tokens}
-    grid: dict[Case, RowEdit | None] = {(trait.name, k, s): edit(vector, k, s) for k in layers for s in strengths}
-    points = runner.run("choose", {(PLAIN, None, 0.0): None, **grid}, chooses, options)
-    best = choose(points, trait.name, gate)
-    place, strength = best.place, best.strength
-    noise = random_vectors(model, tokenizer, vector, layer=place, count=controls, seed=seed)
-    cases: dict[Case, RowEdit | None] = {(PLAIN, None, 0.0): None, (PROMPTED, None, 0.0): None}
-    cases |= {(trait.name, place, s): edit(vector, place, s) for s in sorted({*strengths, -strength})}
-    controlled: dict[Case, RowEdit | None] = {(v.trait, place, strength): RowEdit(v, place, best.coef) for v in noise}
-    points += runner.run("report", cases | controlled, reports, options)
+    with writing(out):
+        ledger = Ledger(out, {**identity(model, tokenizer), **judged, **sampling})
+        runner = _Runner(model, tokenizer, trait, judge, samples, seed, ledger)
+        options = {**sampling, "batch_tokens": batch_tokens}
+        grid: dict[Case, RowEdit | None] = {(trait.name, k, s): edit(k, s) for k in layers for s in strengths}
+        points = runner.run("choose", {(PLAIN, None, 0.0): None, **grid}, chooses, options)
+        best = choose(points, trait.name, gate)
+        place, strength = best.place, best.strength
+        noise = random_vectors(model, tokenizer, vector, layer=place, count=controls, seed=seed)
+        cases: dict[Case, RowEdit | None] = {(PLAIN, None, 0.0): None, (PROMPTED, None, 0.0): None}
+        cases |= {(trait.name, place, s): edit(place, s) for s in sorted({*strengths, -strength})}
+        cases |= {(v.trait, place, strength): RowEdit(v, place, best.coef) for v in noise}
+        points += runner.run("report", cases, reports, options)
     facts = trait.name, model_name(model), judged["judge"], "coef" if doses is None else "dose"
     return Sweep(*facts, place, strength, best.coef, tuple(points))
+
+
+def _edit(vector: PersonaVector, by_dose: bool, layer: int, strength: float) -> RowEdit:
+    return RowEdit(vector, layer, strength * per_dose(vector, layer) if by_dose else strength)
 
 
 def _strengths(coefs: Sequence[float] | None, doses: Sequence[float] | None) -> list[float]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from persona_vectors.data.files import writing
 from persona_vectors.data.samples import Source
 from persona_vectors.flagging.job import Job
 from persona_vectors.flagging.parts import Flags
@@ -66,4 +67,5 @@ def flag(
         "workers": workers,
     }
     options = {**reading, **scoring, **ranking, **running, "max_length": max_length}
-    return Job(unwrap(model), tokenizer, data, vector_list(vectors), layer, Path(out), **options).flags()
+    with writing(out):
+        return Job(unwrap(model), tokenizer, data, vector_list(vectors), layer, Path(out), **options).flags()

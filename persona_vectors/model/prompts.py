@@ -2,8 +2,9 @@
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from jinja2.exceptions import TemplateError
@@ -82,10 +83,8 @@ def fold_system_role(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
     )
 
 
-def with_template_options(
-    tokenizer: PreTrainedTokenizerBase, **options: bool | int | float | str | None
-) -> PreTrainedTokenizerBase:
-    """Return a copy of the tokenizer whose template always has these options: `enable_thinking=False`."""
+def with_template_options(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """Return a copy of the tokenizer whose template always has these options, such as `{"enable_thinking": False}`."""
     values = {name: "none" if value is None else json.dumps(value) for name, value in options.items()}
     return _with_preamble(tokenizer, "".join(f"{{%- set {name} = {value} -%}}" for name, value in values.items()))
 

@@ -14,6 +14,7 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.data.intervals import Interval, mean_interval
 from persona_vectors.data.tables import Stored, Table
 from persona_vectors.model.blocks import Layer, Model
+from persona_vectors.model.devices import virtual_tokens
 from persona_vectors.model.generation import generate
 from persona_vectors.model.loading import load_model
 from persona_vectors.monitoring.projection import project
@@ -123,7 +124,8 @@ def _adapted(base: Model, folder: Path) -> Iterator[Model]:
     try:
         yield model
     finally:
-        model.unload()
+        if not virtual_tokens(model):  # prompt and prefix tuning put nothing into the base
+            model.unload()
         for attribute in ("peft_config", "_hf_peft_config_loaded"):
             base.__dict__.pop(attribute, None)
         for name, parameter in base.named_parameters():

@@ -132,3 +132,37 @@ def test_positions_are_known_with_and_without_cache(name: str):
     uncached = record(model, ids, mask, False)
     assert uncached[0] == first
     assert uncached[2] == {name: [row + [int(name != "prompt")] * 2 for row in rows] for name, rows in first.items()}
+
+
+def test_generation_that_bypasses_the_decoder_is_an_error(model):
+    """As other libraries' fast decoding does; the function that was set on the model is there again afterwards."""
+    own = model.generate
+
+    def fast(input_ids: Tensor, **options: int) -> Tensor:
+        first = own(input_ids=input_ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
+        return torch.cat([first, first[:, -1:].expand(-1, 3)], dim=1)
+
+    model.generate = fast
+    with pytest.raises(RuntimeError, match="rows of 9 tokens, of which only 5 went through the hooked decoder"):
+        with steer(model, random_direction(model), layer=1, coef=1.0):
+            model.generate(**zoo.inputs(model))
+    assert model.generate is fast and hooks(model) == 0
+
+
+def test_a_pass_without_a_block_is_an_error_also_in_generation(model):
+    """A hook counts as fired in each pass: here the block is left out once the prompt was read."""
+    decoder = model.model
+    forward, every = decoder.forward, decoder.layers
+
+    def skipping(*args, **kwargs):
+        ids = kwargs.get("input_ids")
+        decoder.layers = every if ids.shape[1] == 5 else nn.ModuleList([every[0], every[2]])
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            decoder.layers = every
+
+    decoder.forward = skipping
+    with pytest.raises(RuntimeError, match="block 1 never ran in this forward pass"):
+        with steer(model, random_direction(model), layer=1, coef=1.0):
+            model.generate(**zoo.inputs(model), max_new_tokens=4, min_new_tokens=4, pad_token_id=0, use_cache=False)

@@ -191,8 +191,8 @@ def test_template_options_hold_everywhere():
         "{% if enable_thinking is defined and enable_thinking is false %}<s>{% endif %}{{ messages[0]['content'] }}"
     )
     assert chat_prompt(tokenizer, "Hi") == "Hi"
-    assert chat_prompt(with_template_options(tokenizer, enable_thinking=False), "Hi") == "<s>Hi"
-    assert chat_prompt(with_template_options(tokenizer, enable_thinking=None), "Hi") == "Hi"
+    assert chat_prompt(with_template_options(tokenizer, {"enable_thinking": False}), "Hi") == "<s>Hi"
+    assert chat_prompt(with_template_options(tokenizer, {"enable_thinking": None}), "Hi") == "Hi"
 
 
 def test_beyond_the_learned_positions_is_an_error_with_the_numbers(tokenizer):

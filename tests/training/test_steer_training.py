@@ -372,3 +372,33 @@ def test_dpo_trains_steered_and_its_reference_stays_plain(tokenizer, tmp_path):
     # an untrained adapter is the reference, so that the loss is log 2 but for the steering of the policy alone
     assert first[0] == first[1] == pytest.approx(0.69315, abs=1e-5) and abs(first[2] - first[0]) > 1e-4
     assert left[0] == left[1] == left[2]  # checkpointing's own
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_rl_compares_steered_passes_with_steered_ones(tokenizer, tmp_path, adapter: bool):
+    """At learning rate 0 the old log-probabilities, from passes without gradients, are the new ones: nothing clips."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    set_seed(3)
+    model = zoo.build("llama")
+    if adapter:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    args = GRPOConfig(
+        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=2, num_generations=2, num_iterations=2,
+        max_completion_length=6, learning_rate=0.0, report_to=[], use_cpu=True, bf16=False, logging_steps=1,
+        beta=0.1 * adapter, save_strategy="no", gradient_checkpointing=False,
+    )  # fmt: skip
+    data = Dataset.from_list([{"prompt": f"How {i}?"} for i in range(8)])
+    trainer = GRPOTrainer(
+        model=model, reward_funcs=lambda completions, **_: [float(len(c)) for c in completions], args=args,
+        train_dataset=data, processing_class=tokenizer,
+    )  # fmt: skip
+    with steer(trainer.model, random_direction(model), layer=1, coef=8.0, during="training"):
+        trainer.train()
+    clipped = [
+        entry["clip_ratio/region_mean"] for entry in trainer.state.log_history if "clip_ratio/region_mean" in entry
+    ]
+    assert len(clipped) == 4 and max(clipped) == 0
+    if adapter:  # the reference is plain: its adapters are off
+        assert max(logged(trainer, "kl")) > 1e-4
