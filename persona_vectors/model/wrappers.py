@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from persona_vectors.data.errors import InputError
@@ -23,8 +22,10 @@ def unwrap(model: Any) -> Any:
         raise InputError(
             "DataParallel runs copies of the model in threads: give the model inside, or use one process a GPU"
         )
-    if isinstance(model, (OptimizedModule, DistributedDataParallel)):
-        return unwrap(model._orig_mod if isinstance(model, OptimizedModule) else model.module)
+    if isinstance(model, DistributedDataParallel):
+        return unwrap(model.module)
+    if "_orig_mod" in getattr(model, "_modules", ()):  # torch.compile's wrapper, whose module is slow to import
+        return unwrap(model._orig_mod)
     library = next((m for m in map(_package, type(model).__mro__) if m in ("nnsight", "transformer_lens")), None)
     if library == "transformer_lens":
         if not hasattr(model, "original_model"):
