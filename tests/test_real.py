@@ -99,7 +99,7 @@ def test_extraction_while_generating_equals_the_second_pass(embedded, tmp_path):
     options = {"judge": None, "samples": 2, "first": 2, "max_new_tokens": 12}
     direct = pv.extract(model, tokenizer, trait, rollouts=path, **options)
     ready = [r for side in ("pos", "neg") for r in load_rollouts(path, side=side, trait=trait, tokenizer=tokenizer)]
-    second = pv.extract_from(model, tokenizer, trait, ready, judge=None)
+    second = pv.extract_from(model, tokenizer, trait, ready, judge=None, unfiltered=True)
     torch.testing.assert_close(direct.directions, second.directions, rtol=1e-3, atol=2e-3)
     assert json.loads(path.read_text().splitlines()[0])["model"] == "smollm2-135m"
 

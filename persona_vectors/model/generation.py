@@ -1,14 +1,11 @@
 """Generating answers: one batch, or many prompts batch by batch."""
 
-import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, overload
 
-import numpy as np
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.progress import bar
@@ -24,6 +21,7 @@ from persona_vectors.model.prompts import (
     left_pad,
     length_batches,
 )
+from persona_vectors.model.sampling import Draws, row_seed
 from persona_vectors.model.wrappers import keeps_cache, unwrap
 
 Conversation = Sequence[Mapping[str, Any]]
@@ -79,7 +77,7 @@ def generate_tokens(
     check_length(model, max(map(len, prompts)) + length - 1)
     ids, mask = left_pad(prompts, pad, input_device(model))
     seeds = [row_seed(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else seed
-    draws = [_Draws(seeds, temperature, length)] if temperature > 0 else []
+    draws = [Draws(seeds, temperature)] if temperature > 0 else []
     own: Any = base(model).generation_config
     config = _Neutral(
         max_new_tokens=length,
@@ -107,24 +105,6 @@ class _Neutral(GenerationConfig):
         return super().update(defaults_only=defaults_only, allow_custom_entries=allow_custom_entries, **settings)
 
 
-class _Draws(LogitsProcessor):
-    """Choose each row's next token with a uniform number of its own for each step: that token alone is left."""
-
-    def __init__(self, seeds: Sequence[int], temperature: float, steps: int) -> None:
-        numbers = [np.random.Generator(np.random.Philox(key=seed)).random(steps) for seed in seeds]
-        self.numbers = torch.from_numpy(np.stack(numbers))
-        self.temperature, self.prompt = temperature, -1
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.prompt < 0:
-            self.prompt = input_ids.shape[1]
-        step = input_ids.shape[1] - self.prompt
-        summed = (scores.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
-        wanted = self.numbers[:, step, None].to(summed.device) * summed[:, -1:]
-        chosen = torch.searchsorted(summed, wanted, right=True).clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
-
-
 def generation_budget(model: Model, batch_tokens: int | None = None) -> int:
     """Return how many tokens a batch of prompts and answers has at most: `batch_tokens` where it is given."""
     return batch_tokens or CACHED * batch_tokens_for(model)
@@ -135,11 +115,6 @@ def generation_batches(
 ) -> list[list[int]]:
     """Return the batches, as indices of prompts, in the order in which `generate_batches` answers them."""
     return length_batches(prompts, max_new_tokens, generation_budget(model, batch_tokens))
-
-
-def row_seed(seed: int, number: int) -> int:
-    """Return the seed of answer `number` of a run: those of two runs with seeds side by side have nothing in common."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:15], "big")
 
 
 def generate_batches(

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.model.blocks import Model
-from persona_vectors.model.generation import generate_tokens, row_seed, stop_tokens
+from persona_vectors.model.generation import generate_tokens, stop_tokens
 from persona_vectors.model.prompts import chat_text, decode, encode
+from persona_vectors.model.sampling import row_seed
 from persona_vectors.monitoring.heatmaps import token_texts
 from persona_vectors.monitoring.readings import Readings
 from persona_vectors.monitoring.trace import Trace, monitor

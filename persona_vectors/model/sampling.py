@@ -1,0 +1,46 @@
+"""Sampling that depends on a row's seed alone."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import LogitsProcessor
+
+
+def row_seed(seed: int, number: int) -> int:
+    """Return the seed of answer `number` of a run: those of two runs with seeds side by side have nothing in common."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:15], "big")
+
+
+class Draws(LogitsProcessor):
+    """Sample each row's next token with noise of its own: a hash of its seed, the step and the token.
+
+    The token of the highest logit plus Gumbel noise is a sample of the softmax, and rounding seldom changes which.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float) -> None:
+        self.seeds = torch.tensor([[seed % 2**62] for seed in seeds])
+        self.temperature, self.prompt = temperature, -1
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.prompt < 0:
+            self.prompt = input_ids.shape[1]
+        place = (input_ids.shape[1] - self.prompt) * scores.shape[1]
+        token = torch.arange(place, place + scores.shape[1], device=scores.device)
+        uniform = _hashed(self.seeds.to(scores.device) + _MIX[0] * (token + 1))
+        noisy = scores.double() / self.temperature - (-uniform.log()).log()
+        return torch.full_like(scores, -torch.inf).scatter_(1, noisy.argmax(dim=1, keepdim=True), 0.0)
+
+
+_MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
+"""The constants of splitmix64, as signed numbers."""
+
+
+def _hashed(number: Int[Tensor, "row token"]) -> Float[Tensor, "row token"]:
+    """Return splitmix64 of each number, as a fraction above 0 and below 1: the same on every device."""
+    for shift, factor in ((30, _MIX[1]), (27, _MIX[2])):
+        number = (number ^ ((number >> shift) & (2 ** (64 - shift) - 1))) * factor
+    number = number ^ ((number >> 31) & (2**33 - 1))
+    return (((number >> 12) & (2**52 - 1)).double() + 0.5) / 2**52
