@@ -23,3 +23,11 @@ def first_fault(error: ValidationError) -> str:
     """Return pydantic's first complaint in a line: the field, and what is wrong with it."""
     first = error.errors()[0]
     return f"field {'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"
+
+
+def check_text(text: str) -> None:
+    """Raise InputError for text with half a surrogate pair, which JSON can hold and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"character {error.start} of a text is half a surrogate pair, no character: mend it") from None

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from persona_vectors.data.checks import check_settings
-from persona_vectors.data.files import append
 
 
 class Ledger:
@@ -40,7 +39,8 @@ class Ledger:
     def _write(self, text: str) -> None:
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            append(self.path, text)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from persona_vectors.data.checks import check_text
 from persona_vectors.data.errors import InputError
 
 Source = str | Path | Iterable[Any]
@@ -42,6 +43,12 @@ class Talk:
     """The places of the assistant's turns that follow something and have no `weight` of 0."""
     where: str
 
+    def chosen(self, turns: str) -> tuple[int, ...]:
+        """Return the places of "all" answers, or of the "last"."""
+        if turns not in ("last", "all"):
+            raise InputError(f"turns is {turns!r}: give last or all")
+        return self.answers if turns == "all" else self.answers[-1:]
+
 
 def read_samples(
     source: Source, *, columns: tuple[str, str] | None = None, split: str = "train", turns: str = "last"
@@ -50,15 +57,13 @@ def read_samples(
 
     The records are those of `read_talks`; never holds them all.
     """
-    if turns not in ("last", "all"):
-        raise InputError(f"turns is {turns!r}: give last or all")
     for talk in read_talks(source, columns=columns, split=split):
         if isinstance(talk, InputError):
             yield talk
             continue
-        for turn, place in enumerate(talk.answers):
-            if turns == "all" or place == talk.answers[-1]:
-                yield Sample(talk.row, talk.id, talk.messages[:place], talk.messages[place]["content"], turn)
+        for place in talk.chosen(turns):
+            answer = talk.messages[place]["content"]
+            yield Sample(talk.row, talk.id, talk.messages[:place], answer, talk.answers.index(place))
 
 
 def read_talks(
@@ -233,9 +238,7 @@ def _messages(value: Any, role: str = "") -> list[dict[str, str]]:
 def _text(content: Any) -> str:
     """Return a message's text, which may come in parts."""
     if content is None or isinstance(content, str):
-        broken = next((i for i, character in enumerate(content or "") if "\ud800" <= character <= "\udfff"), None)
-        if broken is not None:
-            raise InputError(f"its text holds half a surrogate pair at character {broken}, no character: mend it")
+        check_text(content or "")
         return content or ""
     if isinstance(content, Sequence) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
         return _text("".join(part["text"] for part in content))

@@ -67,12 +67,9 @@ class ContrastJudge:
                     where.append((index, sign / min(self.pairs, len(others))))
         if not rows:
             return torch.zeros(0, dtype=torch.float32)
-        weighted = answer_logprobs(self.model, rows, desc="judging") * torch.tensor(
-            [sign for _, sign in where], dtype=torch.float32
-        )
-        return torch.zeros(len(answers), dtype=torch.float32).index_add_(
-            0, torch.tensor([index for index, _ in where]), weighted
-        )
+        of, signs = torch.tensor([i for i, _ in where]), torch.tensor([s for _, s in where], dtype=torch.float32)
+        weighted = answer_logprobs(self.model, rows, desc="judging") * signs
+        return torch.zeros(len(answers), dtype=torch.float32).index_add_(0, of, weighted)
 
 
 class PerplexityJudge:

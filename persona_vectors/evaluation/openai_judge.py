@@ -1,4 +1,4 @@
-"""A judge on any OpenAI-compatible server: OpenAI, vLLM, llama.cpp, Ollama."""
+"""A judge on any OpenAI-compatible server, hosted or local."""
 
 import hashlib
 import json
@@ -121,16 +121,11 @@ class OpenAIJudge:
                 done.put((place, error))
 
     def _score(self, prompt: str) -> float | None:
-        if not self.samples and not self._reasons:
+        while True:
             try:
-                return self._expected(prompt)
-            except _Reasons:
+                return self._sampled(prompt) if self.samples or self._reasons else self._expected(prompt)
+            except _Reasons:  # raised for requests as to a model that does not
                 self._reasons = True
-        try:
-            return self._sampled(prompt)
-        except _Reasons:
-            self._reasons = True
-            return self._sampled(prompt)
 
     def _expected(self, prompt: str) -> float | None:
         options = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20, "seed": 0}

@@ -136,9 +136,9 @@ def extract_from(
     """
     model = _checked(model, pooling)
     scored = not unfiltered and any(rollout.trait_score is not None for rollout in rollouts)
-    if not scored and not unfiltered and judge is None:
-        raise InputError(f"no answer has a score for {trait.name!r}: give a judge, or unfiltered=True to keep them all")
-    if judge is not None and not scored and not unfiltered:
+    if not scored and not unfiltered:
+        if judge is None:
+            raise InputError(f"no answer has a score for {trait.name!r}: give a judge, or unfiltered=True to keep all")
         rollouts = judge_rollouts(model, tokenizer, trait, judge, rollouts)
     info = {
         **identity(model, tokenizer),

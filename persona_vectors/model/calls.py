@@ -21,8 +21,8 @@ class Call:
     """How many prompts it was given."""
     width: int | None
     """How many tokens a prompt has, padding included; None where the first pass tells, as in encoder-decoders."""
-    embeds: bool
-    """Whether the first pass may read more embeddings than the prompt has tokens, as in prompt tuning."""
+    text: bool
+    """Whether it was given token ids, so that what a pass reads besides is an adapter's."""
     exits_early: bool
     """Whether the model drafts for itself, in calls of `generate` within this one."""
     read: int = 0
@@ -30,11 +30,13 @@ class Call:
     length: int | None = None
     """How many tokens the longest row has in the end, prompt included."""
 
-    def end(self, output: Any, given_embeds: bool) -> None:
+    def end(self, output: Any) -> None:
         """Check that the hooked passes read all that the call returned."""
-        rows = output if isinstance(output, Tensor) else output.sequences
+        rows = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
+        if not isinstance(rows, Tensor):  # what a custom generate returns is its own
+            return
         prompt = self.width or 0
-        self.length = rows.shape[1] + (prompt if given_embeds else 0)
+        self.length = rows.shape[1] + (0 if self.text else prompt)
         if self.length > max(prompt, 1) and self.read < self.length - 1:
             raise RuntimeError(
                 f"generate returned rows of {self.length} tokens, of which only {self.read} went through the hooked "
@@ -117,11 +119,11 @@ def _generate(model: Any, own: Any, hooked: Callable[[], Any], unhooked: Callabl
         embeds = kwargs.get("inputs_embeds")
         prompt = embeds if embeds is not None else ids
         config = kwargs.get("generation_config") or model.generation_config
-        known = isinstance(prompt, Tensor) and not model.config.is_encoder_decoder
+        rows, width = prompt.shape[:2] if isinstance(prompt, Tensor) else (None, None)
         call = Call(
-            prompts=len(prompt) if isinstance(prompt, Tensor) else None,
-            width=prompt.shape[1] if prompt is not None and known else None,
-            embeds=embeds is None,
+            prompts=rows,
+            width=None if model.config.is_encoder_decoder else width,
+            text=embeds is None,
             exits_early=bool(kwargs.get("assistant_early_exit", getattr(config, "assistant_early_exit", None))),
         )
         before = current.set((*current.get(), (model, call)))
@@ -129,7 +131,7 @@ def _generate(model: Any, own: Any, hooked: Callable[[], Any], unhooked: Callabl
             output = own(*args, **kwargs)
         finally:
             current.reset(before)
-        call.end(output, embeds is not None)
+        call.end(output)
         return output
 
     return generate

@@ -1,16 +1,12 @@
 """The one hook primitive: edits of the decoder blocks' outputs, told which tokens they see."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
-
-from jaxtyping import Float
-from torch import Tensor
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Model, chosen_layers, decoder_layers
 from persona_vectors.model.calls import no_calls
-from persona_vectors.model.runs import Edit, EnoughRead, Run, active
+from persona_vectors.model.runs import Edit, EnoughRead, Run, active, without
 from persona_vectors.model.stations import open_on
 from persona_vectors.model.tokens import Tokens
 from persona_vectors.model.wrappers import unwrap
@@ -37,19 +33,15 @@ def pause_edits(model: Model | None = None) -> Iterator[None]:
     Those of `model`, so that a judge's own model may be steered; of every model unless it is given.
     """
     paused = active.get() if model is None else _runs_on(model)
-    active.set(tuple(run for run in active.get() if run not in paused))
     decoders = [run.decoder for run in paused]
-    try:
-        with no_calls(lambda model: model.get_decoder() in decoders):
-            yield
-    finally:
-        active.set((*paused, *active.get()))
+    with without(paused), no_calls(lambda model: model.get_decoder() in decoders):
+        yield
 
 
 @contextmanager
 def edit_blocks(
     model: Model,
-    edits: Mapping[int, Callable[[Float[Tensor, "batch token hidden"], Tokens], Any]],
+    edits: Mapping[int, Edit],
     *,
     during: str = "always",
 ) -> Iterator[Tokens]:

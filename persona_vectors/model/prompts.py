@@ -11,6 +11,7 @@ from jinja2.exceptions import TemplateError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from persona_vectors.data.checks import check_text
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Model, model_name
 from persona_vectors.model.wrappers import unwrap
@@ -103,10 +104,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     Text that spells a special token becomes that token, as in any chat; see `break_special_tokens` for data that
     nobody vouches for. Raises InputError for text with half a surrogate pair, which no tokenizer reads.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"character {error.start} of a text is half a surrogate pair, no character: mend it") from None
+    check_text(text)
     return tokenizer(text, add_special_tokens=False).input_ids
 
 

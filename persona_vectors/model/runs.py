@@ -1,7 +1,9 @@
 """What one `edit_blocks` knows over its passes: where it applies, and that its hooks fire."""
 
+import copy
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -55,7 +57,7 @@ class Run:
                 "this `with` has edited passes before its first training pass, and would leave such passes alone from "
                 "now on: give during='training' to leave evaluation and generation alone, or during='always'"
             )
-        self.trained = tokens.copy()
+        self.trained = copy.copy(tokens)
 
     def start_block(self, layer: int, args: tuple) -> Tokens | None:
         """Return the tokens of the pass that a block runs in, or None where it is not to be edited."""
@@ -74,11 +76,9 @@ class Run:
         return tokens
 
     def end_pass(self) -> None:
-        """Check that every block that the model has now was hooked in this pass."""
-        blocks = self.decoder.config.get_text_config(decoder=True).num_hidden_layers  # fewer while it drafts for itself
-        expected = {layer for layer in self.edits if layer < blocks or layer in self.fired}
+        """Check that every block was hooked in this pass."""
         when = "in this training step" if self.tokens.training else "in this forward pass"
-        _check(expected - self.tokens.fired if blocks else set(), when)
+        _check(self.edits.keys() - self.tokens.fired, when)
 
     def before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Check, before an optimizer's step, that the edits took part in what led to it."""
@@ -92,10 +92,8 @@ class Run:
 
     def end(self) -> None:
         """Check that every block was hooked inside the `with`."""
-        thread = (
-            "" if not self.elsewhere else "; it ran in another thread: start that by contextvars.copy_context().run"
-        )
-        _check(self.edits.keys() - self.fired, "inside the `with`", thread)
+        thread = "; it ran in another thread: start that by contextvars.copy_context().run"
+        _check(self.edits.keys() - self.fired, "inside the `with`", thread * self.elsewhere)
 
 
 def _check(silent: set[int], when: str, why: str = "") -> None:
@@ -113,6 +111,16 @@ def address_of(args: tuple) -> int:
 
 active: ContextVar[tuple[Run, ...]] = ContextVar("edits", default=())
 """This thread's `edit_blocks` that are open and not paused, the outermost first."""
+
+
+@contextmanager
+def without(runs: Sequence[Run]) -> Iterator[None]:
+    """Suspend some of this thread's runs."""
+    active.set(tuple(run for run in active.get() if run not in runs))
+    try:
+        yield
+    finally:
+        active.set((*runs, *active.get()))
 
 
 def adapters(model: nn.Module) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 import inspect
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,39 +14,47 @@ from transformers import GenerationMixin
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import decoder_layers
 from persona_vectors.model.calls import call_of, follow_calls
-from persona_vectors.model.runs import Run, active, adapters, address_of
+from persona_vectors.model.runs import Run, active, adapters, address_of, without
 
 _lock = threading.RLock()
 _stations: dict[int, "_Station"] = {}
 _eager: list[Any] = []
-"""The compiler's stance while any edit is open: nothing compiled."""
+"""The compiler's stance while any edit is open, nothing compiled, and the runs that are open."""
 
 
 @contextmanager
 def open_on(model: Any, run: Run) -> Iterator[None]:
     """Hook the model for a run: nothing is left of it afterwards."""
+    with ExitStack() as stack:
+        station = _enter(model, run)
+        stack.callback(_leave, station, run)
+        stack.callback(register_optimizer_step_pre_hook(run.before_step).remove)
+        generator = next((module for module in station.chain if isinstance(module, GenerationMixin)), None)
+        if generator is not None:
+            calls = follow_calls(
+                generator, hooked=station.runs, unhooked=lambda: without(station.runs()), lend=station.lend
+            )
+            stack.enter_context(calls)
+        yield
+
+
+def _enter(model: Any, run: Run) -> "_Station":
     with _lock:
-        station = _stations.setdefault(id(run.decoder), _Station(run.decoder))
-        station.add(model, run)
         if not _eager:
             _eager.append(torch.compiler.set_stance("force_eager"))
         _eager.append(run)
-    step = register_optimizer_step_pre_hook(run.before_step)
-    generator = next((m for m in station.around(model) if isinstance(m, GenerationMixin)), None)
-    try:
-        if generator is None:
-            yield
-        else:
-            with follow_calls(generator, hooked=station.runs, unhooked=station.without, lend=station.lend):
-                yield
-    finally:
-        step.remove()
-        with _lock:
-            if station.remove(run):
-                del _stations[id(run.decoder)]
-            _eager.remove(run)
-            if len(_eager) == 1:
-                _eager.pop().__exit__(None, None, None)
+        station = _stations.setdefault(id(run.decoder), _Station(run.decoder))
+        station.add(model, run)
+        return station
+
+
+def _leave(station: "_Station", run: Run) -> None:
+    with _lock:
+        if station.remove(run):
+            del _stations[id(run.decoder)]
+        _eager.remove(run)
+        if len(_eager) == 1:
+            _eager.pop().__exit__(None, None, None)
 
 
 class _Station:
@@ -54,6 +62,8 @@ class _Station:
 
     def __init__(self, decoder: nn.Module) -> None:
         self.decoder = decoder
+        self.chain: list[nn.Module] = []
+        """The decoder and the modules that contain it in the model that was hooked last, the outermost first."""
         self.open: list[Run] = []
         self.hooks: dict[nn.Module | int, Any] = {}
         self.signatures: dict[nn.Module, inspect.Signature] = {}
@@ -65,26 +75,22 @@ class _Station:
         self.policy: tuple[Any, ...] | None = None
         """The adapters of the last training pass with gradients."""
 
-    def around(self, model: nn.Module) -> list[nn.Module]:
-        """Return the decoder and the modules that contain it, the outermost first."""
-        path = next(name for name, module in model.named_modules() if module is self.decoder)
-        return [module for name, module in model.named_modules() if name == "" or f"{path}.".startswith(f"{name}.")]
-
     def add(self, model: Any, run: Run) -> None:
+        """Hook what a run needs and other runs have not."""
         self.open.append(run)
-        self.root, self.encoder_decoder = model, bool(model.config.is_encoder_decoder)
-        for module in self.around(model):
+        self.encoder_decoder = bool(model.config.is_encoder_decoder)
+        path = next(name for name, module in model.named_modules() if module is self.decoder)
+        names = [name for name, _ in model.named_modules() if name == "" or f"{path}.".startswith(f"{name}.")]
+        self.chain = [model.get_submodule(name) for name in names]
+        for module in self.chain:
             if module not in self.hooks:
                 self.signatures[module] = inspect.signature(module.forward)
                 self.hooks[module] = module.register_forward_pre_hook(self._before, with_kwargs=True)
         if -1 not in self.hooks:
             self.hooks[-1] = self.decoder.register_forward_hook(self._after)
-        for layer in run.edits:
-            if layer not in self.hooks:
-                block = decoder_layers(model)[
-                    layer
-                ]  # ahead of transformers' lasting hooks, which capture hidden states
-                self.hooks[layer] = block.register_forward_hook(self._block(layer), prepend=True)
+        blocks = decoder_layers(model)
+        for layer in run.edits.keys() - self.hooks.keys():  # ahead of transformers' lasting hooks, which capture states
+            self.hooks[layer] = blocks[layer].register_forward_hook(self._block(layer), prepend=True)
 
     def remove(self, run: Run) -> bool:
         """Remove what only this run needs; returns whether none is left."""
@@ -98,16 +104,6 @@ class _Station:
         """Return this thread's runs on this model, the outermost first."""
         own = [run for run in active.get() if run.decoder is self.decoder]
         return own or list(getattr(self.local, "lent", ()))
-
-    @contextmanager
-    def without(self) -> Iterator[None]:
-        """Suspend this thread's runs on this model."""
-        mine = self.runs()
-        before = active.set(tuple(run for run in active.get() if run not in mine))
-        try:
-            yield
-        finally:
-            active.reset(before)
 
     @contextmanager
     def lend(self) -> Iterator[None]:
@@ -132,7 +128,7 @@ class _Station:
             for run in self.open:
                 run.elsewhere = True
             return None
-        if module is self.root or not hasattr(self.local, "outer"):
+        if module is self.chain[0] or not hasattr(self.local, "outer"):
             self.local.outer = []
         if module is not self.decoder:
             if not self.encoder_decoder:  # there the modules around it are given the encoder's tokens
@@ -172,7 +168,7 @@ class _Station:
         text, ids = first("input_ids"), given.get("input_ids")
         if ids is None and text is not None and text.shape[:2] == read.shape[:2]:
             ids = text
-        call = next((call for call in map(call_of, self.around(self.root)) if call is not None), None)
+        call = next((call for call in map(call_of, self.chain) if call is not None), None)
         caches = [each.get("cache", each.get("past_key_values", each.get("cache_params"))) for each in [*outer, given]]
         if call is None:  # an adapter's prefix is a cache that the caller did not give
             caches[1:] = []
@@ -193,15 +189,15 @@ class _Station:
     def _is_policy(self) -> bool:
         """Say whether the adapters are those that are trained: a reference of the same weights has others, or none."""
         if torch.is_grad_enabled():
-            self.policy = adapters(self.root)
+            self.policy = adapters(self.chain[0])
             return True
-        own = adapters(self.root)
+        own = adapters(self.chain[0])
         return own[:1] != (True,) and self.policy in (None, own)
 
     def _start(self, runs: list[Run], found: dict[str, Any]) -> None:
         try:
+            tokens = [run.tokens for run in runs]
             for place, run in enumerate(runs):
-                tokens = [other.tokens for other in runs]
                 run.start_pass(found, tokens[:place], tokens[place + 1 :])
         except InputError as error:
             self.error = error

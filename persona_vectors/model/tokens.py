@@ -1,6 +1,5 @@
 """Which tokens a forward pass reads: padding, prompt or answer, and which of them an edit applies to."""
 
-import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -93,16 +92,14 @@ class Tokens:
             self.begin = length
         else:  # without a cache each pass reads everything so far; the state of a state-space model counts nothing
             self.begin = 0 if not same or self.width > self._seen else self._seen
-        if not same and text_width is not None:  # prompt tuning puts virtual tokens before the text
-            self.virtual = max(self.width - text_width, 0)
+        if not same and self.input_ids is None:  # prompt tuning puts virtual tokens before the text
+            if call is not None and call.text and call.width is not None:
+                text_width = call.width - self.begin
+            self.virtual = 0 if text_width is None else max(self.width - text_width, 0)
         if call is not None:
             self.starts = not same
             if self.starts:
-                width = self.begin + self.width if call.width is None else call.width
-                self.virtual = (
-                    max(self.virtual, self.begin + self.width - width) if call.embeds and self.input_ids is None else 0
-                )
-                self.boundary = width + self.virtual
+                self.boundary = self.begin + self.width if call.width is None else call.width + self.virtual
             call.read = self.begin + self.width
         elif cache is not None:
             continues = self.width == 1 and (same or self.begin > 0)
@@ -170,9 +167,8 @@ class Tokens:
             return values[self.sequence.to(values.device)]
         if count == self.batch:
             return values[:, None]
-        if (
-            self.call is not None and count == self.call.prompts and self.batch % count == 0
-        ):  # beams, or several samples
+        prompts = self.call.prompts if self.call is not None else None
+        if count == prompts and self.batch % count == 0:  # beams, or several samples
             return values.repeat_interleave(self.batch // count, dim=0)[:, None]
         raise InputError(f"{what} has {count} rows for a batch of {self.batch}: give one for each row, or one for all")
 
@@ -221,10 +217,6 @@ class Tokens:
             predicts &= nn.functional.pad(self.sequence[:, 1:] == self.sequence[:, :-1], (0, 1))
         counted = counted | predicts
         return counted if self.mask is None else counted & self.mask
-
-    def copy(self) -> "Tokens":
-        """Return these tokens as they are now, for a block that is run again in `backward`."""
-        return copy.copy(self)
 
 
 def check_positions(positions: str | Tensor) -> None:

@@ -60,12 +60,12 @@ class _Call:
         self.tokens, self.real = _Columns(), _Columns()
         self.columns = {layer: _Columns() for layer in layers}
 
-    def add(self, columns: _Columns, part: Tensor, tokens: Tokens) -> None:
-        """Take in what is new of a pass, [batch, token, ...]; an uncached pass reads again what is known."""
+    def new(self, columns: _Columns, tokens: Tokens) -> int:
+        """Return where in a pass what is new begins: an uncached one reads again what is known."""
         place = tokens.begin - self.begin
         if 0 < place < columns.width:
-            columns.crop(place)
-        columns.add(tokens.unpack(part if place else part[:, columns.width :]))
+            columns.crop(place)  # drafts that were not accepted
+        return 0 if place else columns.width
 
     def add_tokens(self, tokens: Tokens) -> None:
         """Take in the ids of a pass, and which of a prompt's tokens are real."""
@@ -73,9 +73,11 @@ class _Call:
         shape = (tokens.batch, tokens.width)
         if ids is None:
             ids = torch.full(shape, -1, device=tokens.device)
-        self.add(self.tokens, ids.clone(), tokens)  # a view would keep all of it
+        new = self.new(self.tokens, tokens)
+        self.tokens.add(tokens.unpack(ids[:, new:].clone()))  # a view would keep all of it
         if self.real.width < self.prompt_width:
-            self.add(self.real, torch.ones(shape, dtype=torch.bool) if mask is None else mask, tokens)
+            real = torch.ones(shape, dtype=torch.bool) if mask is None else mask
+            self.real.add(tokens.unpack(real[:, new:]))
 
     @property
     def width(self) -> int:
@@ -168,8 +170,10 @@ class Trace:
         call = self._calls[-1]
         if self._units[layer].device != hidden.device:
             self._units[layer] = self._units[layer].to(hidden.device)
-        call.add(call.columns[layer], projections(hidden.detach(), self._units[layer]), tokens)
-        return call.columns[layer].width - call.prompt_width
+        columns = call.columns[layer]
+        new = hidden[:, call.new(columns, tokens) :].detach()
+        columns.add(tokens.unpack(projections(new, self._units[layer])))
+        return columns.width - call.prompt_width
 
     def _readings(self, call: _Call) -> Readings:
         width = call.width

@@ -81,9 +81,8 @@ def steer_rows(model: Model, rows: Sequence[RowEdit | None]) -> Iterator[None]:
             at.setdefault(row.positions, torch.zeros(len(rows), hidden, dtype=torch.float32))[index] = (
                 finite(row.coef) * row.vector.direction(row.layer).float()
             )
-    with edit_blocks(
-        model, {layer: _in_turn([_add(1.0, s, p) for p, s in at.items()]) for layer, at in shifts.items()}
-    ):
+    edits = {layer: _in_turn([_add(1.0, shift, p) for p, shift in at.items()]) for layer, at in shifts.items()}
+    with edit_blocks(model, edits):
         yield
 
 

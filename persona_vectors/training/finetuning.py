@@ -40,8 +40,6 @@ def training_rows(
 
     Raises InputError, with file and line, for a record that is no conversation.
     """
-    if turns not in ("last", "all"):
-        raise InputError(f"turns is {turns!r}: give last or all")
     several = isinstance(data, (list, tuple)) and all(isinstance(each, (str, Path)) for each in data)
     given: Any = data
     sources: list[Any] = list(given) if several else [given]
@@ -50,7 +48,11 @@ def training_rows(
         for talk in read_talks(source, columns=columns, split=split):
             if isinstance(talk, InputError):
                 raise talk
-            for whole in _rows(tokenizer, talk, talk.answers if turns == "all" else talk.answers[-1:]):
+            try:
+                whole_rows = _rows(tokenizer, talk, talk.chosen(turns))
+            except InputError as error:
+                raise InputError(f"{talk.where}: {error}") from None
+            for whole in whole_rows:
                 row = {name: values[:max_length] for name, values in whole.items()}
                 cut += all(label == -100 for label in row["labels"])
                 rows.append(row)

@@ -20,7 +20,7 @@ MAX_LAYERS, MAX_HIDDEN = 1024, 2**16
 _MAX_PICKLE = 2**22
 _MAX_GGUF_READS = 2**17
 GGUF_BLOCK_0 = "persona_vectors.direction.0"
-"""Where block 0's direction is kept: llama.cpp refuses a file with a tensor direction.0."""
+"""Where block 0's direction is kept: readers of GGUF refuse a file with a tensor direction.0."""
 _GGUF_TEXTS = ("general.architecture", "controlvector.model_hint")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _GLOBALS = {
@@ -135,7 +135,7 @@ def _read_gguf(path: Path) -> dict[str, Any]:
     if texts.get("general.architecture") != "controlvector":
         raise InputError(
             f"{path} is a GGUF file of {texts.get('general.architecture', 'no architecture')!r}: "
-            "give one of 'controlvector', as repeng and llama.cpp write them"
+            "give one of 'controlvector', as repeng writes them"
         )
     directions: dict[int, Tensor] = {}
     for tensor in reader.tensors:

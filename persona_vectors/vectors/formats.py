@@ -13,7 +13,7 @@ FORMATS = {
     "gguf": ".gguf",
     "safetensors": ".safetensors",
 }
-"""Each format's name and file suffix. "gguf" is the control vector of repeng and llama.cpp."""
+"""Each format's name and file suffix. "gguf" is the control vector of repeng and of servers of GGUF models."""
 _OFFICIAL_POOLING = {"response_avg": "response_mean", "prompt_avg": "prompt_mean", "prompt_last": "prompt_last"}
 
 

@@ -49,6 +49,10 @@ class PersonaVector:
     """How it was made: counts, judge, thresholds, sampling, seed, hashes, versions. Empty: unknown."""
 
     def __post_init__(self) -> None:
+        if self.directions.ndim != 2:
+            raise InputError(
+                f"directions is {list(self.directions.shape)}: give [layer, hidden], a row a decoder block"
+            )
         layers = self.directions.shape[0]
         for name in _TENSORS[1:]:
             value = getattr(self, name)

@@ -61,7 +61,7 @@ def agrees(case: Case, seen: list[Seen], change: Change | None) -> None:
         _, without = plain(case.model, each)
         if each.logits is not None:
             torch.testing.assert_close(each.logits.float(), logits, rtol=case.tolerance, atol=case.tolerance)
-        elif hasattr(each, "total"):
+        elif each.total is not None:
             scores = logits.log_softmax(-1)[range(each.prompt - 1, len(each.tokens) - 1), each.tokens[each.prompt :]]
             torch.testing.assert_close(scores.sum(), torch.tensor(each.total), rtol=case.tolerance, atol=case.tolerance)
         else:
@@ -144,9 +144,8 @@ def monitored(case: Case) -> None:
     with monitor(case.model, v, layer=LAYER, stops=[]) as trace:
         seen = case.run()
     assert len(trace.calls) == 1, f"{len(trace.calls)} calls"
-    if any(hasattr(each, "total") for each in seen):
-        return  # rows move between beams: test_beams_are_followed has the values
-    values = trace["t"]
+    beams = seen[0].beams
+    values = trace["t"] if beams is None else trace.last.follow_beams(beams)["t"]
     assert len(values) == len(seen)
     for each, row in zip(seen, values):
         state, _ = plain(case.model, each)

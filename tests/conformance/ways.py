@@ -32,6 +32,10 @@ class Seen:
     prompt: int
     row: int
     logits: Tensor | None = None
+    total: float | None = None
+    """In beam search, the answer's log-probability,"""
+    beams: Tensor | None = None
+    """and the rows that all answers' tokens came from."""
 
 
 @dataclass
@@ -202,9 +206,8 @@ def beams() -> Iterator[Case]:
         found = []
         for index, row in enumerate(output.sequences.tolist()):
             tokens = row[ids.shape[1] - len(PROMPTS[index]) :]
-            seen = Seen(tokens, len(PROMPTS[index]), index)
-            seen.total = float(output.sequences_scores[index])  # type: ignore[attr-defined]
-            found.append(seen)
+            total = float(output.sequences_scores[index])
+            found.append(Seen(tokens, len(PROMPTS[index]), index, total=total, beams=output.beam_indices))
         return found
 
     yield Case(model, run, tolerance=1e-3)

@@ -133,7 +133,7 @@ def test_half_a_surrogate_pair_and_packed_files_are_named(tmp_path):
         b'{"question": "q", "answer": "b \\ud83d c"}\n{"question": "q", "answer": "a"}\n'
     )
     first, second = read_samples(tmp_path / "d.jsonl")
-    assert isinstance(first, InputError) and "line 1: its text holds half a surrogate pair" in str(first)
+    assert isinstance(first, InputError) and "line 1: character 2 of a text is half a surrogate pair" in str(first)
     assert second.answer == "a"
     (tmp_path / "d.jsonl.gz").write_bytes(b"\x1f\x8b")
     with pytest.raises(InputError, match=r"d.jsonl.gz is packed: unpack it first"):

@@ -1,5 +1,7 @@
 """Other people's defaults and settings do not leak in: generation config, dtype, templates, hooks, text."""
 
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -226,3 +228,6 @@ def test_buffers_and_offloaded_weights_count_in_the_fingerprint(tmp_path):
 def test_a_vector_of_one_dimension_says_what_is_allowed():
     with pytest.raises((InputError, TypeError)):
         PersonaVector(trait="t", model="m", directions=torch.ones(32))
+    code = "import torch, persona_vectors as pv; pv.PersonaVector(trait='t', model='m', directions=torch.ones(32))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "directions is [32]: give [layer, hidden]" in done.stderr, done.stderr
