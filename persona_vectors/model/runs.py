@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.tokens import Tokens
 
-Edit = Callable[[Float[Tensor, "batch token hidden"], Tokens], "Float[Tensor, 'batch token hidden'] | None"]
+Edit = Callable[[Float[Tensor, "batch token hidden"], Tokens], Float[Tensor, "batch token hidden"] | None]
 
 
 class EnoughRead(Exception):
