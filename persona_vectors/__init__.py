@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.evaluation.plots import plot_sweep
     from persona_vectors.evaluation.points import Sweep
     from persona_vectors.evaluation.sweeping import sweep
-    from persona_vectors.extraction.difference import extract, extract_from
+    from persona_vectors.extraction.difference import extract, extract_from, extract_poolings_from
     from persona_vectors.extraction.rollouts import load_rollouts
     from persona_vectors.extraction.trait_writer import write_trait
     from persona_vectors.flagging.compare import compare_datasets
@@ -72,7 +72,7 @@ _WHERE = {
     "evaluation.plots": ["plot_sweep"],
     "evaluation.points": ["Sweep"],
     "evaluation.sweeping": ["sweep"],
-    "extraction.difference": ["extract", "extract_from"],
+    "extraction.difference": ["extract", "extract_from", "extract_poolings_from"],
     "extraction.rollouts": ["load_rollouts"],
     "extraction.trait_writer": ["write_trait"],
     "flagging.compare": ["compare_datasets"],

@@ -8,6 +8,7 @@ from persona_vectors.cli.options import (
     Json,
     Load,
     ModelArg,
+    Positions,
     Seed,
     VectorArgs,
     app,
@@ -29,6 +30,7 @@ def contrast(
     doses: Annotated[str, typer.Option(help="doses to choose from, fractions of the residual norm")] = "0.1,0.2,0.4",
     controls: Annotated[int, typer.Option(help="random vectors of the same norm, half of each kind", min=2)] = 100,
     max_perplexity: Annotated[float, typer.Option(help="highest on plain facts, times the plain model's")] = 1.5,
+    positions: Positions = "all",
     seed: Seed = 0,
     as_json: Json = False,
     load: Load,
@@ -47,6 +49,7 @@ def contrast(
     loaded_vectors = load_vectors(vectors)
     statements = {vector.trait: load_statements(vector.trait) for vector in loaded_vectors}
     options: dict[str, Any] = {"doses": numbers(doses, option="--doses"), "controls": controls, "seed": seed}
+    options["positions"] = positions
     loaded, tokenizer = load(model)
     found = []
     for vector in loaded_vectors:

@@ -15,6 +15,7 @@ from persona_vectors.cli.options import (
     Load,
     MaxNewTokens,
     ModelArg,
+    Positions,
     Samples,
     Seed,
     System,
@@ -41,13 +42,14 @@ def evaluate(
     layer: Annotated[int | None, typer.Option(help="the block to steer at")] = None,
     coef: Annotated[float | None, typer.Option(help="times the vector")] = None,
     dose: Annotated[float | None, typer.Option(help="instead of --coef: a fraction of the residual norm")] = None,
+    positions: Positions = "all",
     cap: Annotated[float | None, typer.Option(help="instead of steering: keep the projection at or below this")] = None,
     system: System = None,
     judge: Annotated[str, typer.Option(help=JUDGES)] = "contrast",
     check_judge: Annotated[
         bool, typer.Option("--check-judge", help="refuse a judge that cannot tell the trait's exemplars apart")
     ] = False,
-    samples: Samples = 1,
+    samples: Samples = 3,
     max_new_tokens: MaxNewTokens = 128,
     seed: Seed = 0,
     as_json: Json = False,
@@ -76,7 +78,7 @@ def evaluate(
             return nullcontext()
         if cap is not None:
             return bounds.cap(loaded, loaded_vector, layer=layer, limit=cap)
-        return add.steer(loaded, loaded_vector, layer=layer, coef=coef, dose=dose)
+        return add.steer(loaded, loaded_vector, layer=layer, coef=coef, dose=dose, positions=positions)
 
     rows = []
     for name, prompt in [("plain", None), ("with the options", system)]:
@@ -150,9 +152,10 @@ def sweep(
     doses: Annotated[list[str] | None, typer.Option(help="instead of --coefs: fractions of the residual norm")] = None,
     judge: Annotated[str, typer.Option(help=JUDGES)] = "contrast:2",
     controls: Annotated[int, typer.Option(help="random vectors of the same norm, half of each kind", min=0)] = 10,
-    samples: Samples = 1,
+    samples: Samples = 3,
     first: First = None,
     gate: Annotated[float, typer.Option(help="least mean coherence of a point that may be chosen")] = 50.0,
+    positions: Positions = "all",
     max_new_tokens: MaxNewTokens = 128,
     batch_tokens: BatchTokens = None,
     out: Annotated[Path | None, typer.Option(help="a folder (default: runs/sweep/MODEL/TRAIT)")] = None,
@@ -178,6 +181,7 @@ def sweep(
     grid["judge"] = _judge(judge, loaded, tokenizer, loaded_trait, load)
     folder = out or Path("runs") / "sweep" / Path(loaded_vector.model).name / loaded_trait.name
     options: dict[str, Any] = {"controls": controls, "samples": samples, "first": first, "gate": gate, "seed": seed}
+    options["positions"] = positions
     options |= {"max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens, "out": folder / "answers.jsonl"}
     result = sweeping.sweep(loaded, tokenizer, loaded_trait, loaded_vector, **grid, **options)
     _write_sweep(result, folder)
@@ -196,7 +200,8 @@ def _write_sweep(result: Any, folder: Path) -> None:
 def _reported(result: Any, asked: int, folder: Path) -> str:
     lines = [
         f"chosen on {asked} extraction questions: layer {result.layer},",
-        f"{result.unit} {result.strength:g}; below, the evaluation questions. Judge: {result.judge}",
+        f"{result.unit} {result.strength:g}; below, {result.points[-1].samples} answers to each evaluation question. "
+        f"Judge: {result.judge}",
         f"{result.unit:>6}  {'':20}{'score [95 %]':24}{'effect [95 %]':24}wrong way  coherence  perplexity",
     ]
     lines += [

@@ -18,6 +18,7 @@ from persona_vectors.cli.options import (
     ModelArg,
     Samples,
     Seed,
+    SkipReasoning,
     TraitArg,
     app,
     echo_table,
@@ -78,7 +79,10 @@ def extract(
     first: First = None,
     max_new_tokens: MaxNewTokens = 1000,
     batch_tokens: BatchTokens = None,
-    pooling: Annotated[str, typer.Option(help="response_mean, prompt_mean or prompt_last")] = "response_mean",
+    pooling: Annotated[
+        str, typer.Option(help="response_mean, prompt_mean or prompt_last; all: one file for each, with --from")
+    ] = "response_mean",
+    skip_reasoning: SkipReasoning = False,
     seed: Seed = 0,
     rollouts: Annotated[Path | None, typer.Option(help="keep the answers here; the same command goes on there")] = None,
     from_: Annotated[
@@ -101,27 +105,36 @@ def extract(
     from persona_vectors.data.traits import load_trait
     from persona_vectors.extraction import difference
     from persona_vectors.extraction.rollouts import load_rollouts
+    from persona_vectors.model.pooling import POOLINGS
 
+    if pooling == "all" and not from_:
+        raise InputError(
+            "--pooling all reads answers that are there: give --from, with --rollouts' file for both sides"
+        )
     loaded_trait = load_trait(trait)
     loaded, tokenizer = load(model)
-    chosen = make_judge(judge or ("none" if from_ else "contrast"), loaded, tokenizer, loaded_trait, load)
+    options: dict[str, Any] = {"batch_tokens": batch_tokens, "skip_reasoning": skip_reasoning}
+    chosen = options["judge"] = make_judge(
+        judge or ("none" if from_ else "contrast"), loaded, tokenizer, loaded_trait, load
+    )
     if from_:
         sides = zip(("pos", "neg"), from_)
         reading: dict[str, Any] = {"trait": loaded_trait, "tokenizer": tokenizer}
         reading["scored"] = not unfiltered and chosen is None
         ready = [rollout for side, path in sides for rollout in load_rollouts(path, side=side, **reading)]
-        options: dict[str, Any] = {"judge": chosen, "pooling": pooling, "batch_tokens": batch_tokens}
-        options["unfiltered"] = unfiltered
-        vector = difference.extract_from(loaded, tokenizer, loaded_trait, ready, **options)
+        options |= {"unfiltered": unfiltered, "poolings": POOLINGS if pooling == "all" else [pooling]}
+        vectors = list(difference.extract_poolings_from(loaded, tokenizer, loaded_trait, ready, **options).values())
     else:
         drawing: dict[str, Any] = {"samples": samples, "first": first, "max_new_tokens": max_new_tokens, "seed": seed}
-        options = {"judge": chosen, "pooling": pooling, "batch_tokens": batch_tokens, "rollouts": rollouts}
-        vector = difference.extract(loaded, tokenizer, loaded_trait, **drawing, **options)
-    path = out or Path("vectors") / Path(vector.model).name / f"{vector.trait}.safetensors"
-    arguments = [Path(text).name if text.startswith("/") else text for text in sys.argv[1:]]
-    replace(vector, info={**vector.info, "command": shlex.join(["persona-vectors", *arguments])}).save(path)
-    info = vector.info
+        options |= {"pooling": pooling, "rollouts": rollouts}
+        vectors = [difference.extract(loaded, tokenizer, loaded_trait, **drawing, **options)]
+    info = vectors[0].info
     limit = "no filter" if info["threshold"] is None else f"filter at {info['threshold']:g}"
     answers = f"{info['pos_answers']} positive and {info['neg_answers']} negative answers"
     typer.echo(f"{info['pairs_kept']} pairs kept of {answers} ({limit})")
-    typer.echo(f"{vector!r} -> {path}")
+    arguments = [Path(text).name if text.startswith("/") else text for text in sys.argv[1:]]
+    for vector in vectors:
+        path = out or Path("vectors") / Path(vector.model).name / f"{vector.trait}.safetensors"
+        path = path.with_suffix(f".{vector.pooling}{path.suffix}") if pooling == "all" else path
+        replace(vector, info={**vector.info, "command": shlex.join(["persona-vectors", *arguments])}).save(path)
+        typer.echo(f"{vector!r} -> {path}")

@@ -13,6 +13,7 @@ from persona_vectors.cli.options import (
     LayerOption,
     Load,
     ModelArg,
+    SkipReasoning,
     VectorArgs,
     app,
     echo_table,
@@ -47,6 +48,7 @@ def flag(
     on_error: Annotated[str, typer.Option(help="what is no sample: stop there, or skip and count it")] = "stop",
     max_length: Annotated[int | None, typer.Option(help="cut longer samples (default: the model's context)")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="most tokens of a generated baseline", min=1)] = 256,
+    skip_reasoning: SkipReasoning = False,
     reference: Annotated[str | None, typer.Option(help="neutral samples for the percentiles, or their flags")] = None,
     threshold: Annotated[float | None, typer.Option(help="flag from this difference on")] = None,
     percentile: Annotated[float | None, typer.Option(help="or from this percentile (with --reference: 95)")] = None,
@@ -76,6 +78,7 @@ def flag(
     options: dict[str, Any] = {"out": out, "baseline": baseline, "answers": answers, **reading}
     options |= {"on_error": on_error, "turns": turns}
     options |= {"max_length": max_length, "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
+    options["skip_reasoning"] = skip_reasoning
     options |= {"reference": reference, "threshold": threshold, "percentile": percentile}
     found = run.flag(loaded, tokenizer, data, loaded_vectors, layer=where, cache=cache, workers=workers, **options)
     echo_table(found.rows(), as_json=as_json, text=lambda: repr(found))

@@ -27,6 +27,7 @@ VectorArgs = Annotated[
 LayerOption = Annotated[
     list[str], typer.Option(metavar="LAYER", help="decoder blocks from 0: 13, or 13,22, or 10-20, or all; repeatable")
 ]
+Positions = Annotated[str, typer.Option(help="where the vector is added: all, prompt or response")]
 Questions = Annotated[list[str], typer.Option("--question", help="a question to answer; repeat for more")]
 System = Annotated[str | None, typer.Option(help="a system prompt")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy", min=0)]
@@ -38,6 +39,7 @@ Seed = Annotated[int, typer.Option(help="random seed: the same run gives the sam
 Samples = Annotated[int, typer.Option(help="answers to each question", min=1)]
 First = Annotated[int | None, typer.Option(help="take only the first N extraction questions", min=1)]
 MaxNewTokens = Annotated[int, typer.Option(help="most tokens of an answer", min=1)]
+SkipReasoning = Annotated[bool, typer.Option("--skip-reasoning", help="leave out what stands inside <think></think>")]
 BatchTokens = Annotated[int | None, typer.Option(help="tokens a batch: lower it when memory runs out")]
 Json = Annotated[bool, typer.Option("--json", help="print the table as JSON, and nothing else")]
 

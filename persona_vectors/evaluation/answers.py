@@ -129,7 +129,7 @@ def evaluate(
     *,
     judge: Judge | None,
     questions: Sequence[str] | None = None,
-    samples: int = 1,
+    samples: int = 3,
     system: str | None = None,
     max_new_tokens: int = 128,
     temperature: float = 1.0,
@@ -139,7 +139,8 @@ def evaluate(
     """Answer the trait's evaluation questions and have the answers judged.
 
     It is the model as it stands that answers: inside `with pv.steer(...)` or `pv.cap(...)` the edited one, while the
-    judge reads the plain one. `questions` replaces the trait's own.
+    judge reads the plain one. `questions` replaces the trait's own; each gets `samples` answers, so that
+    the intervals hold over draws as well as over questions. Greedy answers are all alike, and one is taken.
 
     Raises InputError where there is no question, or the judge abstained on every answer.
     """
@@ -149,6 +150,7 @@ def evaluate(
         raise InputError(
             f"trait {trait.name!r} has no questions to evaluate on: add questions.eval, or give questions="
         )
+    samples = samples if temperature else 1
     asks = [Ask(question, system) for question in asked for _ in range(samples)]
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     batches = answer_batches(model, tokenizer, asks, seed=seed, batch_tokens=batch_tokens, **options)

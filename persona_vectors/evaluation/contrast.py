@@ -35,6 +35,8 @@ class ContrastEffect(Table):
     dose: float
     coef: float
     """What the dose is, as a multiple of the vector."""
+    positions: str
+    """Where the vectors were added: see `steer`."""
     effect: Interval
     flipped: Interval
     """The effect of minus the vector."""
@@ -49,11 +51,12 @@ class ContrastEffect(Table):
 
     def edit(self, vector: PersonaVector) -> RowEdit:
         """Return the chosen edit, of the vector that this is the effect of."""
-        return RowEdit(vector, self.layer, self.coef)
+        return RowEdit(vector, self.layer, self.coef, self.positions)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row: the chosen edit, its effect, and what it is held against."""
         row: dict[str, Any] = {"trait": self.trait, "layer": self.layer, "dose": self.dose, "coef": self.coef}
+        row["positions"] = self.positions
         row |= self.effect.columns("effect") | self.flipped.columns("flipped")
         row |= {"random_max": max(self.random), "beaten": self.beaten}
         row |= {"band_min": min(self.band), "band_max": max(self.band)}
@@ -84,12 +87,14 @@ def contrast_effect(
     trait: Trait | None = None,
     controls: int = 100,
     max_perplexity: float = 1.5,
+    positions: str = "all",
     seed: int = 0,
 ) -> ContrastEffect:
     """Choose a layer and dose on the first statement pairs, and measure the effect on the others beside its controls.
 
     Chosen is the largest effect among the points at which the perplexity on plain facts is at most `max_perplexity`
     times the plain model's. The controls are steered with at the chosen point; they chose none of their own.
+    `positions` are those of `steer`.
 
     Raises InputError where no point passes that gate.
     """
@@ -99,14 +104,14 @@ def contrast_effect(
         raise InputError("contrast_effect needs one layer and one positive dose, or more")
     if controls < 2:
         raise InputError(f"controls is {controls}: give 2 random vectors or more, half of them isotropic")
-    grid = [RowEdit(vector, k, dose * per_dose(vector, k)) for k in layers for dose in doses]
+    grid = [RowEdit(vector, k, dose * per_dose(vector, k), positions) for k in layers for dose in doses]
     best, perplexity = _best(model, tokenizer, choosing, grid, max_perplexity)
     chosen = grid[best]
     noise = random_vectors(model, tokenizer, vector, layer=chosen.layer, count=controls, seed=seed)
     prompts = [trait.system_prompt("pos", pair) for pair in range(len(trait.instruction))] if trait else []
     groups = {
         "own": [State(), State(chosen), State(chosen._replace(coef=-chosen.coef))],
-        "random": [State(RowEdit(control, chosen.layer, chosen.coef)) for control in noise],
+        "random": [State(RowEdit(control, chosen.layer, chosen.coef, positions)) for control in noise],
         "band": [State(system=system) for system in assistant_prompts()],
         "prompted": [State(system=system) for system in prompts],
     }
@@ -118,6 +123,7 @@ def contrast_effect(
         layer=int(chosen.layer),
         dose=doses[best % len(doses)],
         coef=chosen.coef,
+        positions=positions,
         effect=by_pair(effects["own"][1]),
         flipped=by_pair(effects["own"][2]),
         random=tuple(effects["random"].mean(dim=1).tolist()),

@@ -38,6 +38,8 @@ class Point:
     """The share of questions that moved against the coefficient's sign."""
     perplexity: float
     """On plain facts, under the edit and without a system prompt."""
+    samples: int = 1
+    """How many answers to each question."""
 
     @property
     def place(self) -> int:
@@ -67,6 +69,8 @@ class Sweep(Table):
     strength: float
     coef: float
     points: tuple[Point, ...]
+    positions: str = "all"
+    """Where the vectors were added: see `steer`."""
 
     def stage(self, stage: str) -> list[Point]:
         """Return the points of "choose" or of "report"."""
@@ -80,6 +84,7 @@ class Sweep(Table):
     def rows(self) -> list[dict[str, Any]]:
         """Return one row a point; an interval is three columns: score, score_low, score_high."""
         shared = {"trait": self.trait, "model": self.model, "judge": self.judge, "unit": self.unit}
+        shared["positions"] = self.positions
         return [shared | point.row() for point in self.points]
 
     def save_csv(self, path: str | Path) -> None:

@@ -39,9 +39,10 @@ def sweep(
     coefs: Sequence[float] | None = None,
     doses: Sequence[float] | None = None,
     controls: int = 10,
-    samples: int = 1,
+    samples: int = 3,
     first: int | None = None,
     gate: float = 50.0,
+    positions: str = "all",
     max_new_tokens: int = 128,
     temperature: float = 1.0,
     seed: int = 0,
@@ -54,7 +55,8 @@ def sweep(
     `gate`. There the evaluation questions are answered: at every strength and at minus the chosen one, with `controls`
     random vectors of the same norm (half isotropic, half with the covariance of real activations), and under the
     trait's own instructions, the ceiling. `coefs` multiply the vector, `doses` are fractions of the residual norm;
-    `first` takes only so many extraction questions.
+    `positions` are those of `steer`. Reported are `samples` answers to each evaluation question (one where they are
+    greedy), so that intervals hold over draws too; one answer to each of the `first` extraction questions chooses.
 
     Answers and scores are kept in the JSONL file `out` as they come, by vector, layer, coefficient, system prompt,
     question and seed: a run that was killed, or a larger one, generates only what the file lacks.
@@ -67,29 +69,28 @@ def sweep(
     if not chooses or not reports:
         raise InputError(f"trait {trait.name!r} lacks questions to choose with (extract) or to report on (eval)")
     vector.check_fits(*model_shape(model))
-
-    edit = partial(_edit, vector, doses is not None)
+    edit = partial(_edit, vector, doses is not None, positions)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    judged = {"trait_hash": hash_of(trait.model_dump()), "judge": judge_name(judge)}
     with writing(out):
+        judged = {"trait_hash": hash_of(trait.model_dump()), "judge": judge_name(judge)}
         ledger = Ledger(out, {**identity(model, tokenizer), **judged, **sampling})
-        runner = _Runner(model, tokenizer, trait, judge, samples, seed, ledger)
+        runner = _Runner(model, tokenizer, trait, judge, seed, ledger)
         options = {**sampling, "batch_tokens": batch_tokens}
         grid: dict[Case, RowEdit | None] = {(trait.name, k, s): edit(k, s) for k in layers for s in strengths}
-        points = runner.run("choose", {(PLAIN, None, 0.0): None, **grid}, chooses, options)
+        points = runner.run("choose", {(PLAIN, None, 0.0): None, **grid}, chooses, 1, options)
         best = choose(points, trait.name, gate)
         place, strength = best.place, best.strength
         noise = random_vectors(model, tokenizer, vector, layer=place, count=controls, seed=seed)
         cases: dict[Case, RowEdit | None] = {(PLAIN, None, 0.0): None, (PROMPTED, None, 0.0): None}
         cases |= {(trait.name, place, s): edit(place, s) for s in sorted({*strengths, -strength})}
-        cases |= {(v.trait, place, strength): RowEdit(v, place, best.coef) for v in noise}
-        points += runner.run("report", cases, reports, options)
+        cases |= {(v.trait, place, strength): RowEdit(v, place, best.coef, positions) for v in noise}
+        points += runner.run("report", cases, reports, samples if temperature else 1, options)
     facts = trait.name, model_name(model), judged["judge"], "coef" if doses is None else "dose"
-    return Sweep(*facts, place, strength, best.coef, tuple(points))
+    return Sweep(*facts, place, strength, best.coef, tuple(points), positions)
 
 
-def _edit(vector: PersonaVector, by_dose: bool, layer: int, strength: float) -> RowEdit:
-    return RowEdit(vector, layer, strength * per_dose(vector, layer) if by_dose else strength)
+def _edit(vector: PersonaVector, by_dose: bool, positions: str, layer: int, strength: float) -> RowEdit:
+    return RowEdit(vector, layer, strength * per_dose(vector, layer) if by_dose else strength, positions)
 
 
 def _strengths(coefs: Sequence[float] | None, doses: Sequence[float] | None) -> list[float]:
@@ -105,12 +106,16 @@ class _Runner:
     tokenizer: PreTrainedTokenizerBase
     trait: Trait
     judge: Judge
-    samples: int
     seed: int
     ledger: Ledger
 
     def run(
-        self, stage: str, cases: dict[Case, RowEdit | None], questions: Sequence[str], options: dict[str, Any]
+        self,
+        stage: str,
+        cases: dict[Case, RowEdit | None],
+        questions: Sequence[str],
+        samples: int,
+        options: dict[str, Any],
     ) -> list[Point]:
         """Answer and judge every question in every case, as far as the ledger does not hold it; return the points."""
         asks, keys = [], []
@@ -118,17 +123,17 @@ class _Runner:
             for index, question in enumerate(questions):
                 pair = index % len(self.trait.instruction) if name == PROMPTED else -1
                 system = self.trait.system_prompt("pos", pair) if name == PROMPTED else None
-                asks += [Ask(question, system, edit, pair)] * self.samples
-                keys += [self._key(asks[-1], self.seed + sample) for sample in range(self.samples)]
+                asks += [Ask(question, system, edit, pair)] * samples
+                keys += [self._key(asks[-1], self.seed + sample) for sample in range(samples)]
         self._fill(stage, asks, keys, options)
         found = [self.ledger.found[key] for key in keys]
         check_abstentions(self.judge, [entry["score"] for entry in found])
         perplexities = neutral_perplexity(self.model, self.tokenizer, list(cases.values()))
-        size, points = len(questions) * self.samples, []
-        plain = _by_question(found[:size], "score", self.samples)
+        size, points = len(questions) * samples, []
+        plain = _by_question(found[:size], "score", samples)
         for i, ((name, layer, strength), edit) in enumerate(cases.items()):
             part = found[i * size : (i + 1) * size]
-            scores = _by_question(part, "score", self.samples)
+            scores = _by_question(part, "score", samples)
             moves = [_mean(after) - _mean(before) for before, after in zip(plain, scores)]
             sign = math.copysign(1, strength)
             known = [move for move in moves if not math.isnan(move)]
@@ -140,10 +145,11 @@ class _Runner:
                     edit.coef if edit else 0.0,
                     float(strength),
                     mean_interval(scores),
-                    mean_interval(_by_question(part, "coherence", self.samples)),
+                    mean_interval(_by_question(part, "coherence", samples)),
                     mean_interval([[move] for move in moves]),
                     sum(move * sign < 0 for move in known) / len(known) if known else math.nan,
                     perplexities[i],
+                    samples,
                 )
             )
         return points
@@ -171,7 +177,10 @@ class _Runner:
 
     def _key(self, ask: Ask, seed: int) -> str:
         edit = ask.edit
-        steered = (edit.vector.direction(edit.layer).tolist(), edit.layer, round(edit.coef, 6)) if edit else None
+        steered = None
+        if edit is not None:
+            where = () if edit.positions == "all" else (edit.positions,)
+            steered = (edit.vector.direction(edit.layer).tolist(), edit.layer, round(edit.coef, 6), *where)
         return hash_of([steered, ask.system, ask.question, seed])
 
 

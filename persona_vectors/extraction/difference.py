@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import writing
 from persona_vectors.data.traits import Trait
-from persona_vectors.evaluation.judge import Answer, Judge, judge_name
-from persona_vectors.evaluation.judges import score_both
+from persona_vectors.evaluation.judge import Judge, judge_name
 from persona_vectors.extraction.evidence import mean_difference, separation, split_half_cosine
+from persona_vectors.extraction.filtering import judge_rollouts, pairs, passes, without_reasoning
 from persona_vectors.extraction.rollouts import Rollout, RolloutFile, draw_rollouts, plan
 from persona_vectors.model.blocks import Model, model_name
 from persona_vectors.model.generation import generation_budget, stop_tokens
@@ -31,9 +31,9 @@ MIN_PAIRS = 10
 
 @dataclass
 class _Read:
-    """One pooling of one answer: the mean activation at every layer, and the mean residual norm."""
+    """One answer: the mean activation at every layer for each pooling, and the mean residual norm."""
 
-    mean: Float[Tensor, "layer hidden"]
+    means: Float[Tensor, "pooling layer hidden"]
     norm: Float[Tensor, " layer"]
 
 
@@ -50,6 +50,7 @@ def extract(
     seed: int = 0,
     pooling: str = "response_mean",
     threshold: float = 50.0,
+    skip_reasoning: bool = False,
     batch_tokens: int | None = None,
     rollouts: str | Path | None = None,
     min_pairs: int = MIN_PAIRS,
@@ -63,9 +64,12 @@ def extract(
     it, and both are coherent (`threshold` again). Coherence is judged by the judge, or by a perplexity gate where it
     does not read rubrics; `judge=None` keeps every pair of non-empty answers. The defaults are the paper's.
 
+    `skip_reasoning` neither judges nor averages what stands inside <think>...</think>; the answers are then read a
+    second time, when they are finished.
+
     Raises InputError where fewer than `min_pairs` pairs are kept, saying what was dropped.
     """
-    model = _checked(model, pooling)
+    model = _checked(model, [pooling])
     tasks = plan(tokenizer, trait, first=first, samples=samples)
     settings = {
         "trait": trait.name,
@@ -78,10 +82,11 @@ def extract(
         "seed": seed,
         "batch_tokens": generation_budget(model, batch_tokens),
         "judge": judge_name(judge),
+        "skip_reasoning": skip_reasoning or None,  # None: as in files from before there was a choice
     }
     drawing: dict[str, Any] = {name: settings[name] for name in ("max_new_tokens", "temperature", "seed")}
     drawing |= {"batch_tokens": batch_tokens, "desc": f"{trait.name}: answers"}
-    if keeps_cache(model):
+    if keeps_cache(model) and not skip_reasoning:
         stops = stop_tokens(model, tokenizer)
         drawing["during"] = lambda _: pool_while_generating(model, stops=stops, poolings=[pooling])
     limit = None if judge is None else threshold
@@ -89,7 +94,8 @@ def extract(
         file = RolloutFile(rollouts, settings)
         reads = _draw(model, tokenizer, trait, judge, tasks, file, limit, drawing)
     info = {key: value for key, value in settings.items() if key not in ("trait", "model", "questions")}
-    return _difference(model, trait, file.rollouts, reads, pooling=pooling, limit=limit, min_pairs=min_pairs, info=info)
+    options: dict[str, Any] = {"poolings": [pooling], "limit": limit, "min_pairs": min_pairs, "info": info}
+    return _difference(model, trait, file.rollouts, reads, **options)[pooling]
 
 
 def _draw(
@@ -106,11 +112,13 @@ def _draw(
     reads: dict[int, _Read] = {}
     for answers, pooled in draw_rollouts(model, tokenizer, tasks, file, **drawing):
         means, before = pooled() if pooled else None, len(file.rollouts)
+        if file.settings.get("skip_reasoning"):
+            answers = without_reasoning(tokenizer, answers)
         judged = judge_rollouts(model, tokenizer, trait, judge, answers)
         file.append(judged)
         for index, answer in enumerate(judged):
-            if means and _passes(answer, limit):
-                reads[before + index] = _Read(means.means[index, 0].clone(), means.norms[index].clone())
+            if means and passes(answer, limit):
+                reads[before + index] = _Read(means.means[index].clone(), means.norms[index].clone())
     return reads
 
 
@@ -123,6 +131,7 @@ def extract_from(
     judge: Judge | None,
     pooling: str = "response_mean",
     threshold: float = 50.0,
+    skip_reasoning: bool = False,
     batch_tokens: int | None = None,
     min_pairs: int = MIN_PAIRS,
     unfiltered: bool = False,
@@ -130,11 +139,33 @@ def extract_from(
     """Return the vector of ready-made rollouts, both sides in one list, in one pass over their text.
 
     Scores that the rollouts carry are used; a judge scores those that have none. `unfiltered` keeps every pair of
-    non-empty answers. See `extract` for the filter.
+    non-empty answers. See `extract` for the filter and `skip_reasoning`, `extract_poolings_from` for all poolings.
 
     Raises InputError where there are no scores, no judge, and `unfiltered` is not asked for.
     """
-    model = _checked(model, pooling)
+    options: dict[str, Any] = {"threshold": threshold, "skip_reasoning": skip_reasoning, "batch_tokens": batch_tokens}
+    options |= {"judge": judge, "min_pairs": min_pairs, "unfiltered": unfiltered}
+    return extract_poolings_from(model, tokenizer, trait, rollouts, poolings=[pooling], **options)[pooling]
+
+
+def extract_poolings_from(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    trait: Trait,
+    rollouts: Sequence[Rollout],
+    *,
+    judge: Judge | None,
+    poolings: Sequence[str] = POOLINGS,
+    threshold: float = 50.0,
+    skip_reasoning: bool = False,
+    batch_tokens: int | None = None,
+    min_pairs: int = MIN_PAIRS,
+    unfiltered: bool = False,
+) -> dict[str, PersonaVector]:
+    """Return a vector for each pooling, all from the same answers and from one pass over them; see `extract_from`."""
+    model = _checked(model, poolings)
+    if skip_reasoning:
+        rollouts = without_reasoning(tokenizer, rollouts)
     scored = not unfiltered and any(rollout.trait_score is not None for rollout in rollouts)
     if not scored and not unfiltered:
         if judge is None:
@@ -144,61 +175,21 @@ def extract_from(
         **identity(model, tokenizer),
         "judge": "scores in the rollout file" if scored else judge_name(None if unfiltered else judge),
         "batch_tokens": batch_tokens,
+        "skip_reasoning": skip_reasoning or None,  # None: as in files from before there was a choice
     }
     limit = None if unfiltered else threshold
-    return _difference(model, trait, list(rollouts), {}, pooling=pooling, limit=limit, min_pairs=min_pairs, info=info)
+    options: dict[str, Any] = {"poolings": poolings, "limit": limit, "min_pairs": min_pairs, "info": info}
+    return _difference(model, trait, list(rollouts), {}, **options)
 
 
-def _checked(model: Model, pooling: str) -> Model:
+def _checked(model: Model, poolings: Sequence[str]) -> Model:
     model = unwrap(model)
-    if pooling not in POOLINGS:
-        raise InputError(f"pooling is {pooling!r}: give one of {', '.join(POOLINGS)}")
+    unknown = [name for name in poolings if name not in POOLINGS]
+    if unknown or not poolings:
+        raise InputError(f"pooling is {(unknown or ['none'])[0]!r}: give one of {', '.join(POOLINGS)}")
     if model.config.is_encoder_decoder:
         raise InputError("this is an encoder-decoder model: vectors are extracted from decoder-only language models")
     return model
-
-
-def judge_rollouts(
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    trait: Trait,
-    judge: Judge | None,
-    rollouts: Sequence[Rollout],
-) -> list[Rollout]:
-    """Return the rollouts with their trait scores and coherence; unchanged for `judge=None`."""
-    if judge is None:
-        return list(rollouts)
-    answers = [Answer(rollout.question, rollout.answer, rollout.pair) for rollout in rollouts]
-    scores = score_both(model, tokenizer, judge, answers, trait.eval_prompt)
-    return [
-        rollout.model_copy(update={"trait_score": value, "coherence": coherence})
-        for rollout, (value, coherence) in zip(rollouts, scores)
-    ]
-
-
-def _passes(rollout: Rollout, limit: float | None) -> bool:
-    """Say whether an answer passes its side's filter; with no limit it needs only to be not empty."""
-    if not rollout.answer_ids or not rollout.answer.strip():
-        return False
-    if limit is None:
-        return True
-    if rollout.trait_score is None or (rollout.trait_score >= limit) != (rollout.side == "pos"):
-        return False
-    return rollout.coherence is not None and rollout.coherence >= limit
-
-
-def _pairs(rollouts: Sequence[Rollout], limit: float | None) -> tuple[list[tuple[int, int]], dict[str, int]]:
-    """Return the kept pairs, as indices, and how many answers and pairs there were and are left."""
-    sides: dict[str, dict[Any, int]] = {"pos": {}, "neg": {}}
-    for index, rollout in enumerate(rollouts):
-        if _passes(rollout, limit):
-            sides[rollout.side][rollout.key] = index
-    kept = [(index, sides["neg"][key]) for key, index in sides["pos"].items() if key in sides["neg"]]
-    counts = {f"{side}_answers": sum(rollout.side == side for rollout in rollouts) for side in sides}
-    counts |= {f"{side}_passed": len(passed) for side, passed in sides.items()}
-    counts |= {"empty": sum(not rollout.answer.strip() for rollout in rollouts)}
-    counts |= {"cut_at_limit": sum(not rollout.finished for rollout in rollouts)}
-    return kept, counts | {"pairs_kept": len(kept)}
 
 
 def _difference(
@@ -207,12 +198,12 @@ def _difference(
     rollouts: list[Rollout],
     reads: dict[int, _Read],
     *,
-    pooling: str,
+    poolings: Sequence[str],
     limit: float | None,
     min_pairs: int,
     info: dict[str, Any],
-) -> PersonaVector:
-    kept, counts = _pairs(rollouts, limit)
+) -> dict[str, PersonaVector]:
+    kept, counts = pairs(rollouts, limit)
     if len(kept) < min_pairs:
         raise InputError(
             f"only {len(kept)} answer pairs of {counts['pos_answers']} positive and {counts['neg_answers']} negative "
@@ -223,21 +214,16 @@ def _difference(
     todo = sorted({index for pair in kept for index in pair} - set(reads))
     if todo:
         rows = [(rollouts[index].prompt_ids, rollouts[index].answer_ids) for index in todo]
-        pooled = pool(model, rows, poolings=[pooling], batch_tokens=info["batch_tokens"])
-        reads = reads | {index: _Read(pooled.means[i, 0], pooled.norms[i]) for i, index in enumerate(todo)}
-    pos = torch.stack([reads[i].mean for i, _ in kept])
-    neg = torch.stack([reads[j].mean for _, j in kept])
+        counted = [rollouts[index].kept for index in todo]
+        pooled = pool(model, rows, poolings=poolings, kept=counted, batch_tokens=info["batch_tokens"])
+        reads = reads | {index: _Read(pooled.means[i], pooled.norms[i]) for i, index in enumerate(todo)}
     questions = [rollouts[i].question for i, _ in kept]
     numbers = torch.tensor([sorted(set(questions)).index(question) for question in questions])
-    return PersonaVector(
-        trait=trait.name,
-        model=model_name(model),
-        directions=mean_difference(pos, neg),
-        residual_norms=torch.stack([reads[index].norm for pair in kept for index in pair]).double().mean(dim=0).float(),
-        split_half_cosine=split_half_cosine(pos, neg, numbers),
-        separation=separation(pos, neg, numbers),
-        pooling=pooling,
-        info={
+    shared: dict[str, Any] = {
+        "trait": trait.name,
+        "model": model_name(model),
+        "residual_norms": torch.stack([reads[i].norm for pair in kept for i in pair]).double().mean(dim=0).float(),
+        "info": {
             **info,
             **counts,
             "threshold": limit,
@@ -246,4 +232,15 @@ def _difference(
             "date": datetime.date.today().isoformat(),
             "licence": "MIT for the format and the tools; the directions derive from the model, whose licence applies",
         },
-    )
+    }
+    vectors = {}
+    for place, pooling in enumerate(poolings):
+        pos, neg = (torch.stack([reads[pair[side]].means[place] for pair in kept]) for side in (0, 1))
+        vectors[pooling] = PersonaVector(
+            directions=mean_difference(pos, neg),
+            split_half_cosine=split_half_cosine(pos, neg, numbers),
+            separation=separation(pos, neg, numbers),
+            pooling=pooling,
+            **shared,
+        )
+    return vectors

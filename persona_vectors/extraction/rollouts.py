@@ -41,8 +41,15 @@ class Rollout(BaseModel):
     """The answer's tokens as generated, without the end token."""
     finished: bool = True
     """False for an answer that was cut at the token limit."""
+    outside_reasoning: tuple[int, ...] | None = None
+    """Which of `answer_ids`, from 0, are judged and averaged where reasoning is left out; None: all of them."""
     trait_score: float | None = None
     coherence: float | None = None
+
+    @property
+    def kept(self) -> list[int]:
+        """Which of `answer_ids` are judged and averaged."""
+        return list(range(len(self.answer_ids)) if self.outside_reasoning is None else self.outside_reasoning)
 
     @property
     def key(self) -> tuple[int, str, int]:

@@ -52,6 +52,7 @@ class Job:
     baseline: str
     answers: Source | None
     max_new_tokens: int
+    skip_reasoning: bool
     reference: Source | None
     threshold: float | None
     percentile: float | None
@@ -89,6 +90,7 @@ class Job:
             "layers": list(self.units),
             "baseline": self.baseline if self.answers is None else source_name(self.answers),
             "max_new_tokens": self.max_new_tokens if self.generates else None,
+            "skip_reasoning": self.skip_reasoning or None,
             "data": source_name(self.data),
             "columns": None if self.columns is None else list(self.columns),
             "split": self.split,
@@ -125,10 +127,16 @@ class Job:
         if not self.folder.exists():
             self.folder.mkdir(parents=True)
             write_json(self.folder / "settings.json", self.settings)
-        plan, reading = self.plan(), _hash([self.settings["vectors"], self.settings["layers"]])
+        plan, reading = self.plan(), self.reading
         self.compute(plan, reading)
         whole = {**self.settings, **self.judged}
         return merge(self.folder, self.out, keys=keys, reading=reading, plan=plan, settings=whole, reference=reference)
+
+    @property
+    def reading(self) -> str:
+        """What a base answer's kept values depend on, besides the answer."""
+        thoughts = [True] if self.skip_reasoning else []
+        return _hash([self.settings["vectors"], self.settings["layers"], *thoughts])
 
     def read(self, source: Source) -> Any:
         return read_samples(source, columns=self.columns, split=self.split, turns=self.turns)
@@ -142,7 +150,10 @@ class Job:
             own = Path(f"{self.out}.reference.parquet")
             path = replace(self, data=path, out=own, reference=None, threshold=None, percentile=None).flags().path
         path = Path(str(path))
-        theirs, same = read_header(path)["settings"], ("weights", "vectors", "layers", "baseline", "max_new_tokens")
+        theirs, same = (
+            read_header(path)["settings"],
+            ("weights", "vectors", "layers", "baseline", "max_new_tokens", "skip_reasoning"),
+        )
         check_settings(path, theirs, {name: self.settings[name] for name in same})
         return path
 
@@ -164,7 +175,7 @@ class Job:
                 answers=None if self.answers is None else self.read(self.answers),
                 cache=self.kept,
                 namespace=_hash([self.settings[n] for n in ("weights", "dtype", "config_hash", "max_new_tokens")]),
-                reading=_hash([self.settings["vectors"], self.settings["layers"]]),
+                reading=self.reading,
                 chunk=self.chunk,
             )
         except InputError:
@@ -175,11 +186,12 @@ class Job:
     def compute(self, plan: dict[str, Any], reading: str) -> None:
         """Answer the prompts that lack an answer, and project all samples."""
         budget = self.settings["batch_tokens"]
-        options: dict[str, Any] = {"layer": list(self.units), "max_new_tokens": self.max_new_tokens}
-        answer = partial(answer_prompts, self.folder, self.tokenizer, self.vectors, batch_tokens=budget, **options)
+        shared: dict[str, Any] = {"batch_tokens": budget, "skip_reasoning": self.skip_reasoning}
+        options: dict[str, Any] = {"layer": list(self.units), "max_new_tokens": self.max_new_tokens, **shared}
+        answer = partial(answer_prompts, self.folder, self.tokenizer, self.vectors, **options)
         self.work(answer, "answers", plan["groups"])
         _keep_answers(self.folder, plan["groups"], reading, self.kept if self.generates else None)
-        self.work(partial(project_rows, self.folder, self.units, budget), "values", plan["chunks"])
+        self.work(partial(project_rows, self.folder, self.tokenizer, self.units, **shared), "values", plan["chunks"])
 
     def work(self, do: Callable[[Model, int], None], kind: str, count: int) -> None:
         """Do the parts that are not there yet, here or in Ray actors; the bar counts samples."""

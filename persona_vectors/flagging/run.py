@@ -32,6 +32,7 @@ def flag(
     on_error: str = "stop",
     max_length: int | None = None,
     max_new_tokens: int = 256,
+    skip_reasoning: bool = False,
     reference: Source | None = None,
     threshold: float | None = None,
     percentile: float | None = None,
@@ -45,6 +46,7 @@ def flag(
     A score is the mean projection on v/|v| of the answer's tokens less its `baseline`: that of the model's own greedy
     answer ("generate", kept in the file `cache` by prompt), of the prompt's last token ("prompt_last", the paper's
     shortcut), or "none"; or that of the answer which `answers`, in any form of `read_samples`, gives to the prompt.
+    `skip_reasoning` leaves what stands inside <think>...</think> out of both means.
 
     `data` is what `read_samples` takes, with `columns` and `split`; `turns="all"` gives every answer of a conversation
     a row, as training learns them all. What is no sample ends the run, or with `on_error="skip"` is counted. Samples
@@ -58,6 +60,7 @@ def flag(
     """
     reading: dict[str, Any] = {"columns": columns, "split": split, "turns": turns, "on_error": on_error}
     scoring: dict[str, Any] = {"baseline": baseline, "answers": answers, "max_new_tokens": max_new_tokens}
+    scoring["skip_reasoning"] = skip_reasoning
     ranking: dict[str, Any] = {"reference": reference, "threshold": threshold, "percentile": percentile}
     running: dict[str, Any] = {
         "max_length": max_length,

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from persona_vectors.flagging.parts import part, read_table, write_table
 from persona_vectors.model.blocks import Model
 from persona_vectors.model.generation import CACHED, generate_batches, stop_tokens
+from persona_vectors.model.passes import Row
+from persona_vectors.model.prompts import outside_reasoning
 from persona_vectors.monitoring.projection import token_projections
 from persona_vectors.monitoring.trace import monitor
 from persona_vectors.vectors.directions import unit_directions
@@ -28,6 +29,7 @@ def answer_prompts(
     layer: Sequence[int],
     max_new_tokens: int,
     batch_tokens: int,
+    skip_reasoning: bool,
 ) -> None:
     """Answer one part of the prompts, and write the answers with their mean projections; known ones are only read."""
     todo = read_table(part(folder, "prompts", number))
@@ -38,7 +40,7 @@ def answer_prompts(
     values = torch.full((len(prompts), len(vectors) * len(units)), torch.nan, dtype=torch.float32)
     if known:
         rows = [(prompts[i], answers[i]) for i in known]
-        values[known] = answer_means(model, rows, units, batch_tokens)[0]
+        values[known] = answer_means(model, rows, _kept(tokenizer, rows, skip_reasoning), units, batch_tokens)[0]
     stops = stop_tokens(model, tokenizer)
     for batch in generate_batches(
         model,
@@ -51,27 +53,41 @@ def answer_prompts(
         during=lambda _: monitor(model, vectors, layer=layer, stops=stops),
     ):
         chosen = [open_ones[i] for i in batch.rows]
-        values[chosen] = torch.stack(list(batch.read.mean.values()), dim=1)
-        for i, (ids, _) in zip(chosen, batch.answers):
-            answers[i] = ids
+        kept = _kept(tokenizer, [(prompts[i], ids) for i, (ids, _) in zip(chosen, batch.answers)], skip_reasoning)
+        read, begin = batch.read.last.values, batch.read.last.prompt_width
+        for line, (i, (ids, _)) in enumerate(zip(chosen, batch.answers)):
+            answers[i], values[i] = ids, read[:, line, [begin + place for place in kept[line]]].mean(dim=1)
     columns = {"key": todo["key"], "answer_ids": answers, "values": values.tolist()}
     write_table(part(folder, "answers", number), columns)
 
 
 def project_rows(
-    folder: Path, units: dict[int, Float[Tensor, "vector hidden"]], batch_tokens: int, model: Model, number: int
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    units: dict[int, Float[Tensor, "vector hidden"]],
+    model: Model,
+    number: int,
+    *,
+    batch_tokens: int,
+    skip_reasoning: bool,
 ) -> None:
     """Read one part of the samples, and write their mean projections, and those of the prompts' last tokens."""
-    rows = read_table(part(folder, "rows", number))
-    read = answer_means(model, list(zip(rows["prompt_ids"], rows["answer_ids"])), units, batch_tokens)
+    table = read_table(part(folder, "rows", number))
+    rows = list(zip(table["prompt_ids"], table["answer_ids"]))
+    read = answer_means(model, rows, _kept(tokenizer, rows, skip_reasoning), units, batch_tokens)
     write_table(part(folder, "values", number), dict(zip(("projection", "prompt_last"), (v.tolist() for v in read))))
 
 
+def _kept(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], skip_reasoning: bool) -> list[list[int]]:
+    """Return which tokens of each answer are averaged, from 0."""
+    return [outside_reasoning(tokenizer, *row) if skip_reasoning else list(range(len(row[1]))) for row in rows]
+
+
 def answer_means(
-    model: Model, rows: Sequence[Any], units: dict[int, Tensor], batch_tokens: int
+    model: Model, rows: Sequence[Row], kept: Sequence[Sequence[int]], units: dict[int, Tensor], batch_tokens: int
 ) -> tuple[Float[Tensor, "row key"], Float[Tensor, "row key"]]:
-    """Return the mean over each answer's tokens, nan for an empty one, and the values at each prompt's last token."""
+    """Return the mean over the tokens kept of each answer, nan for none, and the values at each prompt's last token."""
     tokens = token_projections(model, rows, units, batch_tokens=batch_tokens)
     ends = [len(prompt) for prompt, _ in rows]
-    means = [values[end:].mean(dim=0) for values, end in zip(tokens, ends)]
+    means = [values[[end + i for i in chosen]].mean(dim=0) for values, end, chosen in zip(tokens, ends, kept)]
     return torch.stack(means), torch.stack([values[end - 1] for values, end in zip(tokens, ends)])

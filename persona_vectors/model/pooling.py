@@ -31,12 +31,15 @@ def pool(
     rows: Sequence[Row],
     *,
     poolings: Sequence[str] = ("response_mean",),
+    kept: Sequence[Sequence[int]] | None = None,
     batch_tokens: int | None = None,
 ) -> Pooled:
     """Return mean activations of finished rows at every layer, in as few forward passes of the decoder as can be.
 
-    No logits are computed and no hidden states kept.
+    `kept` says which tokens of each row's answer count, from 0; all of them unless it is given. No logits are computed
+    and no hidden states kept.
     """
+    kept = [range(len(answer)) for _, answer in rows] if kept is None else kept
     shape = (len(rows), len(poolings), *model_shape(model))
     pooled = Pooled(*(torch.zeros(size, dtype=torch.float32) for size in (shape, (shape[0], shape[2]))))
     weights: Float[Tensor, "line pooling token"]
@@ -50,7 +53,7 @@ def pool(
     shown = bar(desc="activations", unit="answers", total=len(rows))
     with shown, edit_blocks(model, dict.fromkeys(range(shape[2]), read)), torch.inference_mode():
         for step in forward_passes(model, rows, batch_tokens=batch_tokens):
-            first = [rows[members[0]] for members in step.rows]
+            first = [(len(rows[members[0]][0]), kept[members[0]]) for members in step.rows]
             weights = _weights(step.position, first, [*poolings, "response_mean"])
             read_pass(model, step)
             line = [i for i, members in enumerate(step.rows) for _ in members]
@@ -63,13 +66,21 @@ def pool(
     return pooled
 
 
-def _weights(position: Tensor, rows: Sequence[Row], poolings: Sequence[str]) -> Float[Tensor, "line pooling token"]:
-    """Return the weight of each token in each pooling: all of a row's weights add up to 1, over all its passes."""
-    prompt = torch.tensor([[len(row[0])] for row in rows], device=position.device)
-    answer = torch.tensor([[len(row[1])] for row in rows], device=position.device)
+def _weights(
+    position: Tensor, rows: Sequence[tuple[int, Sequence[int]]], poolings: Sequence[str]
+) -> Float[Tensor, "line pooling token"]:
+    """Return the weight of each token in each pooling: all of a row's weights add up to 1, over all its passes.
+
+    `rows` are the prompt's length and the answer's tokens that count, for each line.
+    """
+    prompt = torch.tensor([[length] for length, _ in rows], device=position.device)
+    beyond = max(length + max(kept, default=0) + 1 for length, kept in rows)  # a column of zeros
+    counted = torch.zeros(len(rows), beyond + 1, dtype=torch.float32)
+    for line, (length, kept) in enumerate(rows):
+        counted[line, [length + i for i in kept]] = 1 / max(len(kept), 1)
     in_prompt = (position >= 0) & (position < prompt)
     of = {
-        "response_mean": (position >= prompt).float() / answer.clamp(min=1),
+        "response_mean": counted.to(position.device).gather(1, position.clamp(max=beyond) % (beyond + 1)),
         "prompt_mean": in_prompt.float() / prompt,
         "prompt_last": (position == prompt - 1).float(),
     }

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -15,6 +17,8 @@ from persona_vectors.data.checks import check_text
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Model, model_name
 from persona_vectors.model.wrappers import unwrap
+
+_REASONING = re.compile(r"<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str, *, system: str | None = None) -> str:
@@ -139,6 +143,31 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) 
             f"prompt {prompt!r}, answer {answer!r}"
         )
     return whole[:same], whole[same:]
+
+
+def outside_reasoning(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], answer: Sequence[int]) -> list[int]:
+    """Return which of an answer's tokens lie outside its <think>...</think> and the white space after it, from 0.
+
+    Reasoning may have been opened by the prompt, as some templates do, and is open to the end where it was cut off.
+    A token that is partly reasoning counts as reasoning.
+    """
+
+    def text(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def length(count: int) -> int:
+        return len(text(answer[:count]))
+
+    whole, counts = text(answer), range(len(answer) + 1)
+    opened = text(prompt).rstrip().endswith("<think>") or re.match(r"((?!<think>).)*</think>", whole, re.DOTALL)
+    lead = "<think>" if opened else ""
+    kept: list[int] = []
+    begin = 0
+    for thought in _REASONING.finditer(lead + whole):
+        before, after = thought.start() - len(lead), thought.end() - len(lead)
+        kept += range(begin, bisect_right(counts, before, key=length) - 1)
+        begin = bisect_left(counts, after, key=length)
+    return [*kept, *range(begin, len(answer))]
 
 
 def batch_tokens_for(model: Model) -> int:

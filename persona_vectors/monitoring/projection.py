@@ -1,6 +1,5 @@
 """Projection of finished conversations: the numbers of `monitor`, averaged over prompts, answers and turns."""
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from persona_vectors.model.blocks import Layer, Model
 from persona_vectors.model.hooks import EnoughRead, edit_blocks, edits_are_active
 from persona_vectors.model.passes import Row, forward_passes, own_tokens, read_pass
 from persona_vectors.model.pooling import POOLINGS
-from persona_vectors.model.prompts import encode_answer, finished_turn
+from persona_vectors.model.prompts import encode_answer, finished_turn, outside_reasoning
 from persona_vectors.model.tokens import Tokens
 from persona_vectors.model.wrappers import unwrap
 from persona_vectors.vectors.directions import Key, projections, unit_directions, vector_keys, vector_list
@@ -26,7 +25,6 @@ from persona_vectors.vectors.vector import PersonaVector
 
 Conversation = Sequence[dict[str, str]] | tuple[str, str]
 """Chat messages, each with a role and a content; or a question and its answer."""
-_REASONING = re.compile(r"<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,26 +198,6 @@ def _turns(
         raise InputError(f"conversation {number} has no answer: give messages that end with role 'assistant'")
     for turn, end in enumerate(ends):
         if by_turn or end == ends[-1]:
-            prompt, answer = finished_turn(tokenizer, conversation, end)
-            row = encode_answer(tokenizer, prompt, answer)
-            kept = _outside_reasoning(tokenizer, prompt, answer, row) if skip_reasoning else range(len(row[1]))
-            yield _Turn(number, turn, row, list(kept))
-
-
-def _outside_reasoning(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, row: Row) -> Iterator[int]:
-    """Yield the answer's tokens that lie outside its reasoning and the white space after it.
-
-    Reasoning may have been opened by the prompt, as some templates do, and is open to the end where it was cut off.
-    """
-    opened = prompt.rstrip().endswith("<think>") or re.match(r"((?!<think>).)*</think>", answer, re.DOTALL)
-    lead = "<think>" if opened else ""
-    shift = len(prompt) - len(lead)
-    reasoning = [(m.start() + shift, m.end() + shift) for m in _REASONING.finditer(lead + answer)]
-    if not tokenizer.is_fast:
-        raise InputError(
-            f"the tokenizer of {tokenizer.name_or_path!r} does not say where its tokens are: load a fast one"
-        )
-    offsets = tokenizer(prompt + answer, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-    for index, (begin, finish) in enumerate(offsets[len(row[0]) :]):
-        if not any(begin < b and a < finish for a, b in reasoning):
-            yield index
+            row = encode_answer(tokenizer, *finished_turn(tokenizer, conversation, end))
+            kept = outside_reasoning(tokenizer, *row) if skip_reasoning else list(range(len(row[1])))
+            yield _Turn(number, turn, row, kept)

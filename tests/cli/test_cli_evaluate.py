@@ -37,11 +37,11 @@ def test_evaluate_prints_plain_and_edited(tiny, trait_file, vector):
     small = ["--max-new-tokens", 4, "--device", "cpu"]
     out, _ = run("evaluate", tiny, trait_file, "--vector", vector, "--layer", 1, "--coef", 2, *small)
     assert [line[:16].strip() for line in out.splitlines()[1:3]] == ["plain", "with the options"]
-    assert "2 answers to 2 questions" in out
+    assert "6 answers to 2 questions" in out
     out, _ = run("evaluate", tiny, trait_file, "--vector", vector, "--layer", 1, "--cap", -3, *small)
     assert "with the options" in out
     out, _ = run("evaluate", tiny, "optimistic", "--max-new-tokens", 2, "--judge", "sentiment", "--device", "cpu")
-    assert "with the options" not in out and "20 answers to 20 questions" in out
+    assert "with the options" not in out and "60 answers to 20 questions" in out
     _, err = run("evaluate", tiny, trait_file, "--vector", vector, "--layer", 1, code=2)
     assert "one of --coef, --dose and --cap" in err
     _, err = run("evaluate", tiny, "optimistic", *small, "--judge", "sentiment", "--check-judge")

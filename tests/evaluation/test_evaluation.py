@@ -141,7 +141,7 @@ def test_a_judge_that_always_abstains_is_named(model, tokenizer, trait):
     def abstainer(question, answer, rubric):
         return None
 
-    with pytest.raises(InputError, match="the judge 'abstainer' abstained on all 2 answers"):
+    with pytest.raises(InputError, match="the judge 'abstainer' abstained on all 6 answers"):
         evaluate(model, tokenizer, trait, judge=abstainer, max_new_tokens=2)
     with pytest.raises(InputError, match="no questions to evaluate on"):
         evaluate(model, tokenizer, trait, judge=fake_judge, questions=[])

@@ -184,6 +184,19 @@ def test_a_planted_direction_is_found_and_beats_its_controls(model, tokenizer, t
     assert not minus.works and minus.beaten < 0.1
 
 
+@pytest.mark.parametrize("positions", ["all", "response"])
+def test_the_effect_is_that_of_the_edit_that_is_named(positions, model, tokenizer):
+    vector, (_, reporting) = planted(model, tokenizer), STATEMENTS.split()
+    options = {"layer": [0, 1], "doses": [0.05, 0.1], "controls": 2, "positions": positions}
+    found = contrast_effect(model, tokenizer, vector, STATEMENTS, **options)
+    assert found.edit(vector).positions == found.rows()[0]["positions"] == positions
+    plain = likelihood_contrast(model, tokenizer, reporting)
+    with steer(model, vector, layer=found.layer, coef=found.coef, positions=positions):
+        inside = likelihood_contrast(model, tokenizer, reporting)
+        assert neutral_perplexity(model, tokenizer) == pytest.approx([found.perplexity[1]], rel=1e-4)
+    assert found.effect.mean == pytest.approx(float((inside - plain).mean()), abs=1e-4)
+
+
 def test_layer_and_dose_are_chosen_without_the_statements_that_report(model, tokenizer):
     """Turning the reporting statements round turns the effect's sign, and must not change what was chosen."""
     vector = planted(model, tokenizer)

@@ -7,11 +7,15 @@ import torch
 from helpers import random_direction
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.intervals import mean_interval
 from persona_vectors.data.ledger import Ledger
 from persona_vectors.evaluation.answers import steered_answers
+from persona_vectors.evaluation.likelihood import neutral_perplexity
 from persona_vectors.evaluation.plots import plot_sweep
 from persona_vectors.evaluation.sweeping import sweep
 from persona_vectors.model import generation
+from persona_vectors.model.generation import generate
+from persona_vectors.steering.add import steer
 
 OPTIONS = {"layer": [0, 1, 2], "coefs": [-4, 0, 4], "controls": 4, "max_new_tokens": 4, "temperature": 0.0}
 
@@ -79,6 +83,33 @@ def test_the_choice_never_sees_the_evaluation_questions(model, tokenizer, trait,
     assert plain == turned_report != turned_choice
     assert runs[0].stage("choose") == runs[1].stage("choose")
     assert [p.score for p in runs[0].stage("report")] != [p.score for p in runs[1].stage("report")]
+
+
+@pytest.mark.parametrize("positions", ["all", "response"])
+def test_the_evidence_is_of_the_edit_that_is_named(positions, model, tokenizer, trait, vector):
+    """The reported answers and perplexity are those inside `steer` with the sweep's own layer, coef and positions."""
+    found = sweep(model, tokenizer, trait, vector, judge=letters, positions=positions, **OPTIONS)
+    assert {row["positions"] for row in found.rows()} == {positions}
+    (point,) = [p for p in found.stage("report") if p.name == "loud" and p.coef == found.coef]
+    with steer(model, vector, layer=found.layer, coef=found.coef, positions=found.positions):
+        answers = [generate(model, tokenizer, q, max_new_tokens=4, temperature=0) for q in trait.questions.eval]
+        perplexity = neutral_perplexity(model, tokenizer)
+    scores = [letters("", answer, "") for answer in answers]
+    assert point.score.mean == pytest.approx(sum(scores) / len(scores))
+    assert perplexity == pytest.approx([point.perplexity], rel=1e-4)
+
+
+def test_the_report_takes_several_answers_to_a_question_and_says_so(model, tokenizer, trait, vector, tmp_path):
+    options = {**OPTIONS, "temperature": 1.0, "out": tmp_path / "a.jsonl"}
+    found = sweep(model, tokenizer, trait, vector, judge=letters, **options)
+    assert {p.samples for p in found.stage("choose")} == {1} and {p.samples for p in found.stage("report")} == {3}
+    ledger = Ledger(tmp_path / "a.jsonl", {}).found.values()
+    plain = [e for e in ledger if e["stage"] == "report" and "vector" not in e and e["system"] is None]
+    by_question = {q: [e["answer"] for e in plain if e["question"] == q] for q in trait.questions.eval}
+    assert all(len(answers) == 3 and len(set(answers)) > 1 for answers in by_question.values())
+    scores = [[letters("", answer, "") for answer in answers] for answers in by_question.values()]
+    (point,) = [p for p in found.stage("report") if p.name == "plain"]
+    assert point.score == mean_interval(scores)
 
 
 def test_doses_are_fractions_of_the_residual_norm(model, tokenizer, trait, vector):

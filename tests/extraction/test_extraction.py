@@ -11,9 +11,10 @@ from helpers import make_tokenizer
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import writing
 from persona_vectors.data.traits import Trait
-from persona_vectors.extraction.difference import extract, extract_from
+from persona_vectors.extraction import filtering
+from persona_vectors.extraction.difference import extract, extract_from, extract_poolings_from
 from persona_vectors.extraction.evidence import separation, split_half_cosine
-from persona_vectors.extraction.rollouts import load_rollouts
+from persona_vectors.extraction.rollouts import Rollout, load_rollouts
 from persona_vectors.model.pooling import POOLINGS
 from persona_vectors.model.prompts import chat_prompt, encode
 
@@ -233,3 +234,78 @@ def test_answers_of_unknown_coherence_do_not_pass(tmp_path, model, tokenizer, tr
         loaded += load_rollouts(path, side=side, trait=trait, tokenizer=tokenizer)
     vector = extract_from(model, tokenizer, trait, loaded, judge=None, min_pairs=2)
     assert vector.info["pairs_kept"] == 11  # and not an empty one, a refusal, an incoherent one
+
+
+def read_sides(tmp_path: Path, tokenizer, trait: Trait, rows: dict[str, list[dict]]) -> list[Rollout]:
+    paths = {side: write_csv(tmp_path / f"{side}.csv", rows[side]) for side in rows}
+    return [r for s in paths for r in load_rollouts(paths[s], side=s, trait=trait, tokenizer=tokenizer)]
+
+
+def test_all_poolings_come_from_one_reading(tmp_path, model, tokenizer, trait):
+    loaded = read_sides(tmp_path, tokenizer, trait, {s: official_rows(tokenizer, trait, s) for s in ("pos", "neg")})
+    passes = []
+    with model.get_decoder().register_forward_hook(lambda *_: passes.append(1)):
+        vectors = extract_poolings_from(model, tokenizer, trait, loaded, judge=None, min_pairs=2)
+        together = len(passes)
+        for pooling, vector in vectors.items():
+            alone = extract_from(model, tokenizer, trait, loaded, judge=None, pooling=pooling, min_pairs=2)
+            torch.testing.assert_close(vector.directions, alone.directions)
+            assert vector.pooling == pooling and vector.info == alone.info
+    assert list(vectors) == list(POOLINGS) and len(passes) == 4 * together
+    with pytest.raises(InputError, match="pooling is 'none': give one of response_mean"):
+        extract_poolings_from(model, tokenizer, trait, loaded, judge=None, poolings=[])
+
+
+def test_reasoning_is_neither_judged_nor_averaged_on_request(tmp_path, model, tokenizer, trait):
+    """Thoughts before the answer; an answer that is all thought is empty, and its pair is dropped."""
+    rows = {side: official_rows(tokenizer, trait, side) for side in ("pos", "neg")}
+    answers = {side: [row["answer"] for row in rows[side]] for side in rows}
+    for side in rows:
+        for i, row in enumerate(rows[side]):
+            row["answer"] = f"<think>hm {side}, {i}</think>\n\n{row['answer']}" if i != 1 else "<think>cut off"
+    judged = []
+
+    def judge(question: str, answer: str, rubric: str) -> float:
+        judged.append(answer)
+        return 90.0 if "coherent" in rubric or "pos" in answer else 10.0
+
+    for row in (row for side in rows.values() for row in side):
+        row.update(loud="", coherence="")
+    loaded = read_sides(tmp_path, tokenizer, trait, rows)
+    vector = extract_from(model, tokenizer, trait, loaded, judge=judge, skip_reasoning=True, min_pairs=2)
+    kept = [i for i in range(16) if i not in (1, 3)]  # no answer after the thoughts
+    assert set(judged) - {""} == {answers[side][i] for side in rows for i in kept}
+    assert (vector.info["pairs_kept"], vector.info["empty"], vector.info["skip_reasoning"]) == (14, 4, True)
+
+    def mean(side: str) -> torch.Tensor:
+        found = []
+        for i in kept:
+            before = rows[side][i]["answer"].removesuffix(answers[side][i])
+            pair = rows[side][i]["prompt"] + before, answers[side][i]
+            found.append(official_procedure(model, tokenizer, [pair], "response_mean"))
+        return torch.stack(found).mean(dim=0)
+
+    torch.testing.assert_close(vector.directions[:-1], (mean("pos") - mean("neg"))[1:-1], rtol=1e-3, atol=1e-5)
+    whole = extract_from(model, tokenizer, trait, loaded, judge=judge, min_pairs=2)
+    assert whole.info["skip_reasoning"] is None and not torch.allclose(whole.directions, vector.directions, atol=1e-3)
+
+
+def test_an_extraction_that_leaves_reasoning_out_goes_on_where_it_stopped(
+    tmp_path, model, tokenizer, trait, monkeypatch
+):
+    """A tiny model closes no thoughts, so every answer's first two tokens stand for them here."""
+    monkeypatch.setattr(filtering, "outside_reasoning", lambda tokenizer, prompt, answer: list(range(2, len(answer))))
+    options = {**SMALL, "judge": None, "rollouts": tmp_path / "r.jsonl"}
+    vector = extract(model, tokenizer, trait, skip_reasoning=True, **options)
+    both = [
+        r for s in ("pos", "neg") for r in load_rollouts(tmp_path / "r.jsonl", side=s, trait=trait, tokenizer=tokenizer)
+    ]
+    assert all(r.kept == list(range(2, len(r.answer_ids))) for r in both)
+    cut = [r.model_copy(update={"prompt_ids": r.prompt_ids + r.answer_ids[:2], "answer_ids": r.answer_ids[2:],
+                                "outside_reasoning": None}) for r in both]  # fmt: skip
+    plain = extract_from(model, tokenizer, trait, cut, judge=None, unfiltered=True, min_pairs=2)
+    torch.testing.assert_close(vector.directions, plain.directions, rtol=1e-3, atol=1e-5)
+    again = extract(model, tokenizer, trait, skip_reasoning=True, **options)
+    torch.testing.assert_close(again.directions, vector.directions)
+    with pytest.raises(InputError, match="was made with skip_reasoning=True, not None"):
+        extract(model, tokenizer, trait, **options)

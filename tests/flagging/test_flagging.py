@@ -16,11 +16,12 @@ from torch import nn
 import persona_vectors as pv
 from persona_vectors.data.errors import InputError
 from persona_vectors.flagging import job as flagging
+from persona_vectors.flagging import work
 from persona_vectors.flagging.plan import fit
 from persona_vectors.model import generation
 from persona_vectors.model.blocks import decoder_layers
 from persona_vectors.model.generation import generate_tokens
-from persona_vectors.model.prompts import chat_prompt, encode_answer
+from persona_vectors.model.prompts import chat_prompt, encode, encode_answer, outside_reasoning
 from persona_vectors.monitoring.projection import token_projections
 from persona_vectors.vectors.controls import random_vector
 from persona_vectors.vectors.directions import unit_directions
@@ -278,3 +279,38 @@ def test_batches_do_not_move_the_numbers(model, tokenizer, tmp_path, options):
         pv.flag(model, make_tokenizer(), SAMPLES, random_direction(model), out=path, **options)
         tables.append([row["t_difference"] for row in rows(path)])
     assert tables[0] == pytest.approx(tables[1], rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("baseline", ["generate", "given", "kept"])
+def test_reasoning_is_left_out_of_both_means_on_request(baseline, model, tokenizer, tmp_path, options, monkeypatch):
+    """Samples with thoughts; a tiny model's own answers have none, so their first two tokens stand for them here."""
+    vector = random_direction(model)
+    thoughtful = [{**s, "answer": f"<think>hm, {s['question']}</think> {s['answer']}"} for s in SAMPLES[:5]]
+    given = tmp_path / "given.jsonl"
+    given.write_text(
+        "".join(json.dumps({**s, "answer": f"<think>no</think>As for {s['question']}"}) + "\n" for s in SAMPLES)
+    )
+
+    def stand_in(tokenizer, prompt, answer):
+        own = outside_reasoning(tokenizer, prompt, answer)
+        return own if len(own) < len(answer) else own[2:]
+
+    monkeypatch.setattr(work, "outside_reasoning", stand_in)
+    options |= {"answers": given} if baseline == "given" else {}
+    if baseline == "kept":  # the cache's answers are read anew: their kept means are those of the whole
+        pv.flag(model, tokenizer, SAMPLES, vector, out=tmp_path / "before.parquet", **options)
+    pv.flag(model, tokenizer, thoughtful, vector, out=tmp_path / "f.parquet", skip_reasoning=True, **options)
+    for sample, own, row in zip(SAMPLES, thoughtful, rows(tmp_path / "f.parquet")):
+        prompt, ids = encode_answer(tokenizer, chat_prompt(tokenizer, own["question"]), own["answer"])
+        count = len(encode(tokenizer, sample["answer"]))
+        read = vector.project(states(model, prompt + ids)[1], layer=1)
+        assert row["t_projection"] == pytest.approx(read[-count:].mean().item(), rel=1e-3, abs=2e-4)
+        base = generate_tokens(model, tokenizer, [prompt], max_new_tokens=TOKENS, temperature=0)[0][0]
+        left = 2
+        if baseline == "given":
+            before = encode(tokenizer, "<think>no</think>")
+            base, left = before + encode(tokenizer, f"As for {sample['question']}"), len(before)
+        expected = vector.project(states(model, prompt + base)[1], layer=1)[len(prompt) + left :].mean().item()
+        assert row["t_baseline"] == pytest.approx(expected, rel=1e-3, abs=2e-4)
+    with pytest.raises(InputError, match="was made with skip_reasoning=True, not None"):
+        pv.flag(model, tokenizer, thoughtful, vector, out=tmp_path / "f.parquet", **options)
