@@ -104,7 +104,6 @@ def extract(
     from persona_vectors.cli.judges import make_judge
     from persona_vectors.data.traits import load_trait
     from persona_vectors.extraction import difference
-    from persona_vectors.extraction.rollouts import load_rollouts
     from persona_vectors.model.pooling import POOLINGS
 
     if pooling == "all" and not from_:
@@ -118,16 +117,24 @@ def extract(
         judge or ("none" if from_ else "contrast"), loaded, tokenizer, loaded_trait, load
     )
     if from_:
-        sides = zip(("pos", "neg"), from_)
-        reading: dict[str, Any] = {"trait": loaded_trait, "tokenizer": tokenizer}
-        reading["scored"] = not unfiltered and chosen is None
-        ready = [rollout for side, path in sides for rollout in load_rollouts(path, side=side, **reading)]
+        ready = _ready(from_, loaded_trait, tokenizer, scored=not unfiltered and chosen is None)
         options |= {"unfiltered": unfiltered, "poolings": POOLINGS if pooling == "all" else [pooling]}
         vectors = list(difference.extract_poolings_from(loaded, tokenizer, loaded_trait, ready, **options).values())
     else:
         drawing: dict[str, Any] = {"samples": samples, "first": first, "max_new_tokens": max_new_tokens, "seed": seed}
         options |= {"pooling": pooling, "rollouts": rollouts}
         vectors = [difference.extract(loaded, tokenizer, loaded_trait, **drawing, **options)]
+    _save(vectors, out, by_pooling=pooling == "all")
+
+
+def _ready(sides: tuple[Path, Path], trait: Any, tokenizer: Any, *, scored: bool) -> list[Any]:
+    from persona_vectors.extraction.rollouts import load_rollouts
+
+    options: dict[str, Any] = {"trait": trait, "tokenizer": tokenizer, "scored": scored}
+    return [r for side, path in zip(("pos", "neg"), sides) for r in load_rollouts(path, side=side, **options)]
+
+
+def _save(vectors: list[Any], out: Path | None, *, by_pooling: bool) -> None:
     info = vectors[0].info
     limit = "no filter" if info["threshold"] is None else f"filter at {info['threshold']:g}"
     answers = f"{info['pos_answers']} positive and {info['neg_answers']} negative answers"
@@ -135,6 +142,6 @@ def extract(
     arguments = [Path(text).name if text.startswith("/") else text for text in sys.argv[1:]]
     for vector in vectors:
         path = out or Path("vectors") / Path(vector.model).name / f"{vector.trait}.safetensors"
-        path = path.with_suffix(f".{vector.pooling}{path.suffix}") if pooling == "all" else path
+        path = path.with_suffix(f".{vector.pooling}{path.suffix}") if by_pooling else path
         replace(vector, info={**vector.info, "command": shlex.join(["persona-vectors", *arguments])}).save(path)
         typer.echo(f"{vector!r} -> {path}")

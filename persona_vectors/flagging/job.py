@@ -4,7 +4,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,10 +18,9 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.data.progress import bar
 from persona_vectors.data.samples import Source, import_pyarrow, read_samples
 from persona_vectors.flagging.merge import merge
-from persona_vectors.flagging.parts import Flags, is_flags, part, read_header, read_json, read_table, write_json
+from persona_vectors.flagging.parts import Flags, is_flags, part, read_header, read_json, write_json
 from persona_vectors.flagging.plan import check_digest, make_plan, source_name
-from persona_vectors.flagging.store import Baselines
-from persona_vectors.flagging.work import answer_prompts, project_rows
+from persona_vectors.flagging.work import answer_prompts, keep_answers, project_rows
 from persona_vectors.model.blocks import Layer, Model
 from persona_vectors.model.hooks import edits_are_active
 from persona_vectors.model.identity import fingerprint, identity
@@ -190,7 +188,7 @@ class Job:
         options: dict[str, Any] = {"layer": list(self.units), "max_new_tokens": self.max_new_tokens, **shared}
         answer = partial(answer_prompts, self.folder, self.tokenizer, self.vectors, **options)
         self.work(answer, "answers", plan["groups"])
-        _keep_answers(self.folder, plan["groups"], reading, self.kept if self.generates else None)
+        keep_answers(self.folder, plan["groups"], reading, self.kept if self.generates else None)
         self.work(partial(project_rows, self.folder, self.tokenizer, self.units, **shared), "values", plan["chunks"])
 
     def work(self, do: Callable[[Model, int], None], kind: str, count: int) -> None:
@@ -242,12 +240,3 @@ def _check_words(baseline: str, answers: Source | None, on_error: str) -> None:
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def _keep_answers(folder: Path, groups: int, reading: str, cache: Path | None) -> None:
-    """Put the answers where the merge finds them, and into the cache."""
-    for path in [folder / "baselines.sqlite", *([] if cache is None else [cache])]:
-        with closing(Baselines(path)) as store:
-            for number in range(groups):
-                found = read_table(part(folder, "answers", number))
-                store.add(reading, found["key"], found["answer_ids"], found["values"])

@@ -1,6 +1,7 @@
 """What a flagging run computes part by part, here or in Ray actors: base answers, and projections of samples."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.flagging.parts import part, read_table, write_table
+from persona_vectors.flagging.store import Baselines
 from persona_vectors.model.blocks import Model
 from persona_vectors.model.generation import CACHED, generate_batches, stop_tokens
 from persona_vectors.model.passes import Row
@@ -59,6 +61,15 @@ def answer_prompts(
             answers[i], values[i] = ids, read[:, line, [begin + place for place in kept[line]]].mean(dim=1)
     columns = {"key": todo["key"], "answer_ids": answers, "values": values.tolist()}
     write_table(part(folder, "answers", number), columns)
+
+
+def keep_answers(folder: Path, groups: int, reading: str, cache: Path | None) -> None:
+    """Put the answers where the merge finds them, and into the cache."""
+    for path in [folder / "baselines.sqlite", *([] if cache is None else [cache])]:
+        with closing(Baselines(path)) as store:
+            for number in range(groups):
+                found = read_table(part(folder, "answers", number))
+                store.add(reading, found["key"], found["answer_ids"], found["values"])
 
 
 def project_rows(

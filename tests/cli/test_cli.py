@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from persona_vectors.cli.main import app
 from persona_vectors.cli.options import layers
 from persona_vectors.data.errors import InputError
+from persona_vectors.model.pooling import POOLINGS
 from persona_vectors.vectors.vector import PersonaVector
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +111,19 @@ def test_export_and_import_bring_a_vector_back(tmp_path):
 
 def test_traits_lists_the_shipped_ones():
     assert [line.split()[0] for line in run("traits")[0].splitlines()][:2] == ["apathetic", "evil"]
+
+
+def test_ready_answers_give_a_vector_for_each_pooling(tiny, trait_file, tmp_path):
+    kept, out = tmp_path / "r.jsonl", tmp_path / "v.safetensors"
+    run("extract", tiny, trait_file, *SMALL, "--rollouts", kept, "--out", out)
+    ready = ["--from", kept, kept, "--unfiltered", "--device", "cpu", "--skip-reasoning"]
+    printed, _ = run("extract", tiny, trait_file, *ready, "--pooling", "all", "--out", out)
+    for pooling in POOLINGS:
+        vector = PersonaVector.load(tmp_path / f"v.{pooling}.safetensors")
+        assert vector.pooling == pooling and vector.info["skip_reasoning"] and f"v.{pooling}.safetensors" in printed
+    assert "pairs kept of" in printed and printed.count(" -> ") == 3
+    _, error = run("extract", tiny, trait_file, "--pooling", "all", code=2)
+    assert "--pooling all reads answers that are there: give --from" in error
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tiny, trait_file, tmp_path):
