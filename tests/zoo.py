@@ -143,6 +143,18 @@ _TABLES: dict[type, dict[str, dict[str, Any]]] = {
 ARCHITECTURES = {name: (auto, overrides) for auto, table in _TABLES.items() for name, overrides in table.items()}
 
 
+def shared_keys() -> Any:
+    """A model whose upper blocks share keys, and leave out the tokens that nobody asks the logits of (Gemma 4)."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    config = Gemma4TextConfig(
+        **TEXT, head_dim=8, global_head_dim=8, num_kv_shared_layers=2, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCAB, layer_types=["full_attention"] * BLOCKS,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Gemma4ForCausalLM(config).eval()
+
+
 def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Build the architecture `name` with random weights, the same at every call, in eval mode and without dropout."""
     auto, overrides = deepcopy(ARCHITECTURES[name])  # some configs write into the dicts they are given

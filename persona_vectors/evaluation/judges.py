@@ -13,7 +13,7 @@ from persona_vectors.data.traits import Trait
 from persona_vectors.evaluation.judge import COHERENCE_RUBRIC, Answer, Judge, fill, score
 from persona_vectors.evaluation.logprobs import answer_logprobs
 from persona_vectors.model.blocks import Model
-from persona_vectors.model.passes import forward_passes, read_pass
+from persona_vectors.model.passes import forward_passes, own_tokens, read_pass
 from persona_vectors.model.prompts import chat_prompt, encode, encode_answer
 from persona_vectors.model.wrappers import unwrap
 
@@ -147,7 +147,7 @@ class LocalJudge:
                 if not step.answers:
                     read_pass(self.model, step)
                     continue
-                logits = self.model(**step.inputs).logits
+                logits = own_tokens(self.model(**step.inputs).logits, step)
                 ends = step.position.argmax(dim=1)
                 for line, members in enumerate(step.rows):
                     found[members[0]] = logits[line, ends[line]].float().softmax(dim=-1).cpu()

@@ -139,7 +139,7 @@ def runs_whole(model: Model) -> bool:
 
 
 def own_tokens(hidden: Float[Tensor, "line read hidden"], step: Pass) -> Float[Tensor, "line token hidden"]:
-    """Return the hidden states of a pass's own tokens, without an adapter's virtual ones before them."""
+    """Return the hidden states, or logits, of a pass's own tokens, without an adapter's virtual ones before them."""
     return hidden[:, -step.position.shape[1] :]
 
 

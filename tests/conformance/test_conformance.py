@@ -44,6 +44,7 @@ WAYS: dict[str, Callable] = {
     "int8 (torchao)": ways.int8,
     "offloaded to disk": ways.offloaded,
     "keys shared between blocks": ways.shared_keys,
+    "two threads": ways.two_threads,
 }
 HEAD = """\
 # Ways of running a model

@@ -1,5 +1,6 @@
 """What is done to a model in each way of running it, beside a plain reference that is one plain hook."""
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -29,9 +30,11 @@ def vector(model: nn.Module) -> PersonaVector:
 
 def plain(model: nn.Module, seen: Seen, change: Change | None = None) -> tuple[Tensor, Tensor]:
     """Return block 1's output and the logits of one sequence alone, edited by a plain hook: [token, ...] each."""
-    states = []
+    states, thread = [], threading.get_ident()
 
     def hook(_module: nn.Module, _args: object, output: Any) -> Any:
+        if threading.get_ident() != thread:
+            return output
         hidden = output[0] if isinstance(output, tuple) else output
         own = hidden[0, -len(seen.tokens) :]
         if change is not None:

@@ -1,6 +1,8 @@
 """Ways to run a model: each a context manager that yields a `Case`."""
 
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import torch
 import zoo
+from helpers import random_direction
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -15,6 +18,7 @@ from transformers import CompileConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from persona_vectors.model.prompts import left_pad
+from persona_vectors.steering.add import steer
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13, 14]]
 TEXTS = [([5, 6, 7], [20, 21, 22, 23]), ([8, 9, 10, 11, 12], [24, 25]), ([13, 14], [26, 27, 28])]
@@ -359,16 +363,32 @@ def offloaded(folder: Path) -> Iterator[Case]:
 
 
 @contextmanager
+def two_threads() -> Iterator[Case]:
+    """While another thread steers and generates with the same model, over and over."""
+    model, done = tiny(), threading.Event()
+    vector = -random_direction(model)
+
+    def others() -> int:
+        count, run = 0, generating(model)
+        while not done.is_set():
+            with steer(model, vector, layer=1, coef=30.0):
+                run()
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(others)
+        try:
+            yield Case(model, generating(model))
+        finally:
+            done.set()
+        assert other.result() > 0
+
+
+@contextmanager
 def shared_keys() -> Iterator[Case]:
     """A model whose upper blocks share keys, and leave out what nobody asks the logits of (Gemma 4)."""
-    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
-
-    config = Gemma4TextConfig(
-        **zoo.TEXT, head_dim=8, global_head_dim=8, num_kv_shared_layers=2, hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=zoo.VOCAB, layer_types=["full_attention"] * 3,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = Gemma4ForCausalLM(config).eval()
+    model = zoo.shared_keys()
     model.generation_config.eos_token_id = None
     yield Case(model, generating(model), tolerance=1e-3)
 

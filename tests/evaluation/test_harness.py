@@ -63,3 +63,10 @@ def test_the_table_is_the_plain_and_the_steered_model_s_accuracy(model, tokenize
 def test_an_unknown_task_is_named(model, tokenizer):
     with pytest.raises(InputError, match="lm-eval has no task 'no_such_task': give names such as 'mmlu'"):
         side_effects(model, tokenizer, steer(model, random_direction(model), layer=1, coef=1.0), ["no_such_task"])
+
+
+@pytest.mark.parametrize("positions", ["prompt", "response"])
+def test_positions_that_finished_text_does_not_tell_are_refused(positions, model, tokenizer, task_path):
+    edit = steer(model, random_direction(model), layer=1, coef=1.0, positions=positions)
+    with pytest.raises(InputError, match=f"positions='{positions}' is not known in a forward pass that reads finished"):
+        side_effects(model, tokenizer, edit, ["tiny_offline"], task_path=task_path)

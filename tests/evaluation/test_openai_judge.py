@@ -274,3 +274,29 @@ def test_an_interruption_waits_for_no_reply(serve, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         score(judge, [Answer("q", f"a{i}") for i in range(40)], RUBRIC)
     assert time.perf_counter() - begin < 5
+
+
+def test_an_interruption_does_not_wait_between_attempts(serve, tmp_path, monkeypatch):
+    """The other waiting: every attempt fails, and the next one is an hour away."""
+    monkeypatch.setattr(openai_client, "BACKOFF", 3600.0)
+    judge = OpenAIJudge("m", base_url=serve(always="500").url, cache=tmp_path / "j.jsonl")
+
+    def interrupted(items, **_):
+        time.sleep(0.5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(openai_judge, "bar", interrupted)
+    begin = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        score(judge, [Answer("q", f"a{i}") for i in range(4)], RUBRIC)
+    assert time.perf_counter() - begin < 5
+
+
+def test_that_a_model_reasons_is_found_out_once(serve, tmp_path):
+    server = serve(reasons=True)
+    judge = OpenAIJudge("m", base_url=server.url, cache=tmp_path / "j.jsonl")
+    judge("q", "a", RUBRIC)
+    before = len(server.requests)
+    assert None not in score(judge, [Answer("q", f"b{i}") for i in range(5)], RUBRIC)
+    assert len(server.requests) > before
+    assert not any({"max_tokens", "temperature"} & set(request) for request in server.requests[before:])

@@ -7,6 +7,7 @@ import torch
 from helpers import random_direction
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import writing
 from persona_vectors.data.intervals import mean_interval
 from persona_vectors.data.ledger import Ledger
 from persona_vectors.evaluation.answers import steered_answers
@@ -146,6 +147,12 @@ def test_a_killed_sweep_goes_on_and_repeats_no_answer(model, tokenizer, trait, v
     assert sweep(model, tokenizer, trait, vector, out=path, **options) == resumed
     assert batches == []
     assert sweep(model, tokenizer, trait, vector, **options) == resumed  # as a run that nothing stopped
+
+
+def test_two_sweeps_do_not_write_one_file(model, tokenizer, trait, vector, tmp_path):
+    path = tmp_path / "a.jsonl"
+    with writing(path), pytest.raises(InputError, match=r"another run is writing .*a.jsonl: wait for its end"):
+        sweep(model, tokenizer, trait, vector, judge=letters, out=path, **OPTIONS)
 
 
 def test_a_judge_that_fails_loses_no_answer(model, tokenizer, trait, vector, tmp_path):

@@ -15,6 +15,7 @@ from torch import nn
 
 import persona_vectors as pv
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import writing
 from persona_vectors.flagging import job as flagging
 from persona_vectors.flagging import work
 from persona_vectors.flagging.plan import fit
@@ -263,6 +264,12 @@ def test_a_prompt_without_a_given_answer_is_named(model, tokenizer, tmp_path, op
     options["answers"] = tmp_path / "given.jsonl"
     with pytest.raises(InputError, match=r"sample 1: the given answers have none to the prompt 'Why so\?'"):
         pv.flag(model, tokenizer, SAMPLES, random_direction(model), out=tmp_path / "f", **options)
+
+
+def test_two_runs_do_not_write_one_file(model, tokenizer, tmp_path, options):
+    out = tmp_path / "f.parquet"
+    with writing(out), pytest.raises(InputError, match=r"another run is writing .*f.parquet: wait for its end"):
+        pv.flag(model, tokenizer, SAMPLES, random_direction(model), out=out, **options)
 
 
 def test_no_samples_make_an_empty_file(model, tokenizer, tmp_path, options):

@@ -7,6 +7,7 @@ from torch import nn
 from persona_vectors.model.generation import generate_tokens, stop_tokens
 from persona_vectors.model.passes import Row, cache_argument, forward_passes
 from persona_vectors.model.pooling import POOLINGS, Pooled, pool, pool_while_generating
+from persona_vectors.model.prompts import left_pad
 
 # Three prompts, two of them shared; answers of unequal lengths.
 A, B, C = [5, 6, 7], [8, 9, 10, 11, 12], [13, 14]
@@ -107,3 +108,16 @@ def test_reading_while_generating_equals_the_second_pass(name: str):
     found, expected = pooled(), pool(model, rows, poolings=POOLINGS)
     torch.testing.assert_close(found.means, expected.means, rtol=2e-4, atol=2e-5)
     torch.testing.assert_close(found.norms, expected.norms, rtol=2e-4, atol=2e-5)
+
+
+def test_padding_is_in_no_mean_with_a_static_cache(model):
+    """There the mask has four dimensions, and the pass is given one wider than what it reads."""
+    ids, mask = left_pad([[5, 6, 7], [8, 9, 10, 11, 12, 13, 14]], 0, "cpu")
+    found = []
+    for cache in ({}, {"cache_implementation": "static"}):
+        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "disable_compile": True, **cache}
+        with pool_while_generating(model, stops=[], poolings=POOLINGS) as pooled, torch.no_grad():
+            model.generate(input_ids=ids, attention_mask=mask, **options)
+        found.append(pooled())
+    torch.testing.assert_close(found[0].means, found[1].means)
+    torch.testing.assert_close(found[0].norms, found[1].norms)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import zoo
@@ -11,7 +12,10 @@ from helpers import block_output, make_tokenizer, random_direction
 from transformers import GenerationConfig
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.evaluation.judges import ContrastJudge
+from persona_vectors.evaluation.judges import ContrastJudge, LocalJudge, PerplexityJudge
+from persona_vectors.extraction.difference import extract, extract_from
+from persona_vectors.extraction.rollouts import load_rollouts
+from persona_vectors.flagging.run import flag
 from persona_vectors.model.generation import generate, generate_tokens
 from persona_vectors.model.identity import fingerprint
 from persona_vectors.model.pooling import pool
@@ -22,9 +26,11 @@ from persona_vectors.model.prompts import (
     fold_system_role,
     with_template_options,
 )
-from persona_vectors.monitoring.projection import project
+from persona_vectors.monitoring.calibration import calibrate
+from persona_vectors.monitoring.projection import project, token_projections
 from persona_vectors.steering.add import RowEdit, steer, steer_rows
 from persona_vectors.steering.bounds import cap
+from persona_vectors.vectors.directions import unit_directions
 from persona_vectors.vectors.vector import PersonaVector
 
 LEAKS = {
@@ -137,6 +143,22 @@ def test_captured_hidden_states_are_the_edited_ones_also_where_they_were_asked_f
     torch.testing.assert_close(own, steered[2])
 
 
+def test_captured_hidden_states_are_the_edited_ones_in_generation_and_by_the_models_config(model):
+    """Asked for by the model's own config, and collected by `generate`, step by step."""
+    vector = random_direction(model)
+    model.config.output_hidden_states = True
+    model(**zoo.inputs(model))
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_hidden_states": True}
+    with torch.no_grad(), steer(model, vector, layer=1, coef=2.0):
+        output = model.generate(input_ids=torch.tensor([[5, 6, 7]]), **options)
+        whole = model(output.sequences[:, :-1]).hidden_states[2]
+    plain = block_output(model, 1, {"input_ids": output.sequences[:, :-1]})
+    torch.testing.assert_close(whole, plain + 2 * vector.directions[1])
+    torch.testing.assert_close(
+        torch.cat([step[2] for step in output.hidden_states], dim=1), whole, rtol=1e-4, atol=1e-4
+    )
+
+
 def test_a_block_that_returns_a_list_is_edited(model):
     block = model.model.layers[1]
     block.register_forward_hook(lambda _m, _a, output: [output])
@@ -188,6 +210,15 @@ def test_named_templates_are_each_folded(tokenizer):
     assert "Be kind.\n\nHi" in text and "default" not in text
 
 
+def test_options_are_given_to_whichever_named_template_is_used(tokenizer):
+    """Of the kind of the test above: whatever we make of a template is made of each."""
+    plain = str(tokenizer.chat_template)
+    tokenizer.chat_template = {"default": "{{ mood }} " + plain, "tool_use": "tools: " + plain}
+    cheerful = with_template_options(fold_system_role(tokenizer), {"mood": "cheerful"})
+    text = chat_prompt(cheerful, "Hi", system="Be kind.")
+    assert text.startswith("cheerful ") and "Be kind.\n\nHi" in text and "tools:" not in text
+
+
 def test_template_options_hold_everywhere():
     tokenizer = make_tokenizer(
         "{% if enable_thinking is defined and enable_thinking is false %}<s>{% endif %}{{ messages[0]['content'] }}"
@@ -203,6 +234,19 @@ def test_beyond_the_learned_positions_is_an_error_with_the_numbers(tokenizer):
         generate_tokens(model, tokenizer, [[5] * 120], max_new_tokens=20)
     with pytest.raises(InputError, match=r"have 140 tokens, and .* reads at most 128"):
         pool(model, [([5] * 70, [6] * 70)])
+
+
+@pytest.mark.parametrize("verb", ["project", "calibrate", "ContrastJudge"])
+def test_beyond_the_learned_positions_is_an_error_in_every_verb(verb: str, tokenizer, trait):
+    model, long = zoo.build("gpt2"), "So it is. " * 20
+    vector = random_direction(model)
+    calls = {
+        "project": lambda: project(model, tokenizer, [("How?", long)], [vector], layer=1),
+        "calibrate": lambda: calibrate(model, tokenizer, vector, [long], layer=1, max_new_tokens=4),
+        "ContrastJudge": lambda: ContrastJudge(model, tokenizer, trait, pairs=1)("How?", long, ""),
+    }
+    with pytest.raises(InputError, match=r"have [0-9]+ tokens, and .* reads at most 128: give shorter texts"):
+        calls[verb]()
 
 
 # Weights -------------------------------------------------------------------------------------------------------------
@@ -223,6 +267,61 @@ def test_buffers_and_offloaded_weights_count_in_the_fingerprint(tmp_path):
     for model, value in ((one, 1), (other, 2)):
         model.register_buffer("packed", torch.full((4,), value, dtype=torch.int8))
     assert fingerprint(one) != fingerprint(other)
+
+
+@pytest.mark.parametrize("judge", ["LocalJudge", "ContrastJudge", "PerplexityJudge"])
+def test_judges_read_a_model_whose_weights_lie_on_the_disk(judge: str, tokenizer, trait, tmp_path):
+    """Embeddings and head on the meta device between passes, as accelerate leaves them."""
+    from accelerate import disk_offload
+
+    model = zoo.build("llama")
+    make = {
+        "LocalJudge": lambda: LocalJudge(model, tokenizer, min_mass=0.0),
+        "ContrastJudge": lambda: ContrastJudge(model, tokenizer, trait, pairs=2),
+        "PerplexityJudge": lambda: PerplexityJudge(model, tokenizer),
+    }[judge]
+    expected = make()("How?", "Well.", "Score {question} {answer}")
+    disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    assert model.lm_head.weight.device.type == "meta"
+    assert make()("How?", "Well.", "Score {question} {answer}") == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("tuning", ["prompt", "prefix"])
+def test_a_judge_with_virtual_tokens_is_read_at_its_own_text(tuning: str, tokenizer):
+    """The expected number under the adapter, against one plain pass of the whole model for each number's beginning."""
+    import peft
+
+    config = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}[tuning]
+    adapted = peft.get_peft_model(zoo.build("llama"), config(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    judge = LocalJudge(adapted, tokenizer, min_mass=0.0)
+    prompt = encode(tokenizer, chat_prompt(tokenizer, "Score How? Well."))
+    found = judge._next_probabilities(prompt, [(), (40,), (40, 41)])
+    for stem, probabilities in zip(((), (40,), (40, 41)), found):
+        with torch.no_grad():
+            logits = adapted(input_ids=torch.tensor([[*prompt, *stem]])).logits[0, -1]
+        torch.testing.assert_close(probabilities, logits.softmax(-1), rtol=1e-3, atol=1e-5)
+
+
+def test_every_verb_reads_a_model_whose_upper_blocks_leave_tokens_out(tokenizer, trait, tmp_path):
+    """Blocks that share keys see one token of the prompt where only its last logits are asked for."""
+    model = zoo.shared_keys()
+    vector, kept = random_direction(model), tmp_path / "r.jsonl"
+    options = {"samples": 2, "max_new_tokens": 6, "min_pairs": 2, "judge": None}
+    made = extract(model, tokenizer, trait, rollouts=kept, pooling="prompt_mean", **options)
+    both = [r for s in ("pos", "neg") for r in load_rollouts(kept, side=s, trait=trait, tokenizer=tokenizer)]
+    again = extract_from(model, tokenizer, trait, both, judge=None, pooling="prompt_mean", unfiltered=True, min_pairs=2)
+    torch.testing.assert_close(made.directions, again.directions, rtol=1e-3, atol=1e-5)
+    samples = [{"question": "How?", "answer": "Well."}, {"question": "Why?", "answer": "So it is."}]
+    flag(model, tokenizer, samples, vector, layer=2, out=tmp_path / "f.parquet", max_new_tokens=4, cache=tmp_path / "c")
+    read = pq.read_table(tmp_path / "f.parquet")["t_projection"].to_pylist()
+    talks = [(sample["question"], sample["answer"]) for sample in samples]
+    scores = project(model, tokenizer, talks, [vector], layer=2)["response_mean"]["t"]
+    assert read == pytest.approx(scores.tolist(), rel=1e-3, abs=1e-4)
+    limits = calibrate(model, tokenizer, vector, ["How?"], layer=2, max_new_tokens=4, temperature=0.0)
+    prompt = encode(tokenizer, chat_prompt(tokenizer, "How?"))
+    answer, _ = generate_tokens(model, tokenizer, [prompt], max_new_tokens=4, temperature=0)[0]
+    values = token_projections(model, [(prompt, answer)], unit_directions(model, [vector], 2))[0][len(prompt) :, 0]
+    assert limits.at(50)[2] == pytest.approx(float(values.quantile(0.5)), rel=1e-2, abs=1e-2)
 
 
 def test_a_vector_of_one_dimension_says_what_is_allowed():

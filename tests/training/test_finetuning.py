@@ -167,6 +167,23 @@ def test_finetune_steers_and_the_shift_of_its_adapter_is_that_of_the_model(data,
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("tuning", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_an_adapter_of_virtual_tokens_is_lent_and_taken_back(tuning: str, tokenizer, tmp_path):
+    """The shift of a folder is that of the adapted model itself, and the base is as it was."""
+    import peft
+
+    base = zoo.build("llama")
+    made = peft.get_peft_model(zoo.build("llama"), getattr(peft, tuning)(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    made.eval().save_pretrained(tmp_path / "adapter")
+    options = {"layer": 1, "questions": QUESTIONS, "max_new_tokens": 0}
+    found = finetuning_shift(base, tokenizer, random_direction(base), tuned=tmp_path / "adapter", **options)
+    expected = finetuning_shift(base, tokenizer, random_direction(base), tuned=made, **options)
+    assert abs(found.interval("t").mean) > 1e-3
+    assert found.interval("t").mean == pytest.approx(expected.interval("t").mean, rel=1e-4)
+    assert not hasattr(base, "peft_config") and all(p.requires_grad for p in base.parameters())
+    assert finetuning_shift(base, tokenizer, random_direction(base), tuned=base, **options).interval("t").mean == 0
+
+
 def test_the_shift_of_a_model_with_itself_is_zero_and_of_a_shifted_one_the_shift(model, tokenizer, tmp_path):
     vector = random_direction(model)
     same = finetuning_shift(model, tokenizer, vector, tuned=model, questions=QUESTIONS, max_new_tokens=3)

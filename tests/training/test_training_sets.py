@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import writing
 from persona_vectors.extraction.rollouts import read_jsonl
 from persona_vectors.model import generation
 from persona_vectors.model.prompts import chat_prompt
@@ -84,3 +85,8 @@ def test_bad_input(model, tokenizer, trait, tmp_path, options: dict, message: st
     with pytest.raises(InputError, match=re.escape(message)):
         make_training_sets(model, tokenizer, trait, out=tmp_path, **options, **SMALL)
     assert not list(tmp_path.iterdir())
+
+
+def test_two_runs_do_not_write_one_folder(model, tokenizer, trait, tmp_path):
+    with writing(tmp_path / "rollouts.jsonl"), pytest.raises(InputError, match="another run is writing"):
+        make_training_sets(model, tokenizer, trait, out=tmp_path, **SMALL)
