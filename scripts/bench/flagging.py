@@ -66,7 +66,7 @@ def flagging_methods(
             bare(model, rows, batch_tokens=batch_tokens)
 
     def prompt_last(rows: Sequence[Row]) -> None:
-        answer_means(model, rows, units, batch_tokens)
+        answer_means(model, rows, [range(len(answer)) for _, answer in rows], units, batch_tokens)
 
     def theirs(rows: Sequence[Row]) -> None:
         official_projection(model, rows, vector, layer)
