@@ -35,8 +35,6 @@ class ContrastEffect(Table):
     dose: float
     coef: float
     """What the dose is, as a multiple of the vector."""
-    positions: str
-    """Where the vectors were added: see `steer`."""
     effect: Interval
     flipped: Interval
     """The effect of minus the vector."""
@@ -48,6 +46,8 @@ class ContrastEffect(Table):
     """The effect of the trait's own positive instructions as system prompts: the ceiling. None without a trait."""
     perplexity: tuple[float, float]
     """On plain facts: of the plain model and under the vector."""
+    positions: str = "all"
+    """Where the vectors were added: see `steer`."""
 
     def edit(self, vector: PersonaVector) -> RowEdit:
         """Return the chosen edit, of the vector that this is the effect of."""

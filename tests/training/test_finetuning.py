@@ -173,12 +173,13 @@ def test_an_adapter_of_virtual_tokens_is_lent_and_taken_back(tuning: str, tokeni
     import peft
 
     base = zoo.build("llama")
+    torch.manual_seed(0)  # of the virtual tokens
     made = peft.get_peft_model(zoo.build("llama"), getattr(peft, tuning)(task_type="CAUSAL_LM", num_virtual_tokens=4))
     made.eval().save_pretrained(tmp_path / "adapter")
     options = {"layer": 1, "questions": QUESTIONS, "max_new_tokens": 0}
     found = finetuning_shift(base, tokenizer, random_direction(base), tuned=tmp_path / "adapter", **options)
     expected = finetuning_shift(base, tokenizer, random_direction(base), tuned=made, **options)
-    assert abs(found.interval("t").mean) > 1e-3
+    assert abs(found.interval("t").mean) > 1e-4
     assert found.interval("t").mean == pytest.approx(expected.interval("t").mean, rel=1e-4)
     assert not hasattr(base, "peft_config") and all(p.requires_grad for p in base.parameters())
     assert finetuning_shift(base, tokenizer, random_direction(base), tuned=base, **options).interval("t").mean == 0
