@@ -106,13 +106,13 @@ def test_ray_actors_give_the_same_numbers_and_one_that_is_killed_costs_nothing(m
     tiny(input_ids=torch.tensor([[5, 6]]), output_hidden_states=True)  # it keeps hooks that refer to a ContextVar
     pv.flag(tiny, tokens, made / "d.jsonl", vector, out=made / "a.parquet", cache=made / "a.sqlite", **options)
 
-    def dies_once(folder, units, batch_tokens, model, number):
+    def dies_once(folder, tokenizer, units, model, number, **options):
         if number == 3 and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         from persona_vectors.flagging.work import project_rows  # in the actor, where it is not replaced
 
-        project_rows(folder, units, batch_tokens, model, number)
+        project_rows(folder, tokenizer, units, model, number, **options)
 
     monkeypatch.setattr(flagging, "project_rows", dies_once)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
