@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.vectors.exports import export_vector
     from persona_vectors.vectors.geometry import logit_lens
     from persona_vectors.vectors.imports import import_vector
+    from persona_vectors.vectors.moments import Moments, neutral_moments
     from persona_vectors.vectors.plots import plot_vector
     from persona_vectors.vectors.shipped import list_vectors, load_vector
     from persona_vectors.vectors.vector import PersonaVector
@@ -101,6 +102,7 @@ _WHERE = {
     "vectors.exports": ["export_vector"],
     "vectors.geometry": ["logit_lens"],
     "vectors.imports": ["import_vector"],
+    "vectors.moments": ["Moments", "neutral_moments"],
     "vectors.plots": ["plot_vector"],
     "vectors.shipped": ["list_vectors", "load_vector"],
     "vectors.vector": ["PersonaVector"],

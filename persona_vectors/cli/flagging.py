@@ -52,6 +52,7 @@ def flag(
     reference: Annotated[str | None, typer.Option(help="neutral samples for the percentiles, or their flags")] = None,
     threshold: Annotated[float | None, typer.Option(help="flag from this difference on")] = None,
     percentile: Annotated[float | None, typer.Option(help="or from this percentile (with --reference: 95)")] = None,
+    controls: Annotated[int, typer.Option(help="random directions to read beside the vectors; 0: none", min=0)] = 100,
     judge: Annotated[str | None, typer.Option(help=f"add a judge's score too: {JUDGES}")] = None,
     trait: Annotated[str | None, typer.Option(help="the trait that it judges, a shipped one or a JSON file")] = None,
     cache: Annotated[Path | None, typer.Option(help="where baselines are kept (default: the user's cache)")] = None,
@@ -78,7 +79,7 @@ def flag(
     options: dict[str, Any] = {"out": out, "baseline": baseline, "answers": answers, **reading}
     options |= {"on_error": on_error, "turns": turns}
     options |= {"max_length": max_length, "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
-    options["skip_reasoning"] = skip_reasoning
+    options |= {"skip_reasoning": skip_reasoning, "controls": controls}
     options |= {"reference": reference, "threshold": threshold, "percentile": percentile}
     found = run.flag(loaded, tokenizer, data, loaded_vectors, layer=where, cache=cache, workers=workers, **options)
     echo_table(found.rows(), as_json=as_json, text=lambda: repr(found))
@@ -126,7 +127,7 @@ def compare(
     other: Annotated[Path, typer.Argument(metavar="FLAGS", help="another one")],
     as_json: Json = False,
 ) -> None:
-    """Say which of two flagged datasets will move each trait more, with intervals, and how few samples show it.
+    """Say which of two flagged datasets will move each trait more, where random directions cannot say so as well.
 
     Example: persona-vectors compare mine.parquet theirs.parquet
     """

@@ -1,17 +1,20 @@
-"""Which of two flagged datasets will move a trait more."""
+"""Which of two flagged datasets will move a trait more, where random directions cannot say so as well."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.intervals import Interval
-from persona_vectors.flagging.parts import flag_batches, read_header
+from persona_vectors.data.samples import import_pyarrow
+from persona_vectors.flagging.nulls import beaten
+from persona_vectors.flagging.parts import read_header
 
-SUBSAMPLES = 1000
+SUBSAMPLES = 200
+KEPT = 20_000
+"""The most rows of a file whose random directions are read, drawn at random."""
 
 
 @dataclass(frozen=True)
@@ -22,56 +25,144 @@ class Comparison:
     second: Interval
     gap: Interval
     """First minus second, with its 95 % interval."""
-    enough: int | None
-    """How many samples of each show the same sign of the gap in 95 % of 1,000 random subsamples; None: no number
-    up to the smaller dataset's."""
+    effect: float
+    """The gap in standard deviations of a sample, both datasets' pooled."""
+    null: tuple[float, ...]
+    """The same of random directions: isotropic ones, then as many with the covariance of neutral answers."""
+    reference: str | None
+    """What the latter have the covariance of."""
+    length: float
+    """How often an answer of the first dataset is longer than one of the second, ties counted half: .5 is not apart."""
+    alike: tuple[str, ...] = ()
+    """The other vectors at its layer that tell the two datasets apart at least as well."""
+    enough: int | None = None
+    """How many samples of each give this verdict in 95 % of 200 random subsamples; None: no number up to the smaller
+    dataset's, or no verdict."""
+
+    @property
+    def beaten(self) -> tuple[float, float]:
+        """The shares of isotropic and of covariance directions that tell the two datasets apart less well."""
+        return beaten(self.effect, np.array(self.null))
+
+    @property
+    def verdict(self) -> str | None:
+        """ "first" or "second" where the gap's interval leaves out zero and the effect passes 95 % of both nulls."""
+        if not self.null or self.gap.low <= 0 <= self.gap.high or min(self.beaten) < 0.95:
+            return None
+        return "first" if self.gap.mean > 0 else "second"
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one row: both means, their gap, and how many samples show its sign."""
+        """Return one row: both means, their gap, its null, and how many samples give the verdict."""
         row: dict[str, Any] = self.first.columns("first") | self.second.columns("second") | self.gap.columns("gap")
-        return [row | {"enough": self.enough}]
+        shares = self.beaten if self.null else (None, None)
+        row |= {"effect": self.effect, "beaten_isotropic": shares[0], "beaten_covariance": shares[1]}
+        row |= {"reference": self.reference, "length": self.length, "alike": list(self.alike)}
+        return [row | {"verdict": self.verdict, "enough": self.enough}]
 
     def __str__(self) -> str:
-        if self.gap.low <= 0 <= self.gap.high:
-            verdict = "no telling which moves the trait more"
+        text = (
+            f"{self.first:+.2f} and {self.second:+.2f}, gap {self.gap:+.2f}, {self.effect:+.2f} standard deviations: "
+        )
+        if not self.null:
+            text += "no verdict without a null: flag with controls=100"
+        elif self.verdict:
+            text += f"the {self.verdict} will move the trait more"
+            text += f"; {self.enough} samples of each suffice" if self.enough else ""
+            text += f" ({min(self.beaten):.0%} of random directions tell them apart less well)"
+        elif self.gap.low <= 0 <= self.gap.high:
+            text += "no telling which moves the trait more"
         else:
-            verdict = f"the {'first' if self.gap.mean > 0 else 'second'} will move the trait more"
-        enough = "" if self.enough is None else f"; {self.enough} samples of each suffice"
-        return f"{self.first:+.2f} and {self.second:+.2f}, gap {self.gap:+.2f}: {verdict}{enough}"
+            text += f"no verdict, {1 - min(self.beaten):.0%} of random directions tell these two datasets apart as well"
+        apart = not self.gap.low <= 0 <= self.gap.high
+        text += f"; {', '.join(self.alike)} tells them apart as well" if self.alike and apart else ""
+        return text + f"; by length alone {self.length:.2f}"
+
+
+class _Read(NamedTuple):
+    """A file's differences on one vector, each one's prompt as a number, and random directions' in some of its rows."""
+
+    values: np.ndarray
+    prompts: np.ndarray
+    kept: np.ndarray
+    """Which of the values the random directions were read for,"""
+    controls: np.ndarray
+    """and their differences, [kept, direction]."""
+    lengths: np.ndarray
 
 
 def compare_datasets(flags: str | Path, other: str | Path, *, seed: int = 0) -> dict[str, Comparison]:
     """Compare two flags files, vector by vector, with 95 % intervals clustered by prompt.
 
-    Raises InputError where they were made with other models, vectors, layers or baselines.
+    Two datasets differ in topic, length and form too, and almost any direction tells them apart. A verdict is given
+    only where the gap, in standard deviations of a sample, is larger than that of 95 % of the random directions that
+    `flag` read beside the vector. Where both files come from one source the gap is the trait's; else read `length`
+    and `alike` too.
+
+    Raises InputError where they were made with other models, vectors, layers, baselines or controls.
     """
     paths = [Path(flags), Path(other)]
     headers = [read_header(path) for path in paths]
-    for name in ("weights", "vectors", "layers", "baseline", "max_new_tokens"):
-        mine, theirs = (header["settings"][name] for header in headers)
+    for name in ("weights", "vectors", "layers", "baseline", "max_new_tokens", "controls", "controls_reference"):
+        mine, theirs = (header["settings"].get(name) for header in headers)
         if mine != theirs:
             raise InputError(f"{flags} has {name}={mine!r} and {other} {theirs!r}: flag both with the same settings")
-    compared = {}
-    for key in headers[0]["summary"]:
-        columns = [_differences(path, key) for path in paths]
-        (a, error_a), (b, error_b) = (_clustered(values, prompts) for values, prompts in columns)
-        gap = _interval(a - b, float(np.hypot(error_a, error_b)))
-        enough = _enough([values for values, _ in columns], a - b, np.random.default_rng(seed))
-        compared[key] = Comparison(_interval(a, error_a), _interval(b, error_b), gap, enough)
-    return compared
+    settings, compared = headers[0]["settings"], {}
+    for number, key in enumerate(headers[0]["summary"]):
+        layer = settings["layers"][number // len(settings["vectors"])]
+        controls = f"controls@{layer}" if settings.get("controls") else None
+        sides = [_read(path, key, controls, seed) for path in paths]
+        found = _compared(sides[0], sides[1], settings.get("controls_reference"))
+        enough = _enough(sides, found, np.random.default_rng(seed)) if found.verdict else None
+        compared[key] = found, enough
+    effects = {key: abs(found.effect) for key, (found, _) in compared.items()}
+    result = {}
+    for key, (found, enough) in compared.items():
+        at = key.partition("@")[2]
+        others = {name: effect for name, effect in effects.items() if name != key and name.partition("@")[2] == at}
+        alike = tuple(name for name, effect in others.items() if effect >= effects[key])
+        result[key] = Comparison(**{**vars(found), "alike": alike, "enough": enough})
+    return result
 
 
-def _differences(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return a vector's differences, and a number for each one's prompt."""
-    values, prompts = [], []
-    for batch in flag_batches(path, ["prompt_hash", f"{key}_difference"]):
-        values.append(np.array(batch[f"{key}_difference"], np.float32))
-        prompts.append(np.array([int(text, 16) for text in batch["prompt_hash"]], np.uint64))
-    found, asked = (np.concatenate([*parts, empty]) for parts, empty in ((values, []), (prompts, [])))
-    kept = ~np.isnan(found)
-    if kept.sum() < 2:
-        raise InputError(f"{path} has {kept.sum()} samples with a difference: give two or more")
-    return found[kept], np.unique(asked[kept], return_inverse=True)[1]
+def _read(path: Path, key: str, controls: str | None, seed: int) -> _Read:
+    _, parquet = import_pyarrow()
+    parts: list[list[np.ndarray]] = []
+    with parquet.ParquetFile(path) as file:
+        total = file.metadata.num_rows
+        chosen = np.zeros(total, bool)
+        chosen[np.random.default_rng(seed).choice(total, min(total, KEPT), replace=False)] = True
+        names, place = [f"{key}_difference", "prompt_hash", "answer_tokens", *filter(None, [controls])], 0
+        for batch in file.iter_batches(batch_size=4096, columns=names):
+            values = batch.column(0).to_numpy(zero_copy_only=False).astype(np.float32)
+            there, mine = ~np.isnan(values), chosen[place : place + len(values)]
+            prompts = np.array([int(text, 16) for text in batch.column(1).to_pylist()], np.uint64)
+            random = np.zeros((len(values), 0), np.float32)
+            if controls:
+                random = batch.column(3).flatten().to_numpy(zero_copy_only=False).reshape(len(values), -1)
+            lengths = batch.column(2).to_numpy(zero_copy_only=False)
+            parts.append([values[there], prompts[there], mine[there], random[there & mine], lengths[there]])
+            place += len(values)
+    joined = [np.concatenate(arrays) for arrays in zip(*parts)] if parts else [np.zeros(0)] * 5
+    if len(joined[0]) < 2:
+        raise InputError(f"{path} has {len(joined[0])} samples with a difference: give two or more")
+    return _Read(joined[0], np.unique(joined[1], return_inverse=True)[1], joined[2].nonzero()[0], joined[3], joined[4])
+
+
+def _compared(one: _Read, two: _Read, reference: str | None) -> Comparison:
+    (a, error_a), (b, error_b) = (_clustered(side.values, side.prompts) for side in (one, two))
+    gap = _interval(a - b, float(np.hypot(error_a, error_b)))
+    effect = float(_effects(one.values[:, None], two.values[:, None])[0])
+    null = tuple(_effects(one.controls, two.controls).tolist())
+    return Comparison(
+        _interval(a, error_a), _interval(b, error_b), gap, effect, null, reference, _longer(one.lengths, two.lengths)
+    )
+
+
+def _effects(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    """Return each direction's gap in pooled standard deviations, from differences [sample, direction]."""
+    spread = np.sqrt((one.var(axis=0, ddof=1) + two.var(axis=0, ddof=1)) / 2)
+    gap = one.mean(axis=0, dtype=np.float64) - two.mean(axis=0, dtype=np.float64)
+    return gap / np.where(spread == 0, np.inf, spread)
 
 
 def _clustered(values: np.ndarray, prompts: np.ndarray) -> tuple[float, float]:
@@ -86,11 +177,26 @@ def _interval(mean: float, error: float) -> Interval:
     return Interval(mean, mean - 1.96 * error, mean + 1.96 * error)
 
 
-def _enough(columns: Sequence[np.ndarray], gap: float, rng: np.random.Generator) -> int | None:
-    size, smallest = 2, min(map(len, columns))
+def _longer(one: np.ndarray, two: np.ndarray) -> float:
+    from scipy.stats import mannwhitneyu
+
+    return float(mannwhitneyu(one, two).statistic / len(one) / len(two))
+
+
+def _enough(sides: list[_Read], found: Comparison, rng: np.random.Generator) -> int | None:
+    size, smallest = 4, min(len(side.kept) for side in sides)
     while size <= smallest:
-        means = [rng.choice(values, (SUBSAMPLES, size)).mean(axis=1) for values in columns]
-        if (np.sign(means[0] - means[1]) == np.sign(gap)).mean() >= 0.95:
+        drawn = [[_some(side, size, rng) for side in sides] for _ in range(SUBSAMPLES)]
+        verdicts = [_compared(one, two, None).verdict for one, two in drawn]
+        if verdicts.count(found.verdict) >= 0.95 * SUBSAMPLES:
             return size
         size = max(size + 1, round(size * 1.3))
     return None
+
+
+def _some(side: _Read, size: int, rng: np.random.Generator) -> _Read:
+    """Return a random part of a file's rows."""
+    drawn = rng.choice(len(side.kept), size, replace=False)
+    rows = side.kept[drawn]
+    prompts = np.unique(side.prompts[rows], return_inverse=True)[1]
+    return _Read(side.values[rows], prompts, np.arange(size), side.controls[drawn], side.lengths[rows])

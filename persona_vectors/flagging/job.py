@@ -17,19 +17,22 @@ from persona_vectors.data.checks import check_settings
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.progress import bar
 from persona_vectors.data.samples import Source, import_pyarrow, read_samples
+from persona_vectors.flagging.checks import check
 from persona_vectors.flagging.merge import merge
 from persona_vectors.flagging.parts import Flags, is_flags, part, read_header, read_json, write_json
 from persona_vectors.flagging.plan import check_digest, make_plan, source_name
 from persona_vectors.flagging.work import answer_prompts, keep_answers, project_rows
-from persona_vectors.model.blocks import Layer, Model
-from persona_vectors.model.hooks import edits_are_active
+from persona_vectors.model.blocks import Layer, Model, chosen_layers, model_shape
 from persona_vectors.model.identity import fingerprint, identity
 from persona_vectors.model.loading import cache_dir
 from persona_vectors.model.prompts import batch_tokens_for
-from persona_vectors.vectors.directions import unit_directions, vector_keys
+from persona_vectors.vectors.directions import unit_directions
+from persona_vectors.vectors.moments import neutral_moments
 from persona_vectors.vectors.vector import PersonaVector
 
-BASELINES = ("generate", "prompt_last", "none")
+PLAIN_FACTS = "answers on plain facts"
+MOMENTS_OF = 512
+"""How many of the reference samples the random directions have the covariance of, at most."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Job:
     reference: Source | None
     threshold: float | None
     percentile: float | None
+    controls: int
     cache: str | Path | None
     batch_tokens: int | None
     chunk: int
@@ -74,8 +78,30 @@ class Job:
         return self.max_length or getattr(config, "max_position_embeddings", None)
 
     @cached_property
+    def layers(self) -> list[int]:
+        return chosen_layers(self.layer, model_shape(self.model)[0])
+
+    @cached_property
+    def read_vectors(self) -> list[PersonaVector]:
+        """What is read of every sample: the vectors, and the random directions that they are held against."""
+        if not self.controls:
+            return self.vectors
+        source = None if self.controls_reference == PLAIN_FACTS else self.reference
+        options: dict[str, Any] = {"layer": self.layers, "columns": self.columns, "split": self.split}
+        options |= {"max_length": self.max_length, "batch_tokens": self.batch_tokens, "first": MOMENTS_OF}
+        known = neutral_moments(self.model, self.tokenizer, source, **options)
+        nulls = known.random_vectors(self.vectors[0], count=self.controls)
+        return self.vectors + [replace(null, trait=f"null {i}") for i, null in enumerate(nulls)]
+
+    @property
+    def controls_reference(self) -> str:
+        """What the random directions have the covariance of."""
+        given = self.reference is not None and not is_flags(self.reference)
+        return source_name(self.reference) if given and self.reference is not None else PLAIN_FACTS
+
+    @cached_property
     def units(self) -> dict[int, Float[Tensor, "vector hidden"]]:
-        return unit_directions(self.model, self.vectors, self.layer)
+        return unit_directions(self.model, self.read_vectors, self.layer)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -84,8 +110,10 @@ class Job:
             **identity(self.model, self.tokenizer),
             "weights": fingerprint(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "vectors": {vector.trait: _hash(vector.directions[list(self.units)].tolist()) for vector in self.vectors},
-            "layers": list(self.units),
+            "vectors": {vector.trait: _hash(vector.directions[self.layers].tolist()) for vector in self.vectors},
+            "layers": self.layers,
+            "controls": self.controls,
+            "controls_reference": self.controls_reference if self.controls else None,
             "baseline": self.baseline if self.answers is None else source_name(self.answers),
             "max_new_tokens": self.max_new_tokens if self.generates else None,
             "skip_reasoning": self.skip_reasoning or None,
@@ -112,8 +140,8 @@ class Job:
     def flags(self) -> Flags:
         """Return the finished file's, or make it."""
         import_pyarrow()
-        self.check()
-        keys = vector_keys([vector.trait for vector in self.vectors], list(self.units))  # refuses what does not fit
+        check(self)
+        unit_directions(self.model, self.vectors, self.layer)  # refuses what does not fit
         if self.out.exists():
             header = read_header(self.out)
             check_settings(self.out, header["settings"], {**self.settings, **self.judged})
@@ -128,13 +156,13 @@ class Job:
         plan, reading = self.plan(), self.reading
         self.compute(plan, reading)
         whole = {**self.settings, **self.judged}
-        return merge(self.folder, self.out, keys=keys, reading=reading, plan=plan, settings=whole, reference=reference)
+        return merge(self.folder, self.out, reading=reading, plan=plan, settings=whole, reference=reference)
 
     @property
     def reading(self) -> str:
         """What a base answer's kept values depend on, besides the answer."""
-        thoughts = [True] if self.skip_reasoning else []
-        return _hash([self.settings["vectors"], self.settings["layers"], *thoughts])
+        names = ("vectors", "layers", "skip_reasoning", "controls", "controls_reference")
+        return _hash([self.settings[name] for name in names])
 
     def read(self, source: Source) -> Any:
         return read_samples(source, columns=self.columns, split=self.split, turns=self.turns)
@@ -146,12 +174,11 @@ class Job:
         path = self.reference
         if not is_flags(path):
             own = Path(f"{self.out}.reference.parquet")
-            path = replace(self, data=path, out=own, reference=None, threshold=None, percentile=None).flags().path
+            plain: dict[str, Any] = {"reference": None, "threshold": None, "percentile": None, "controls": 0}
+            path = replace(self, data=path, out=own, **plain).flags().path
         path = Path(str(path))
-        theirs, same = (
-            read_header(path)["settings"],
-            ("weights", "vectors", "layers", "baseline", "max_new_tokens", "skip_reasoning"),
-        )
+        theirs = read_header(path)["settings"]
+        same = ("weights", "vectors", "layers", "baseline", "max_new_tokens", "skip_reasoning")
         check_settings(path, theirs, {name: self.settings[name] for name in same})
         return path
 
@@ -185,8 +212,8 @@ class Job:
         """Answer the prompts that lack an answer, and project all samples."""
         budget = self.settings["batch_tokens"]
         shared: dict[str, Any] = {"batch_tokens": budget, "skip_reasoning": self.skip_reasoning}
-        options: dict[str, Any] = {"layer": list(self.units), "max_new_tokens": self.max_new_tokens, **shared}
-        answer = partial(answer_prompts, self.folder, self.tokenizer, self.vectors, **options)
+        options: dict[str, Any] = {"layer": self.layers, "max_new_tokens": self.max_new_tokens, **shared}
+        answer = partial(answer_prompts, self.folder, self.tokenizer, self.read_vectors, **options)
         self.work(answer, "answers", plan["groups"])
         keep_answers(self.folder, plan["groups"], reading, self.kept if self.generates else None)
         self.work(partial(project_rows, self.folder, self.tokenizer, self.units, **shared), "values", plan["chunks"])
@@ -206,36 +233,6 @@ class Job:
                 for number in todo:
                     do(self.model, number)
                     shown.update(self.chunk)
-
-    def check(self) -> None:
-        """Raise InputError for what cannot be."""
-        if self.model.config.is_encoder_decoder:
-            raise InputError("this is an encoder-decoder model: samples are flagged with decoder-only language models")
-        if edits_are_active(self.model):
-            raise InputError("flag reads the plain model: call it outside of steer, ablate, cap, floor and monitor")
-        _check_words(self.baseline, self.answers, self.on_error)
-        if self.threshold is not None and self.percentile is not None:
-            raise InputError("threshold and percentile both say what is flagged: give one of them")
-        if self.percentile is not None and not 0 <= self.percentile <= 100:
-            raise InputError(f"percentile is {self.percentile:g}: give a number from 0 to 100")
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {self.max_new_tokens}: give 1 or more, or baseline='prompt_last'")
-        if self.generates and self.limit is not None and self.max_new_tokens >= self.limit // 2:
-            raise InputError(
-                f"max_new_tokens is {self.max_new_tokens}, and the context has {self.limit} tokens: "
-                f"give less than {self.limit // 2}"
-            )
-        if min(self.chunk, self.workers) < 1:
-            raise InputError(f"chunk is {self.chunk} and workers is {self.workers}: give 1 or more")
-
-
-def _check_words(baseline: str, answers: Source | None, on_error: str) -> None:
-    if baseline not in BASELINES:
-        raise InputError(f"baseline is {baseline!r}: give one of {', '.join(BASELINES)}, or answers= of your own")
-    if isinstance(answers, str | Path) and not Path(answers).exists():
-        raise InputError(f"no file of answers {str(answers)!r}: give one with an answer of the model to each prompt")
-    if on_error not in ("stop", "skip"):
-        raise InputError(f"on_error is {on_error!r}: give 'stop' or 'skip'")
 
 
 def _hash(value: Any) -> str:

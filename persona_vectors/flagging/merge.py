@@ -3,9 +3,9 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import numpy as np
 
 from persona_vectors.data.files import atomic_path
 from persona_vectors.data.samples import import_pyarrow
+from persona_vectors.flagging.nulls import Spread, beaten, halves
 from persona_vectors.flagging.parts import FORMAT, HEADER, Flags, Summary, flag_batches, part, read_table
 from persona_vectors.flagging.store import Baselines
+from persona_vectors.vectors.directions import vector_keys
 
 _PLAIN = ("row", "turn", "id", "prompt_hash", "prompt_tokens", "answer_tokens", "baseline_tokens", "truncated")
 
@@ -23,7 +25,6 @@ def merge(
     folder: Path,
     out: Path,
     *,
-    keys: Sequence[str],
     reading: str,
     plan: dict[str, Any],
     settings: dict[str, Any],
@@ -32,14 +33,19 @@ def merge(
     """Write the finished file from its parts: percentiles need all differences, which are sorted on the disk."""
     pa, parquet = import_pyarrow()
     totals, baseline = dict(plan["counts"]), settings["baseline"]
+    keys, controls = vector_keys(list(settings["vectors"]), settings["layers"]), settings["controls"]
+    places, randoms = _places(len(settings["vectors"]), controls, settings["layers"])
     with closing(Baselines(folder / "baselines.sqlite")) as known:
 
         def parts() -> Iterator[dict[str, Any]]:
-            return (_part_rows(folder, n, baseline, reading, known, len(keys)) for n in range(plan["chunks"]))
+            return (_part_rows(folder, n, baseline, reading, known, places, randoms) for n in range(plan["chunks"]))
 
         own = [_Column(folder / f"sorted-{i}.f32") for i in range(len(keys))]
         totals["empty_baselines"] = 0
+        spreads = {name: Spread() for name in randoms}
         for rows in parts():
+            for name, spread in spreads.items():
+                spread.add(rows[name])
             for column, values in zip(own, rows["difference"].T):
                 column.add(values)
             lacks = np.isnan(rows["baseline"]).any(axis=1) & ~np.isnan(rows["projection"]).any(axis=1)
@@ -52,50 +58,81 @@ def merge(
         for rows in parts():
             for i, limit in enumerate(limits):
                 flagged[i] += 0 if limit is None else int((rows["difference"][:, i] >= limit).sum())
-        summary = {key: own[i].summary(limits[i], int(flagged[i])) for i, key in enumerate(keys)}
+        nulls = [spreads[f"controls@{layer}"] for layer in settings["layers"] for _ in settings["vectors"]]
+        summary = {key: own[i].summary(limits[i], int(flagged[i]), nulls[i]) for i, key in enumerate(keys)}
         header = {"format": FORMAT, "settings": settings, "digest": plan["digest"], "counts": totals}
         header["summary"] = {key: asdict(found) for key, found in summary.items()}
         metadata = {HEADER: json.dumps(header).encode()}
-        schema = pa.schema(_fields(pa, keys), metadata=metadata)
+        schema = pa.schema(_fields(pa, keys, randoms, controls), metadata=metadata)
         with atomic_path(out) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
             for rows in parts():
-                writer.write_table(pa.table(_columns(rows, keys, ranks, limits), schema=schema))
+                columns = _columns(rows, keys, ranks, limits)
+                columns |= {name: list(rows[name]) for name in schema.names if name in randoms}
+                writer.write_table(pa.table(columns, schema=schema))
             if not plan["chunks"]:
                 writer.write_table(schema.empty_table())
     shutil.rmtree(folder)
     return Flags(out, settings, totals, summary)
 
 
-def _fields(pa: Any, keys: Sequence[str]) -> list[Any]:
+def _places(vectors: int, controls: int, layers: Sequence[int]) -> tuple[list[int], dict[str, slice]]:
+    """Return where the vectors' values are among all that were read, and where each layer's random directions' are."""
+    width = vectors + controls
+    places = [block * width + i for block in range(len(layers)) for i in range(vectors)]
+    blocks = {f"controls@{layer}": block * width for block, layer in enumerate(layers)}
+    return places, {name: slice(first + vectors, first + width) for name, first in blocks.items()}
+
+
+def _fields(pa: Any, keys: Sequence[str], randoms: Iterable[str], controls: int) -> list[Any]:
     types = dict.fromkeys(_PLAIN, pa.int32()) | {"row": pa.int64(), "truncated": pa.bool_()}
     types |= {"id": pa.string(), "prompt_hash": pa.string()}
     for key in keys:
         types |= {f"{key}_{name}": pa.float32() for name in ("projection", "baseline", "difference", "percentile")}
         types[f"{key}_flagged"] = pa.bool_()
-    return [pa.field(name, kind) for name, kind in (types | {"flagged": pa.bool_()}).items()]
+    types["flagged"] = pa.bool_()
+    if controls:
+        types |= dict.fromkeys(randoms, pa.list_(pa.float32(), controls))
+    return [pa.field(name, kind) for name, kind in types.items()]
 
 
-def _part_rows(folder: Path, number: int, baseline: str, reading: str, known: Baselines, width: int) -> dict[str, Any]:
-    """Return a part's rows with their baselines and differences, [row, key] in float32; nan where there is none."""
+def _part_rows(
+    folder: Path,
+    number: int,
+    baseline: str,
+    reading: str,
+    known: Baselines,
+    places: Sequence[int],
+    randoms: dict[str, slice],
+) -> dict[str, Any]:
+    """Return a part's rows with their baselines and differences, [row, key] in float32; nan where there is none.
+
+    The random directions' differences are under the names of `randoms`, [row, direction].
+    """
     rows = read_table(part(folder, "rows", number))
-    read = read_table(part(folder, "values", number))
-    rows["projection"] = np.array(read["projection"], np.float32).reshape(-1, width)
+    whole = _values(rows, read_table(part(folder, "values", number)), baseline, reading, known)
+    for name, where in randoms.items():
+        rows[name] = whole["difference"][:, where]
+    return rows | {name: values[:, list(places)] for name, values in whole.items()}
+
+
+def _values(
+    rows: dict[str, Any], read: dict[str, Any], baseline: str, reading: str, known: Baselines
+) -> dict[str, np.ndarray]:
+    """Return projections, baselines and differences, [row, all that was read]; the rows are told their tokens."""
+    whole = {"projection": np.array(read["projection"], np.float32).reshape(len(rows["row"]), -1)}
     for name in ("prompt", "answer"):
         rows[f"{name}_tokens"] = [len(ids) for ids in rows[f"{name}_ids"]]
     rows["baseline_tokens"] = [None] * len(rows["row"])
     if baseline == "none":
-        rows["baseline"] = np.full_like(rows["projection"], np.nan)
-        rows["difference"] = rows["projection"]
-        return rows
+        return whole | {"baseline": np.full_like(whole["projection"], np.nan), "difference": whole["projection"]}
     if baseline == "prompt_last":
-        rows["baseline"] = np.array(read["prompt_last"], np.float32).reshape(-1, width)
+        whole["baseline"] = np.array(read["prompt_last"], np.float32).reshape(len(rows["row"]), -1)
     else:
         found = [known.find(key, reading) for key in rows["key"]]
         assert all(item is not None for item in found)
         rows["baseline_tokens"] = [len(item[0]) for item in found if item is not None]
-        rows["baseline"] = np.stack([item[1] for item in found if item is not None])
-    rows["difference"] = rows["projection"] - rows["baseline"]
-    return rows
+        whole["baseline"] = np.stack([item[1] for item in found if item is not None])
+    return whole | {"difference": whole["projection"] - whole["baseline"]}
 
 
 def _columns(rows: dict[str, Any], keys: Sequence[str], ranks: "Sequence[_Column]", limits: Sequence) -> dict[str, Any]:
@@ -155,14 +192,19 @@ class _Column:
         low, high = self.values[math.floor(place)], self.values[math.ceil(place)]
         return float(low + (high - low) * (place - math.floor(place)))
 
-    def summary(self, threshold: float | None, flagged: int) -> Summary:
+    def summary(self, threshold: float | None, flagged: int, null: "Spread") -> Summary:
         mean = self.sum / self.count if self.count else math.nan
         deviation = math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else math.nan
         enough = None
         if mean and not math.isnan(deviation):
             enough = max(2, math.ceil((1.96 * deviation / mean) ** 2))
         error = deviation / math.sqrt(self.count) if self.count else math.nan
-        return Summary(mean, error, self.count, enough, threshold, flagged)
+        found, effects = Summary(mean, error, self.count, enough, threshold, flagged), null.effects
+        if not len(effects) or not deviation:
+            return found
+        shares = beaten(mean / deviation, effects)
+        band = max(float(np.quantile(np.abs(half), 0.95)) for half in halves(effects))
+        return replace(found, beaten_isotropic=shares[0], beaten_covariance=shares[1], null=band * deviation)
 
 
 def _limit(column: _Column, threshold: float | None, percentile: float | None) -> float | None:

@@ -27,6 +27,13 @@ class Summary:
     threshold: float | None
     """The difference from which a sample is flagged."""
     flagged: int
+    beaten_isotropic: float | None = None
+    """The share of isotropic random directions whose mean difference, in standard deviations, is nearer to zero."""
+    beaten_covariance: float | None = None
+    """The same of those with the covariance of neutral answers."""
+    null: float | None = None
+    """How far from zero the means of 95 % of random directions lie, of the kind that lies further: their effects
+    in standard deviations, times the vector's."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,12 @@ class Flags:
             flagged = "" if found.threshold is None else f", {found.flagged:,} at or above {found.threshold:+.3f}"
             error = 1.96 * found.standard_error
             lines.append(f"  {key}: {found.mean:+.3f} +- {error:.3f} (95 %; {enough} show its sign){flagged}")
+            if found.beaten_isotropic is not None:
+                lines.append(
+                    f"    larger, in standard deviations, than {found.beaten_isotropic:.0%} of isotropic random "
+                    f"directions and {found.beaten_covariance:.0%} with the covariance of "
+                    f"{self.settings['controls_reference']}"
+                )
         return "\n".join(lines)
 
     def rows(self) -> list[dict[str, Any]]:

@@ -17,8 +17,7 @@ from persona_vectors.data.progress import bar
 from persona_vectors.data.samples import Sample, Source
 from persona_vectors.flagging.parts import part, read_json, write_json, write_table
 from persona_vectors.flagging.store import Baselines
-from persona_vectors.model.passes import Row
-from persona_vectors.model.prompts import encode_answer, finished_turn
+from persona_vectors.model.prompts import encode_answer, finished_turn, fit
 
 
 def source_name(source: Source) -> str:
@@ -137,18 +136,6 @@ def check_digest(samples: Iterable[Sample | InputError], wanted: str, where: Pat
         seen.update(repr(sample).encode())
     if seen.hexdigest() != wanted:
         raise InputError(f"{where} was made from other samples than these: give the same data, or another file")
-
-
-def fit(row: Row, limit: int | None, new_tokens: int) -> tuple[list[int], list[int]]:
-    """Return a row of at most `limit` tokens: the answer loses its end, a long prompt its beginning.
-
-    The prompt leaves room for `new_tokens`, and for the answer, or for half of the context where it is longer.
-    """
-    prompt, answer = list(row[0]), list(row[1])
-    if limit is None:
-        return prompt, answer
-    prompt = prompt[-(limit - max(new_tokens, min(len(answer), limit // 2))) :]
-    return prompt, answer[: limit - len(prompt)]
 
 
 class _Parts:

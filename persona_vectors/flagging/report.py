@@ -16,10 +16,9 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path
 from persona_vectors.data.samples import Sample, Source, read_samples
 from persona_vectors.flagging.parts import Flags, flag_batches
-from persona_vectors.flagging.plan import fit
 from persona_vectors.model.blocks import Model
 from persona_vectors.model.identity import fingerprint
-from persona_vectors.model.prompts import encode_answer, finished_turn
+from persona_vectors.model.prompts import encode_answer, finished_turn, fit
 from persona_vectors.monitoring.heatmaps import robust_span, token_texts
 from persona_vectors.monitoring.projection import token_projections
 from persona_vectors.vectors.directions import unit_directions, vector_list
@@ -137,7 +136,7 @@ def _histogram(flags: Flags, key: str) -> dict[str, Any]:
     found = [np.array([v for v in b[column] if v is not None]) for b in flag_batches(flags.path, [column])]
     found = [values for values in found if len(values)]
     if not found:
-        return {"key": key, "bars": [], "low": "no values", "high": ""}
+        return {"key": key, "bars": [], "low": "no values", "high": "", "places": {}}
     low, high = min(v.min() for v in found), max(v.max() for v in found)
     edges = np.linspace(low, high if high > low else low + 1, BARS + 1)
     counts = np.sum([np.histogram(values, edges)[0] for values in found], axis=0)
@@ -149,4 +148,8 @@ def _histogram(flags: Flags, key: str) -> dict[str, Any]:
         title = f"{edges[i]:+.3f} to {edges[i + 1]:+.3f}: {count:,}"
         flagged = limit is not None and edges[i] >= limit
         bars.append({**box, "height": f"{height:.1f}", "title": title, "flagged": flagged})
-    return {"key": key, "bars": bars, "low": f"{low:+.3f}", "high": f"{high:+.3f}"}
+    own, places = flags.summary[key], {}
+    if own.null is not None:
+        for name, value in (("mean", own.mean), ("left", -own.null), ("right", own.null)):
+            places[name] = round(float(np.clip((value - low) / (edges[-1] - low), 0, 1)) * 360, 1)
+    return {"key": key, "bars": bars, "low": f"{low:+.3f}", "high": f"{high:+.3f}", "places": places}

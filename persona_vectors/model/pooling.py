@@ -1,7 +1,7 @@
 """Mean activations of prompts and answers at every layer, read in hooks: from finished text, or while generating."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from persona_vectors.data.progress import bar
-from persona_vectors.model.blocks import Model, model_shape
-from persona_vectors.model.hooks import edit_blocks
+from persona_vectors.model.blocks import Layer, Model, chosen_layers, model_shape
+from persona_vectors.model.hooks import EnoughRead, edit_blocks, edits_are_active
 from persona_vectors.model.passes import Row, forward_passes, own_tokens, read_pass
 from persona_vectors.model.tokens import Tokens
 
@@ -32,30 +32,39 @@ def pool(
     *,
     poolings: Sequence[str] = ("response_mean",),
     kept: Sequence[Sequence[int]] | None = None,
+    layer: Layer = "all",
     batch_tokens: int | None = None,
 ) -> Pooled:
-    """Return mean activations of finished rows at every layer, in as few forward passes of the decoder as can be.
+    """Return mean activations of finished rows at every `layer`, in as few forward passes of the decoder as can be.
 
-    `kept` says which tokens of each row's answer count, from 0; all of them unless it is given. No logits are computed
-    and no hidden states kept.
+    Nothing is computed above the deepest layer, unless other edits are active, and no logits; no hidden states are
+    kept. `kept` says which tokens of each row's answer count, from 0; all of them unless it is given.
     """
     kept = [range(len(answer)) for _, answer in rows] if kept is None else kept
-    shape = (len(rows), len(poolings), *model_shape(model))
+    layers = chosen_layers(layer, model_shape(model)[0])
+    deepest = -1 if edits_are_active(model) else layers[-1]  # an edit further up would never run, and say so
+    shape = (len(rows), len(poolings), len(layers), model_shape(model)[1])
     pooled = Pooled(*(torch.zeros(size, dtype=torch.float32) for size in (shape, (shape[0], shape[2]))))
     weights: Float[Tensor, "line pooling token"]
     sums: list[tuple[Tensor, Tensor]] = []
 
-    def read(hidden: Tensor, _: Tokens) -> None:
-        wide = own_tokens(hidden, step).float()
-        here = weights.to(hidden.device)
-        sums.append((here[:, :-1] @ wide, (here[:, -1] * wide.norm(dim=-1)).sum(dim=1)))
+    def reader(index: int) -> Callable[[Tensor, Tokens], None]:
+        def read(hidden: Tensor, _: Tokens) -> None:
+            wide = own_tokens(hidden, step).float()
+            here = weights.to(hidden.device)
+            sums.append((here[:, :-1] @ wide, (here[:, -1] * wide.norm(dim=-1)).sum(dim=1)))
+            if index == deepest:
+                raise EnoughRead
+
+        return read
 
     shown = bar(desc="activations", unit="answers", total=len(rows))
-    with shown, edit_blocks(model, dict.fromkeys(range(shape[2]), read)), torch.inference_mode():
+    with shown, edit_blocks(model, {index: reader(index) for index in layers}), torch.inference_mode():
         for step in forward_passes(model, rows, batch_tokens=batch_tokens):
             first = [(len(rows[members[0]][0]), kept[members[0]]) for members in step.rows]
             weights = _weights(step.position, first, [*poolings, "response_mean"])
-            read_pass(model, step)
+            with suppress(EnoughRead):
+                read_pass(model, step)
             line = [i for i, members in enumerate(step.rows) for _ in members]
             target = torch.tensor([row for members in step.rows for row in members])
             pooled.means.index_add_(0, target, torch.stack([s.cpu() for s, _ in sums], dim=2)[line])

@@ -170,6 +170,18 @@ def outside_reasoning(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int],
     return [*kept, *range(begin, len(answer))]
 
 
+def fit(row: tuple[Sequence[int], Sequence[int]], limit: int | None, new_tokens: int) -> tuple[list[int], list[int]]:
+    """Return a row of at most `limit` tokens: the answer loses its end, a long prompt its beginning.
+
+    The prompt leaves room for `new_tokens`, and for the answer, or for half of the context where it is longer.
+    """
+    prompt, answer = list(row[0]), list(row[1])
+    if limit is None:
+        return prompt, answer
+    prompt = prompt[-(limit - max(new_tokens, min(len(answer), limit // 2))) :]
+    return prompt, answer[: limit - len(prompt)]
+
+
 def batch_tokens_for(model: Model) -> int:
     """Return how many tokens one forward pass should read: enough to keep the device busy, and little memory."""
     return 1024 if next(unwrap(model).parameters()).device.type == "cpu" else 4096

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,14 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import writing
 from persona_vectors.flagging import job as flagging
 from persona_vectors.flagging import work
-from persona_vectors.flagging.plan import fit
 from persona_vectors.model import generation
 from persona_vectors.model.blocks import decoder_layers
 from persona_vectors.model.generation import generate_tokens
-from persona_vectors.model.prompts import chat_prompt, encode, encode_answer, outside_reasoning
+from persona_vectors.model.prompts import chat_prompt, encode, encode_answer, fit, outside_reasoning
 from persona_vectors.monitoring.projection import token_projections
 from persona_vectors.vectors.controls import random_vector
 from persona_vectors.vectors.directions import unit_directions
+from persona_vectors.vectors.moments import neutral_moments
 from persona_vectors.vectors.vector import PersonaVector
 
 QUESTIONS = ["How?", "Why so?", "Where to, my friend?", "How?", "Who?"]
@@ -154,7 +155,9 @@ def test_a_reference_set_gives_percentiles_and_flags(model, tokenizer, tmp_path,
         assert row["t_percentile"] == pytest.approx(expected, abs=1e-3)
     again = tmp_path / "f.parquet.reference.parquet"  # an earlier run's file does as well
     pv.flag(model, tokenizer, SAMPLES, vector, out=tmp_path / "g.parquet", reference=again, percentile=95, **options)
-    assert rows(tmp_path / "g.parquet") == table
+    other = rows(tmp_path / "g.parquet")
+    assert [row.pop("controls@1") != old.pop("controls@1") for row, old in zip(other, table)] == [True] * len(table)
+    assert other == table  # and the random directions have the covariance of plain facts: the samples are not there
     cut = float(np.median([r["t_difference"] for r in table]))
     found = pv.flag(model, tokenizer, SAMPLES, vector, out=tmp_path / "h.parquet", threshold=cut, **options)
     assert found.summary["t"].flagged == sum(r["t_difference"] >= cut for r in table) > 5
@@ -321,3 +324,37 @@ def test_reasoning_is_left_out_of_both_means_on_request(baseline, model, tokeniz
         assert row["t_baseline"] == pytest.approx(expected, rel=1e-3, abs=2e-4)
     with pytest.raises(InputError, match="was made with skip_reasoning=True, not None"):
         pv.flag(model, tokenizer, thoughtful, vector, out=tmp_path / "f.parquet", **options)
+
+
+@pytest.mark.parametrize("baseline", ["generate", "prompt_last", "none"])
+def test_random_directions_are_read_beside_the_vectors(baseline, model, tokenizer, tmp_path, options):
+    """Their differences are those of the same directions as vectors, and the summary counts the ones that it beats."""
+    reference = [("What is it?", f"It is {'well ' * (i % 3)}{i}.") for i in range(30)]
+    options |= {"layer": [0, 1], "baseline": baseline, "chunk": 7}
+    vectors = [random_direction(model), random_vector(random_direction(model), seed=3)]
+    out = tmp_path / "f.parquet"
+    found = pv.flag(model, tokenizer, SAMPLES, vectors, out=out, reference=reference, controls=24, **options)
+    nulls = neutral_moments(model, tokenizer, reference, layer=[0, 1]).random_vectors(vectors[0], count=24)
+    plain = {**options, "controls": 0}
+    pv.flag(model, tokenizer, SAMPLES, [*vectors, *[replace(v, trait=f"n{i}") for i, v in enumerate(nulls)]],
+            out=tmp_path / "g.parquet", **plain)  # fmt: skip
+    expected, table = pq.read_table(tmp_path / "g.parquet").to_pandas(), pq.read_table(out).to_pandas()
+    assert not any("controls" in name for name in expected)
+    for layer in (0, 1):
+        own = np.stack(table[f"controls@{layer}"])
+        named = expected[[f"n{i}@{layer}_difference" for i in range(24)]].to_numpy()
+        np.testing.assert_allclose(own, named, rtol=1e-3, atol=1e-4)
+        effects = np.abs(named.mean(axis=0) / named.std(axis=0, ddof=1))
+        values = expected[f"t@{layer}_difference"].to_numpy()
+        summary, smaller = found.summary[f"t@{layer}"], effects < abs(values.mean() / values.std(ddof=1))
+        assert summary.beaten_isotropic == pytest.approx(smaller[:12].mean(), abs=0.09)  # one near tie
+        assert summary.beaten_covariance == pytest.approx(smaller[12:].mean(), abs=0.09)
+    assert "the covariance of a list" in repr(found) and pv.Flags.load(out) == found
+
+
+def test_a_reference_that_can_be_read_once_is_refused(model, tokenizer, tmp_path, options):
+    once = (pair for pair in [("a", "b"), ("c", "d")])
+    with pytest.raises(InputError, match="the reference is read twice, and these samples only once"):
+        pv.flag(model, tokenizer, SAMPLES, random_direction(model), out=tmp_path / "f", reference=once, **options)
+    with pytest.raises(InputError, match="controls is 5: give 20 random directions or more, or 0"):
+        pv.flag(model, tokenizer, SAMPLES, random_direction(model), out=tmp_path / "f", controls=5, **options)

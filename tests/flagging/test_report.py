@@ -71,7 +71,10 @@ def test_the_page_sorts_searches_and_escapes(flagged, model, tokenizer, tmp_path
     assert not browser.find_elements("css selector", "td img, td script")
     assert "owned" not in browser.title
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    assert len(browser.find_elements("css selector", "svg rect")) == 80
+    assert len(browser.find_elements("css selector", "svg rect:not(.null)")) == 80
+    assert len(browser.find_elements("css selector", "svg rect.null")) == 2  # the random directions, and their note
+    assert "inside the\ngrey, a random direction says as much" in browser.page_source
+    assert browser.find_element("id", "summary").text.count(" %") == 4
 
 
 def test_five_thousand_rows_stay_responsive(flagged, tmp_path, browser):

@@ -1,0 +1,140 @@
+"""How a model's activations vary over neutral answers: what random directions, and whitened vectors, are made of."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from persona_vectors.data.errors import InputError
+from persona_vectors.data.samples import Sample, Source, read_samples
+from persona_vectors.data.texts import neutral_texts
+from persona_vectors.model.blocks import Layer, Model, chosen_layers, model_name, model_shape
+from persona_vectors.model.passes import Row
+from persona_vectors.model.pooling import pool
+from persona_vectors.model.prompts import encode_answer, finished_turn, fit
+from persona_vectors.vectors.controls import random_vector
+from persona_vectors.vectors.vector import PersonaVector
+
+CHUNK = 64
+"""How many answers are pooled at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Mean and covariance of the mean activations of some answers, at some layers of one model."""
+
+    model: str
+    count: int
+    """How many answers they are of."""
+    mean: dict[int, Float[Tensor, " hidden"]]
+    covariance: dict[int, Float[Tensor, "hidden hidden"]]
+
+    def __repr__(self) -> str:
+        return f"Moments({self.model}: {self.count} answers, layers {', '.join(map(str, self.mean))})"
+
+    def at(self, layer: int) -> Float[Tensor, "hidden hidden"]:
+        """Return the covariance at a layer; raises InputError for one that was not read."""
+        if layer not in self.covariance:
+            known = ", ".join(map(str, self.covariance))
+            raise InputError(f"these moments have no layer {layer}: they have {known}; read the others too")
+        return self.covariance[layer]
+
+    def whiten(self, vector: PersonaVector, *, shrinkage: float = 0.1) -> PersonaVector:
+        """Return the vector for reading: w = (S + s t I)^-1 v, with S the covariance and t its mean variance.
+
+        A projection on w/|w| weighs each direction by how little neutral answers vary along it, as Fisher's
+        discriminant does, so that length and topic count for less. `shrinkage` s > 0 keeps the inverse bounded where S
+        has seen fewer answers than it has dimensions. It has v's norm; layers that were not read are zero.
+
+        It is no vector to steer with: along directions that answers hardly use, a step takes the model far out.
+        """
+        if not shrinkage > 0:
+            raise InputError(f"shrinkage is {shrinkage}: give a number above 0, such as 0.1")
+        directions = torch.zeros_like(vector.directions)
+        for layer in self.covariance:
+            covariance = self.at(layer)
+            ridge = shrinkage * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
+            direction = vector.direction(layer).double()
+            found = torch.linalg.solve(covariance + ridge, direction)
+            directions[layer] = (found * direction.norm() / found.norm()).float()
+        made = vector._derived(f"{vector.trait} whitened", directions)
+        return replace(made, info={**made.info, "whitened": {"answers": self.count, "shrinkage": shrinkage}})
+
+    def random_vectors(self, vector: PersonaVector, *, count: int, seed: int = 0) -> list[PersonaVector]:
+        """Return controls with v's norm: half isotropic, half with this covariance, which are zero at other layers."""
+        controls = [random_vector(vector, seed=seed + i) for i in range(count - count // 2)]
+        generator = torch.Generator().manual_seed(seed)
+        drawn = {}
+        for layer, covariance in self.covariance.items():
+            tiny = 1e-8 * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
+            root = torch.linalg.cholesky(covariance + tiny).float()
+            drawn[layer] = torch.randn(count // 2, len(root), generator=generator, dtype=torch.float32) @ root.T
+        for i in range(count // 2):
+            directions = torch.zeros_like(vector.directions)
+            for layer, noise in drawn.items():
+                directions[layer] = noise[i] * vector.direction(layer).norm() / noise[i].norm()
+            controls.append(vector._derived(f"covariance {i}", directions))
+        return controls
+
+
+def neutral_moments(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Source | None = None,
+    *,
+    layer: Layer,
+    columns: tuple[str, str] | None = None,
+    split: str = "train",
+    first: int | None = None,
+    max_length: int | None = None,
+    batch_tokens: int | None = None,
+) -> Moments:
+    """Read neutral data, or its `first` samples, by default 16 answers on plain facts, and return their moments.
+
+    `data` is what `flag` takes; samples longer than `max_length` (the context unless given) are cut. Only sums are
+    kept, [hidden, hidden] a layer.
+
+    Raises InputError where there are fewer than two answers, or they do not vary.
+    """
+    layers = chosen_layers(layer, model_shape(model)[0])
+    limit = max_length or getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    rows = _rows(tokenizer, data, columns, split, first, limit)
+    hidden = model_shape(model)[1]
+    count, mean = 0, {k: torch.zeros(hidden, dtype=torch.float64) for k in layers}
+    squares = {k: torch.zeros(hidden, hidden, dtype=torch.float64) for k in layers}
+    while part := list(islice(rows, CHUNK)):
+        pooled = pool(model, part, layer=layers, batch_tokens=batch_tokens).means[:, 0]
+        before, count = count, count + len(part)
+        for place, k in enumerate(layers):
+            own = pooled[:, place].double()
+            middle = own.mean(dim=0)
+            step = middle - mean[k]
+            centred = own - middle
+            squares[k] += centred.T @ centred + torch.outer(step, step) * before * len(part) / count
+            mean[k] += step * len(part) / count
+    if count < 2 or not all(square.diagonal().sum() > 0 for square in squares.values()):
+        raise InputError(f"{count} answers do not vary: give two or more different ones")
+    covariance = {k: square / (count - 1) for k, square in squares.items()}
+    return Moments(model_name(model), count, {k: m.float() for k, m in mean.items()}, covariance)
+
+
+def _rows(
+    tokenizer: PreTrainedTokenizerBase,
+    data: Source | None,
+    columns: tuple[str, str] | None,
+    split: str,
+    first: int | None,
+    limit: int | None,
+) -> Iterator[Row]:
+    source: Any = neutral_texts() if data is None else data
+    samples: Iterable[Any] = (s for s in read_samples(source, columns=columns, split=split) if isinstance(s, Sample))
+    for sample in islice(samples, first):
+        talk = [*sample.prompt, {"role": "assistant", "content": sample.answer}]
+        row = fit(encode_answer(tokenizer, *finished_turn(tokenizer, talk, len(sample.prompt))), limit, 0)
+        if row[1]:
+            yield row
