@@ -1,38 +1,56 @@
-"""How well projection difference finds the samples that show a trait, beside controls and simple rivals.
+"""How well projection difference finds the samples that show a trait, plain and whitened, beside its nulls and rivals.
 
-The layer is chosen on the questions that the vector was extracted with, by the vector and by each random direction
-alike; every number is on the evaluation questions. Intervals resample whole questions.
+Each trait's sets are the model's own answers under its instructions, the instructions dropped. The layer is chosen on
+the questions that the vector was extracted with, by the vector and by each random direction alike; every number is on
+the evaluation questions. Random directions, isotropic and with the covariance of plain answers to the former, get
+their sign there too. Whitening is by that covariance. Intervals resample whole questions.
 
-Usage: python scripts/flagging_experiment.py smollm2-135m optimistic vectors/smollm2-135m/optimistic.safetensors
+Usage: python scripts/flagging_experiment.py smollm2-135m vectors/smollm2-135m/*.safetensors --out runs/flagging
 """
 
+import csv
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
 import persona_vectors as pv
-from persona_vectors.cli.options import Device, MaxNewTokens, ModelArg, Seed, load_by_name
+from persona_vectors.cli.options import Device, DType, MaxNewTokens, ModelArg, Seed, load_by_name
 from persona_vectors.data.files import atomic_path
 from persona_vectors.model.pooling import pool
 from persona_vectors.model.prompts import chat_prompt, encode_answer
 from persona_vectors.training.sets import FRACTIONS
+from persona_vectors.vectors.controls import random_null
 
 POOLINGS = ("response_mean", "prompt_last")
 BOOTSTRAPS = 1000
+KINDS = ("isotropic", "covariance")
+METHODS = ("projection difference", "prompt_last", "raw projection")
 
 
-def read_sets(folder: Path) -> list[dict[str, Any]]:
-    """Return the samples with the trait and as many with its opposite, to the same questions."""
-    paths = [folder / f"{name}.jsonl" for name in ("positive", "negative")]
+@dataclass
+class Labelled:
+    """A trait's samples and those of its opposite, to the same questions."""
+
+    texts: list[str]
+    question: np.ndarray
+    label: np.ndarray
+    read: dict[str, torch.Tensor]
+    """What each method projects, [sample, layer, hidden]."""
+
+
+def read_set(folder: Path, *names: str) -> list[dict[str, Any]]:
+    """Return the samples of some of a folder's sets."""
+    paths = [folder / f"{name}.jsonl" for name in names]
     return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
 
 
@@ -42,25 +60,20 @@ def activations(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) ->
     return pool(model, rows, poolings=POOLINGS).means
 
 
-def measure(model: Any, tokenizer: Any, lines: list[dict], max_new_tokens: int) -> dict[str, np.ndarray]:
-    """Return the set's activations, those of the model's own greedy answers, and what the rivals go by."""
+def answer_of(line: dict[str, Any]) -> str:
+    return line["messages"][-1]["content"]
+
+
+def measure(model: Any, tokenizer: Any, lines: list[dict], max_new_tokens: int) -> Labelled:
+    """Return the set's activations, less each method's baseline."""
     questions = list(dict.fromkeys(line["question"] for line in lines))
     own = pv.generate(model, tokenizer, questions, max_new_tokens=max_new_tokens, temperature=0)
     base = activations(model, tokenizer, list(zip(questions, own)))[:, 0]
-    answers = [line["messages"][-1]["content"] for line in lines]
-    read = activations(model, tokenizer, [(line["question"], answer) for line, answer in zip(lines, answers)])
+    read = activations(model, tokenizer, [(line["question"], answer_of(line)) for line in lines])
     place = [questions.index(line["question"]) for line in lines]
-    sentiment = pv.SentimentJudge()
-    return {
-        "text": np.array(answers),
-        "question": np.array(place),
-        "label": np.array([line["label"] for line in lines]),
-        "answer": read[:, 0].numpy(),
-        "prompt_last": read[:, 1].numpy(),
-        "base": base[place].numpy(),
-        "length": np.array([len(answer.split()) for answer in answers]),
-        "vader": np.array([sentiment.compound(answer) for answer in answers]),
-    }
+    differences = (read[:, 0] - base[place], read[:, 0] - read[:, 1], read[:, 0])
+    labels = np.array([line["label"] for line in lines])
+    return Labelled([answer_of(line) for line in lines], np.array(place), labels, dict(zip(METHODS, differences)))
 
 
 def embed(folder: str, texts: Sequence[str]) -> np.ndarray:
@@ -80,11 +93,9 @@ def area(scores: np.ndarray, labels: np.ndarray) -> float:
     return float(roc_auc_score(labels, scores)) if len(set(labels.tolist())) == 2 else float("nan")
 
 
-def interval(scores: np.ndarray, labels: np.ndarray, questions: np.ndarray) -> list[float]:
+def interval(scores: np.ndarray, labels: np.ndarray, questions: np.ndarray) -> pv.Interval:
     """Return the AUROC and its 95 % interval, resampling whole questions."""
-    if len(set(labels.tolist())) < 2:
-        return [float("nan")] * 3
-    return list(pv.bootstrap(lambda i: area(scores[i], labels[i]), questions, resamples=BOOTSTRAPS))
+    return pv.bootstrap(lambda i: area(scores[i], labels[i]), questions, resamples=BOOTSTRAPS)
 
 
 def within(scores: np.ndarray, labels: np.ndarray, questions: np.ndarray) -> float:
@@ -95,131 +106,173 @@ def within(scores: np.ndarray, labels: np.ndarray, questions: np.ndarray) -> flo
     return float(np.average(areas, weights=[count for count in pairs if count])) if areas else float("nan")
 
 
-def project(found: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Return projections on v/|v|, [sample, layer]."""
-    units = directions / np.linalg.norm(directions, axis=1, keepdims=True)
-    return np.einsum("nlh,lh->nl", found, units)
-
-
-def scores(data: dict[str, np.ndarray], directions: np.ndarray) -> dict[str, np.ndarray]:
-    """Return each method's scores of a direction at every layer, [sample, layer]."""
-    raw = project(data["answer"], directions)
-    return {
-        "projection difference": raw - project(data["base"], directions),
-        "prompt_last": raw - project(data["prompt_last"], directions),
-        "raw projection": raw,
-    }
+def project(read: torch.Tensor, directions: torch.Tensor) -> np.ndarray:
+    """Return each direction's projections on v/|v|, [direction, sample, layer]."""
+    return torch.einsum("nlh,dlh->dnl", read, normalize(directions, dim=2)).numpy()
 
 
 def areas(values: np.ndarray, labels: np.ndarray) -> torch.Tensor:
-    """Return the AUROC at each layer."""
-    return torch.tensor([area(column, labels) for column in values.T])
+    """Return the AUROC of scores [direction, sample, layer] for each direction and layer: `area` of all at once."""
+    positive = int(labels.sum())
+    ranks = rankdata(values, axis=1)[:, labels == 1].sum(axis=1)
+    return torch.from_numpy((ranks - positive * (positive + 1) / 2) / positive / (len(labels) - positive))
 
 
-def randoms(vector: pv.PersonaVector, like: torch.Tensor, count: int, seed: int) -> list[np.ndarray]:
-    """Return directions with the covariance of real activations, which get the same choice of a layer."""
-    return [pv.random_vector(vector, seed=seed + i, like=like).directions.numpy() for i in range(count)]
+@dataclass
+class Found:
+    """How well the first of some directions does, the others being isotropic random ones and then covariance ones."""
+
+    choice: torch.Tensor
+    """AUROC on the questions that choose, [direction, layer]; for random directions from .5 on, their sign chosen."""
+    test: torch.Tensor
+    """The same on the others, with those signs."""
+    values: np.ndarray
+    """The first direction's scores, [sample, layer]."""
+
+    @property
+    def layer(self) -> int:
+        return int(self.choice[0].argmax())
+
+    def null(self, kind: str) -> Any:
+        """Return where the vector stands among one kind's random directions, each at the layer that is best for it."""
+        half = (len(self.test) - 1) // 2
+        some = slice(1, 1 + half) if kind == "isotropic" else slice(1 + half, None)
+        return random_null(self.test[0], self.test[some], chosen_on=(self.choice[0], self.choice[some]))
+
+    def limits(self, layer: int) -> list[float]:
+        """Return the 95th percentile of each kind at one layer, without the freedom to choose it."""
+        half = (len(self.test) - 1) // 2
+        return [float(some[:, layer].quantile(0.95)) for some in (self.test[1 : 1 + half], self.test[1 + half :])]
 
 
-def compare(
-    rivals: dict[str, np.ndarray], test: dict[str, np.ndarray], labellings: dict[str, np.ndarray]
-) -> dict[str, dict[str, Any]]:
-    """Return, and print, every method's AUROC with its interval under each labelling, and that within a question."""
-    table: dict[str, dict[str, Any]] = {}
-    labels = test["label"]
-    for name, mask in labellings.items():
-        print(f"\n{name}: {mask.sum()} samples, {labels[mask].sum()} with the trait")
-        table[name] = {"samples": int(mask.sum()), "positive": int(labels[mask].sum())}
-        for method, values in rivals.items():
-            rows = values[mask], labels[mask], test["question"][mask]
-            found = table[name][method] = [*interval(*rows), within(*rows)]
-            print(f"  {method:42} {found[0]:.3f} [{found[1]:.3f}, {found[2]:.3f}]   within a question {found[3]:.3f}")
-    return table
+def find(choice: Labelled, test: Labelled, method: str, directions: torch.Tensor) -> Found:
+    on = areas(project(choice.read[method], directions), choice.label)
+    values = project(test.read[method], directions)
+    found, flipped = areas(values, test.label), on < 0.5
+    flipped[0] = False  # the vector has its sign
+    return Found(torch.where(flipped, 1 - on, on), torch.where(flipped, 1 - found, found), values[0])
 
 
-def add_nulls(
-    table: dict[str, dict[str, Any]],
-    vector: pv.PersonaVector,
-    controls: Sequence[np.ndarray],
-    sets: tuple[dict[str, np.ndarray], dict[str, np.ndarray]],
-    labellings: dict[str, np.ndarray],
-) -> None:
-    """Add what random directions reach, each at the layer that is best for it on the first of the two sets."""
-    choice, test = sets
-    directions = [vector.directions.numpy(), *controls]
-    for kind in scores(choice, directions[0]):
-        on = torch.stack([areas(scores(choice, each)[kind], choice["label"]) for each in directions])
-        values = [scores(test, each)[kind] for each in directions]
-        for name, mask in labellings.items():
-            found = torch.stack([areas(each[mask], test["label"][mask]) for each in values])
-            null = pv.random_null(found[0], found[1:], chosen_on=(on[0], on[1:]))
-            limit = table[name][f"{kind}: 97.5th percentile of random"] = null.at(97.5)
-            print(f"{name}, {kind}: {len(controls)} random directions, median {null.at(50):.3f}, 97.5 % {limit:.3f}")
+def experiment(choice: Labelled, test: Labelled, vector: pv.PersonaVector, moments: pv.Moments, controls: int) -> dict:
+    """Return each method's `Found`, plain and whitened."""
+    randoms = moments.random_vectors(vector, count=2 * controls)
+    plain = torch.stack([each.directions for each in (vector, *randoms)])
+    whitened = [plain[:, k].double() @ moments.whitener(k) for k in range(plain.shape[1])]
+    return {
+        name + suffix: find(choice, test, name, directions)
+        for suffix, directions in (("", plain), (", whitened", torch.stack(whitened, dim=1).float()))
+        for name in METHODS
+    }
 
 
-def by_fraction(model: Any, tokenizer: Any, vector: pv.PersonaVector, out: Path, options: dict) -> dict[float, list]:
-    """Return, and print, the mean difference and its standard error of each mixture of trait and plain answers."""
-    found = {}
+def rows(trait: str, found: dict[str, Found], test: Labelled) -> list[dict[str, Any]]:
+    """Return the table's lines: each method at its chosen layer, beside both nulls."""
+    lines = []
+    for method, each in found.items():
+        own = interval(each.values[:, each.layer], test.label, test.question)
+        nulls = [each.null(kind).at(95) for kind in KINDS]
+        line: dict[str, Any] = {"trait": trait, "method": method, "layer": each.layer, "auroc": own.mean}
+        line |= {"low": own.low, "high": own.high}
+        line["within"] = within(each.values[:, each.layer], test.label, test.question)
+        line |= dict(zip((f"{kind} 95th" for kind in KINDS), nulls))
+        lines.append(line | {"evidence": own.low > 0.5 and own.mean > max(nulls)})
+    return lines
+
+
+def rivals(trait: str, choice: Labelled, test: Labelled, embeddings: str | None) -> list[dict[str, Any]]:
+    """Return the lines of what needs no vector: length, VADER, and a sentence encoder that has seen the labels."""
+    sentiment = pv.SentimentJudge()
+    found = {
+        "answer length": np.array([len(text.split()) for text in test.texts]),
+        "VADER": np.array([sentiment.compound(text) for text in test.texts]),
+    }
+    if embeddings:
+        own, theirs = embed(embeddings, choice.texts), embed(embeddings, test.texts)
+        means = [own[choice.label == label].mean(axis=0) for label in (0, 1)]
+        found["sentence embeddings, difference of means"] = theirs @ (means[1] - means[0])
+    lines = []
+    for name, values in found.items():
+        own = interval(values, test.label, test.question)
+        line = {"trait": trait, "method": name, "auroc": own.mean, "low": own.low, "high": own.high}
+        lines.append(line | {"within": within(values, test.label, test.question)})
+    return lines
+
+
+def by_layer(trait: str, found: dict[str, Found]) -> list[dict[str, Any]]:
+    """Return every layer's AUROC on both parts of the questions, beside the nulls at that layer."""
+    lines = []
+    for method, each in found.items():
+        for layer, (chosen, other) in enumerate(zip(each.choice[0].tolist(), each.test[0].tolist())):
+            line = {"trait": trait, "method": method, "layer": layer, "extraction questions": chosen, "auroc": other}
+            lines.append(line | dict(zip((f"{kind} 95th" for kind in KINDS), each.limits(layer))))
+    return lines
+
+
+def by_fraction(model: Any, tokenizer: Any, vector: pv.PersonaVector, out: Path, options: dict) -> None:
+    """Print the mean difference of each mixture of the trait's answers and its opposite's."""
     for fraction in FRACTIONS:
         name = f"mixed-{round(100 * fraction):03d}"
         data, flags = out / "test" / f"{name}.jsonl", out / f"{name}.parquet"
-        one = pv.flag(model, tokenizer, data, vector, out=flags, **options).summary[vector.trait]
-        found[fraction] = [one.mean, one.standard_error]
-        print(f"fraction {fraction:4}: mean difference {one.mean:+.4f} +- {1.96 * one.standard_error:.4f}")
-    return found
+        print(pv.flag(model, tokenizer, data, vector, out=flags, cache=out / "baselines.sqlite", **options))
+
+
+def write_csv(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def show(line: dict[str, Any]) -> str:
+    text = f"{line['trait']:14} {line['method']:42} {line.get('layer', ''):>5}  {line['auroc']:.3f} "
+    text += f"[{line['low']:.3f}, {line['high']:.3f}]  within {line['within']:.3f}"
+    if "evidence" in line:
+        text += "  random " + ", ".join(f"{line[f'{kind} 95th']:.3f}" for kind in KINDS)
+        text += "  evidence" if line["evidence"] else ""
+    return text
 
 
 def main(
     model_name: ModelArg,
-    trait_name: Annotated[str, typer.Argument(metavar="TRAIT", help="a trait of valence, for VADER to judge")],
-    vector_file: Annotated[Path, typer.Argument(metavar="VECTOR", help="the trait's .safetensors file")],
+    vectors: Annotated[list[Path], typer.Argument(metavar="VECTOR...", help=".safetensors files of shipped traits")],
     out: Annotated[Path, typer.Option(help="folder for the sets, the flags and the numbers")] = Path("runs/flagging"),
     samples: Annotated[int, typer.Option(help="answers to each evaluation question under each instruction")] = 4,
     choice_samples: Annotated[int, typer.Option(help="the same for the questions that choose the layer")] = 2,
-    controls: Annotated[int, typer.Option(help="random directions")] = 100,
+    controls: Annotated[int, typer.Option(help="random directions of each kind")] = 100,
     embeddings: Annotated[
         str | None, typer.Option(help="a sentence encoder to compare with, such as all-MiniLM-L6-v2: Hub id or folder")
     ] = None,
+    fractions: Annotated[bool, typer.Option("--fractions", help="flag mixtures of both sides too")] = False,
     max_new_tokens: MaxNewTokens = 64,
     seed: Seed = 0,
     device: Device = None,
+    dtype: DType = None,
 ) -> None:
-    """Make the sets, choose the layer, and print AUROCs by method and labelling, and means by mixed fraction."""
-    model, tokenizer = load_by_name(model_name, device=device)
-    trait, vector = pv.load_trait(trait_name), pv.PersonaVector.load(vector_file)
+    """Make each trait's sets, choose layers, and write AUROCs by method (table.csv) and by layer (layers.csv)."""
+    model, tokenizer = load_by_name(model_name, device=device, dtype=dtype)
     common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
-    extract = trait.questions.extract
-    pv.make_training_sets(
-        model, tokenizer, trait, out=out / "choice", questions=extract, samples=choice_samples, **common
-    )
-    pv.make_training_sets(model, tokenizer, trait, out=out / "test", samples=samples, **common)
-    choice = measure(model, tokenizer, read_sets(out / "choice"), max_new_tokens)
-    test = measure(model, tokenizer, read_sets(out / "test"), max_new_tokens)
-
-    labels = test["label"]
-    agrees = np.where(labels == 1, test["vader"] >= 0.05, test["vader"] <= -0.05)  # VADER's own thresholds
-    labellings = {"by system prompt": np.ones(len(labels), bool), "where VADER agrees": agrees}
-    directions = vector.directions.numpy()
-    chosen = {kind: int(areas(v, choice["label"]).argmax()) for kind, v in scores(choice, directions).items()}
-    rivals = {"answer length": test["length"], "VADER": test["vader"]}
-    rivals |= {
-        f"{method}, layer {chosen[method]}": v[:, chosen[method]] for method, v in scores(test, directions).items()
-    }
-    if embeddings:
-        own, theirs = embed(embeddings, choice["text"]), embed(embeddings, test["text"])
-        means = [own[choice["label"] == label].mean(axis=0) for label in (0, 1)]
-        rivals["sentence embeddings, difference of means"] = theirs @ (means[1] - means[0])
-    table = compare(rivals, test, labellings)
-    controls_found = randoms(vector, torch.from_numpy(choice["answer"]), controls, seed)
-    add_nulls(table, vector, controls_found, (choice, test), labellings)
-
-    options = {"layer": chosen["projection difference"], "max_new_tokens": max_new_tokens}
-    fractions = by_fraction(model, tokenizer, vector, out, options | {"cache": out / "baselines.sqlite"})
-    rank = float(spearmanr(list(fractions), [mean for mean, _ in fractions.values()]).statistic)
-    print(f"Spearman of fraction and mean: {rank:.3f}")
-    result = {"labellings": table, "layers": chosen, "fractions": fractions, "spearman": rank}
-    with atomic_path(out / "experiment.json") as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    table, layers = [], []
+    for vector in map(pv.PersonaVector.load, vectors):
+        trait, own = pv.load_trait(vector.trait), out / vector.trait
+        first = {"questions": trait.questions.extract, "samples": choice_samples}
+        pv.make_training_sets(model, tokenizer, trait, out=own / "choice", **first, **common)
+        pv.make_training_sets(model, tokenizer, trait, out=own / "test", samples=samples, **common)
+        choice, test = (
+            measure(model, tokenizer, read_set(own / part, "positive", "negative"), max_new_tokens)
+            for part in ("choice", "test")
+        )
+        plain = [(line["question"], answer_of(line)) for line in read_set(own / "choice", "plain")]
+        moments = pv.Moments.of(activations(model, tokenizer, plain)[:, 0], model=vector.model)
+        found = experiment(choice, test, vector, moments, controls)
+        lines = rows(trait.name, found, test) + rivals(trait.name, choice, test, embeddings)
+        print("\n".join(map(show, lines)), flush=True)
+        table, layers = table + lines, layers + by_layer(trait.name, found)
+        write_csv(out / "table.csv", table)
+        write_csv(out / "layers.csv", layers)
+        if fractions:
+            options = {"layer": found[METHODS[0]].layer, "max_new_tokens": max_new_tokens}
+            by_fraction(model, tokenizer, vector, own, options)
 
 
 if __name__ == "__main__":

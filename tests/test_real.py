@@ -166,6 +166,6 @@ def test_the_quick_reproduction_of_the_papers_training_runs(tmp_path):
     assert {row["direction"] for row in rows if row["paper"]} == {"optimistic"}
     with (tmp_path / "interventions.csv").open(newline="") as file:
         losses = {row["intervention"]: float(row["neutral loss"]) for row in csv.DictReader(file)}
-    assert {"base model", "plain training", "preventative -2", "random vector -2", "CAFT"} <= set(losses)
+    assert {"base model", "plain training", "preventative -2", "preventative -2, random", "CAFT"} <= set(losses)
     assert all(1 < loss < 6 for loss in losses.values())
     assert {path.name for path in tmp_path.glob("*.png")} == {"shift.png", "predicted.png", "prevention.png"}

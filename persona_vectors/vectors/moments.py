@@ -44,6 +44,24 @@ class Moments:
             raise InputError(f"these moments have no layer {layer}: they have {known}; read the others too")
         return self.covariance[layer]
 
+    @classmethod
+    def of(cls, means: Float[Tensor, "answer layer hidden"], *, model: str) -> "Moments":
+        """Return the moments of answers' mean activations at every layer."""
+        layers, wide = range(means.shape[1]), means.double()
+        covariance = {k: torch.cov(wide[:, k].T) for k in layers}
+        return cls(model, len(means), {k: wide[:, k].mean(dim=0).float() for k in layers}, covariance)
+
+    def whitener(self, layer: int, *, shrinkage: float = 0.1) -> Float[Tensor, "hidden hidden"]:
+        """Return (S + s t I)^-1 at a layer, with S the covariance and t its mean variance, in float64.
+
+        Raises InputError for a layer that was not read, and for a shrinkage s that is not above 0.
+        """
+        if not shrinkage > 0:
+            raise InputError(f"shrinkage is {shrinkage}: give a number above 0, such as 0.1")
+        covariance = self.at(layer)
+        ridge = shrinkage * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
+        return torch.linalg.inv(covariance + ridge)
+
     def whiten(self, vector: PersonaVector, *, shrinkage: float = 0.1) -> PersonaVector:
         """Return the vector for reading: w = (S + s t I)^-1 v, with S the covariance and t its mean variance.
 
@@ -53,14 +71,10 @@ class Moments:
 
         It is no vector to steer with: along directions that answers hardly use, a step takes the model far out.
         """
-        if not shrinkage > 0:
-            raise InputError(f"shrinkage is {shrinkage}: give a number above 0, such as 0.1")
         directions = torch.zeros_like(vector.directions)
         for layer in self.covariance:
-            covariance = self.at(layer)
-            ridge = shrinkage * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
             direction = vector.direction(layer).double()
-            found = torch.linalg.solve(covariance + ridge, direction)
+            found = self.whitener(layer, shrinkage=shrinkage) @ direction
             directions[layer] = (found * direction.norm() / found.norm()).float()
         made = vector._derived(f"{vector.trait} whitened", directions)
         return replace(made, info={**made.info, "whitened": {"answers": self.count, "shrinkage": shrinkage}})

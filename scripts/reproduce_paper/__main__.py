@@ -4,9 +4,10 @@ python scripts/reproduce_paper smollm2-135m optimistic --vectors vectors/smollm2
 
 Training sets are mixtures of the model's own answers to the trait's extraction questions, selected by VADER, which also
 gives the trait score: on the evaluation questions, which neither the vectors nor the training have seen. Every run
-writes one file, and the same command goes on where it stopped.
+writes one file, and the same command goes on where it stopped; on several devices, give each process a --share.
 """
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `python scripts/reproduce_
 from persona_vectors.cli.options import Device, DType, ModelArg, load_by_name
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.traits import load_trait
+from persona_vectors.vectors.controls import random_vectors
 from persona_vectors.vectors.vector import PersonaVector
 from reproduce_paper.report import report
 from reproduce_paper.runs import make_runs
@@ -44,13 +46,18 @@ def main(
     tokens: Annotated[int, typer.Option(help="most tokens of an answer")] = 48,
     samples: Annotated[int, typer.Option(help="answers to each evaluation question")] = 3,
     learning_rate: Annotated[float, typer.Option(help="the paper's is 1e-5, for 7B models")] = 3e-4,
+    randoms: Annotated[int, typer.Option(help="random vectors an intervention, half of each kind", min=2)] = 6,
+    share: Annotated[str, typer.Option(help="train only runs i of n, as in 1/8, and write no tables")] = "1/1",
     quick: Annotated[bool, typer.Option("--quick", help="two sets, one seed, few tokens: does it all run?")] = False,
     device: Device = None,
     dtype: DType = None,
 ) -> None:
     """Train on every set and seed, with every intervention on the negative set, and write tables and figures."""
     if quick:
-        size, seeds, epochs, tokens, samples = 16, 1, 1.0, 16, 1
+        size, seeds, epochs, tokens, samples, randoms = 16, 1, 1.0, 16, 1, 2
+    if not re.fullmatch(r"[1-9]\d*/[1-9]\d*", share):
+        raise InputError(f"share is {share!r}: give one of several, such as 1/8")
+    number, shares = map(int, share.split("/"))
     loaded, tokenizer = load_by_name(model, device=device, dtype=dtype)
     loaded_trait = load_trait(trait)
     vector = PersonaVector.load(vectors / f"{loaded_trait.name}.safetensors")
@@ -61,16 +68,18 @@ def main(
     read_at = 2 * count // 3 if layer is None else layer
     training = {"epochs": epochs, "learning_rate": learning_rate, "logging_steps": 50}
     training |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-    study = Study(loaded, tokenizer, vector, read_at, asked, [], out, samples, tokens, training)
+    controls = random_vectors(loaded, tokenizer, vector, layer=sorted({where, read_at}), count=randoms)
+    study = Study(loaded, tokenizer, vector, controls, read_at, asked, [], out, samples, tokens, training)
     paths = make_data(study, loaded_trait, size)
     measure_base(study, seeds)
     chosen = list(MIXTURES)[: 2 if quick else None]
     predicted = {name: predict(study, paths[name]) for name in chosen}
     coefs = (-2.0,) if quick else (-5.0, -2.0)
     runs = make_runs(study, chosen, seeds, min(seeds, intervention_seeds), where, coefs)
-    for run in tqdm(runs, desc="training runs", unit="run"):
+    for run in tqdm(runs[number - 1 :: shares], desc="training runs", unit="run"):
         study.run(run.name, paths[run.data], run.seed, run.edit)
-    report(study, runs, predicted, others, [study.read(f"base seed {seed}") for seed in range(seeds)])
+    if shares == 1:
+        report(study, runs, predicted, others, [study.read(f"base seed {seed}") for seed in range(seeds)])
 
 
 if __name__ == "__main__":

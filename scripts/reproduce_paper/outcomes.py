@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from persona_vectors.data.intervals import Interval, mean_interval
 from persona_vectors.evaluation.judge import Answer, score
 from persona_vectors.evaluation.judges import PerplexityJudge
 from reproduce_paper.runs import Run
-from reproduce_paper.study import PLAIN, Study
+from reproduce_paper.study import PLAIN, POST_HOC, RANDOM, Study
 
 
 @dataclass
@@ -24,6 +25,8 @@ class Outcome:
     shifts: list[list[float]]
     coherence: float
     neutral_loss: float
+    means: list[float]
+    """Each run's mean trait score."""
 
     def less(self, other: "Outcome") -> Interval:
         """Return the difference of the trait scores, paired by question."""
@@ -39,7 +42,9 @@ def outcome(study: Study, name: str, seeds: Sequence[dict[str, Any]], shifts: Se
         answers = [Answer(study.questions[i // n], text) for i, text in enumerate(found["answers"])]
         coherent += score(PerplexityJudge(study.model, study.tokenizer), answers, "")
     loss = float(np.mean([found["neutral_loss"] for found in seeds]))
-    return Outcome(name, scores, [list(q) for q in zip(*shifts)], float(np.mean([c or 0.0 for c in coherent])), loss)
+    means = [float(np.mean(found["score"])) for found in seeds]
+    coherence = float(np.mean([c or 0.0 for c in coherent]))
+    return Outcome(name, scores, [list(q) for q in zip(*shifts)], coherence, loss, means)
 
 
 def gather(study: Study, runs: Sequence[Run], base: Sequence[tuple[dict[str, Any], Tensor]]) -> list[Outcome]:
@@ -50,8 +55,10 @@ def gather(study: Study, runs: Sequence[Run], base: Sequence[tuple[dict[str, Any
         read = [study.read(run.name) for run in runs if run.kind == kind]
         shifts = [((states - base[0][1])[:, study.layer] @ unit).tolist() for _, states in read]
         outcomes.append(outcome(study, kind, [found for found, _ in read], shifts))
-        for name in [name for name in read[0][0] if name.startswith("post-hoc")]:
-            outcomes.append(outcome(study, name, [found[name] for found, _ in read], []))
+        for coef, random in product(POST_HOC if kind == PLAIN else (), ("", RANDOM)):
+            name = f"post-hoc {coef:g}{random}"
+            keys = [f"{name} {i}" for i in range(len(study.controls))] if random else [name]
+            outcomes.append(outcome(study, name, [found[key] for key in keys for found, _ in read], []))
     return outcomes
 
 
@@ -78,14 +85,14 @@ def intervention_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     named = {o.name: o for o in outcomes}
     plain = named[PLAIN]
     fall = outcomes[0].less(plain)
-    control = {name: named.get(name.replace("preventative", "random vector"), named[name]) for name in named}
     return [
         {
             "intervention": o.name,
             "VADER [95 %]": str(mean_interval(o.scores)),
             "less plain training": str(o.less(plain)),
             "share of the fall": o.less(plain).mean / fall.mean if fall.low > 0 else "",
-            "less random vectors": str(o.less(control[o.name])) if control[o.name] is not o else "",
+            "less random vectors": str(o.less(named[o.name + RANDOM])) if o.name + RANDOM in named else "",
+            "runs: least, most": f"{min(o.means):+.2f}, {max(o.means):+.2f}",
             "coherence": o.coherence,
             "neutral loss": o.neutral_loss,
             "shift [95 %]": str(mean_interval(o.shifts)) if o.shifts else "",

@@ -8,9 +8,9 @@ import numpy as np
 from persona_vectors.data.files import atomic_path
 from persona_vectors.data.intervals import mean_interval
 from reproduce_paper.outcomes import Outcome
-from reproduce_paper.study import PLAIN
+from reproduce_paper.study import PLAIN, RANDOM
 
-KINDS = {"preventative": "persona vector", "random vector": "random vectors of its norm"}
+KINDS = {"": "persona vector", RANDOM: "random vectors of its norm"}
 
 
 def plot_prevention(path: Path, outcomes: Sequence[Outcome]) -> None:
@@ -19,8 +19,10 @@ def plot_prevention(path: Path, outcomes: Sequence[Outcome]) -> None:
 
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
-    for place, (name, label) in enumerate(KINDS.items()):
-        points = sorted((float(o.name.split()[-1]), mean_interval(o.scores)) for o in outcomes if name in o.name)
+    steered = [o for o in outcomes if o.name.startswith("preventative")]
+    for place, (suffix, label) in enumerate(KINDS.items()):
+        chosen = [o for o in steered if o.name.endswith(RANDOM) == bool(suffix)]
+        points = sorted((float(o.name.split()[1].strip(",")), mean_interval(o.scores)) for o in chosen)
         xs, means = [x + 0.04 * place for x, _ in points], [found.mean for _, found in points]
         bars = [[found.mean - found.low for _, found in points], [found.high - found.mean for _, found in points]]
         axes.errorbar(xs, means, bars, marker="o", capsize=3, label=label)

@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,10 +22,15 @@ from persona_vectors.model.prompts import chat_prompt, encode_answer
 from persona_vectors.steering.add import steer
 from persona_vectors.training.config import FinetuneConfig
 from persona_vectors.training.finetuning import make_trainer
+from persona_vectors.vectors.moments import Moments
 from persona_vectors.vectors.vector import PersonaVector
 
 PLAIN = "plain training"
 """The name of training on the negative set without any intervention."""
+RANDOM = ", random"
+"""What the names of interventions with random vectors end in."""
+POST_HOC = (1.0, 2.0)
+"""The coefficients of steering after plain training."""
 
 
 @dataclass
@@ -33,6 +40,8 @@ class Study:
     model: Any
     tokenizer: Any
     vector: PersonaVector
+    controls: list[PersonaVector]
+    """Random vectors of its norm, isotropic ones first."""
     layer: int
     questions: list[str]
     neutral: list[Any]
@@ -40,6 +49,15 @@ class Study:
     samples: int
     tokens: int
     training: dict[str, Any]
+
+    @cached_property
+    def moments(self) -> Moments:
+        """How the base model's plain answers vary."""
+        rows = []
+        for line in json_lines(self.out / "sets" / "plain.jsonl"):
+            question, answer = (message["content"] for message in json.loads(line)["messages"])
+            rows.append(encode_answer(self.tokenizer, chat_prompt(self.tokenizer, question), answer))
+        return Moments.of(pool(self.model, rows).means[:, 0], model=self.vector.model)
 
     def states(self) -> Tensor:
         """Return the activations at the last prompt tokens, [question, layer, hidden]."""
@@ -70,9 +88,10 @@ class Study:
             found = {"name": name, "data": data.stem, "seed": seed, **self.measure()}
             states = self.states()
             if name.startswith(PLAIN):
-                for coef in (1.0, 2.0):
-                    with steer(self.model, self.vector, layer=self.layer, coef=coef):
-                        found[f"post-hoc {coef:g}"] = self.measure()
+                vectors = {"": self.vector} | {f"{RANDOM} {i}": v for i, v in enumerate(self.controls)}
+                for coef, (suffix, vector) in product(POST_HOC, vectors.items()):
+                    with steer(self.model, vector, layer=self.layer, coef=coef):
+                        found[f"post-hoc {coef:g}{suffix}"] = self.measure()
         finally:
             trainer.model.unload()
             self.model.__dict__.pop("peft_config", None)

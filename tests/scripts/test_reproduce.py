@@ -30,7 +30,12 @@ def test_the_quick_reproduction_writes_its_tables_and_resumes(tmp_path):
     runs = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").iterdir()}
     tables = {path: path.read_text() for path in (tmp_path / "out").glob("*.md")}
     assert {path.name for path in tables} == {"sets.md", "correlations.md", "interventions.md"}
-    assert "random, covariance of real activations" in tables[tmp_path / "out" / "correlations.md"]
+    assert "random, covariance of plain answers" in tables[tmp_path / "out" / "correlations.md"]
+    controls = {path.name for path in runs if ", random" in path.name}
+    assert {f"preventative -2, random {i} seed 0.json" for i in (0, 1)} < controls
+    assert {f"CAFT, random {i} seed 0.json" for i in (0, 1)} < controls
+    rows = tables[tmp_path / "out" / "interventions.md"]
+    assert all(f"| {name}, random |" in rows for name in ("preventative -2", "CAFT", "penalty 0.001", "post-hoc 2"))
     removed = tmp_path / "out" / "runs" / "CAFT seed 0.json"
     removed.unlink()
     subprocess.run(command, check=True, capture_output=True, env=environment)

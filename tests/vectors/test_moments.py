@@ -56,6 +56,17 @@ def test_whitening_is_the_regularised_inverse(model, tokenizer):
         found.whiten(vector, shrinkage=0)
 
 
+def test_moments_of_activations_at_hand_are_those_that_are_read(model, tokenizer):
+    read, made = (
+        neutral_moments(model, tokenizer, TALKS, layer="all"),
+        Moments.of(answer_means(model, tokenizer), model="m"),
+    )
+    assert (made.count, list(made.covariance)) == (40, [0, 1, 2])
+    for layer in range(3):
+        torch.testing.assert_close(made.mean[layer], read.mean[layer], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(made.covariance[layer], read.covariance[layer], rtol=1e-3, atol=1e-6)
+
+
 def test_random_directions_have_the_covariance_and_the_norm():
     rng = np.random.default_rng(0)
     root = rng.normal(size=(8, 8)) * np.array([5, 3, 1, 1, 0.5, 0.5, 0.1, 0])[:, None]
