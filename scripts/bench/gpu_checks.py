@@ -222,7 +222,8 @@ def _timed(name: str, say: Callable[[], Said], lines: list[dict[str, Any]]) -> S
     start = time.perf_counter()
     found = say()
     synchronize(found.tokens.device)
-    speed = found.tokens.numel() / (time.perf_counter() - start)
-    print(f"      {name}: {speed:,.0f} tokens/s", flush=True)
-    lines.append({"static": name, "tokens/s": speed})
+    seconds = time.perf_counter() - start
+    speed = found.tokens.numel() / seconds
+    print(f"      {name}: {seconds:.2f} s, {speed:,.0f} tokens/s", flush=True)
+    lines.append({"static": name, "seconds": seconds, "tokens/s": speed})
     return found

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, Trainer
 
 from bench.flagging import flagging_methods, report_flagging
 from bench.generation import edited_generations, report_steps, time_steps, twin_of
@@ -150,7 +150,8 @@ def half_difference(means: Tensor) -> Tensor:
 def watched(model: Model) -> Iterator[None]:
     """Read a training step's batch as ProjectionCallback does."""
     state: Any = SimpleNamespace(global_step=0)
-    callback = ProjectionCallback(None, any_vector(model), layer=model_shape(model)[0] // 2, every=1)  # type: ignore
+    trainer = Trainer.__new__(Trainer)  # what logs, and nothing is logged here
+    callback = ProjectionCallback(trainer, any_vector(model), layer=model_shape(model)[0] // 2, every=1)
     callback.on_train_begin(None, state, None, model=model, processing_class=None)
     callback.on_step_begin(None, state, None, model=model)
     yield

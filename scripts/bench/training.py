@@ -70,7 +70,9 @@ def training_steps(
                 seconds[name].append(time.perf_counter() - start)
     if checkpointing:
         tuned.gradient_checkpointing_disable()
+        model.disable_input_require_grads()
     tuned.unload()
+    model.eval().requires_grad_(True)
     return {name: values[1:] for name, values in seconds.items()}
 
 

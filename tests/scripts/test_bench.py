@@ -2,6 +2,7 @@ import contextlib
 import json
 import time
 
+import helpers
 import pytest
 import torch
 import zoo
@@ -110,12 +111,14 @@ def test_training_is_measured_in_pairs_and_leaves_the_model_alone(model, capsys)
     assert {name: len(values) for name, values in steps.items()} == {"plain": 3, "steered": 3}
     found = training.report_training(steps, training.probe_seconds(model, 6))
     assert found["callback every 10 steps"] > 0 and "median of 3 pairs" in capsys.readouterr().out
+    training.training_steps(model, batch=1, tokens=4, steps=1, checkpointing=True)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not helpers.hooks(model) and not model.training and all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.slow
 def test_the_gpu_script_runs_every_section_at_a_tiny_shape(tmp_path, capsys):
-    sizes = {"widths": "2,3", "new_tokens": 4, "pairs": 4, "answers": 10, "steps": 1, "rounds": 1}
+    sizes = {"widths": "2,3", "new_tokens": 3, "pairs": 4, "answers": 10, "steps": 1, "rounds": 1}
     gpu.gpu(shape="tiny", device="cpu", only=",".join(gpu.SECONDS), minutes=5, out=tmp_path / "gpu.json", **sizes)
     printed, found = capsys.readouterr().out, json.loads((tmp_path / "gpu.json").read_text())
     assert "failed" not in printed and "WRONG" not in printed
