@@ -20,7 +20,7 @@ Section = Callable[[speed.Lines], None]
 SECONDS = {
     "checks": 40,
     "hooks": 60,
-    "static": 90,
+    "static": 100,
     "rollouts": 100,
     "extraction": 40,
     "training": 45,

@@ -83,7 +83,7 @@ class Steered:
         with torch.inference_mode():
             states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
         norm = states[self.layer + 1][mask.bool()].float().norm(dim=-1).mean()
-        self.coef = float(norm / self.vector.direction(self.layer).norm())
+        self.coef = float(norm) / float(self.vector.direction(self.layer).norm())
 
     def __call__(self, sign: int = 1) -> contextlib.AbstractContextManager[None]:
         return steer(self.model, self.vector, layer=self.layer, coef=sign * self.coef)
@@ -182,7 +182,8 @@ def check_static(model: Model, prompts: Sequence[list[int]], steps: int, lines: 
     with steered():
         edited = _timed("static, steered", static, lines)
     verdicts.most("static against dynamic, steered", apart(edited, dynamic))
-    verdicts.least("share of the steered tokens that are the same", share(edited, dynamic), 0.2)
+    same = float((edited.tokens == dynamic.tokens).float().mean())
+    verdicts.least("share of the steered tokens that are the same", same, 0.2)
     verdicts.least("static, steered against plain", apart(edited, compiled, begin=0))
     again = _timed("static, after the edit", static, lines)
     verdicts.most("static after the edit against before", apart(again, compiled))
@@ -212,10 +213,6 @@ def answer_paged(
     if len(answers) < len(prompts):  # what fails in its thread is only logged
         raise RuntimeError(f"continuous batching answered {len(answers)} of {len(prompts)} prompts: see its log")
     return answers
-
-
-def share(one: Said, other: Said) -> float:
-    return float((one.tokens == other.tokens).float().mean())
 
 
 def _timed(name: str, say: Callable[[], Said], lines: list[dict[str, Any]]) -> Said:
