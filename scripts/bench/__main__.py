@@ -1,6 +1,7 @@
 """Benchmarks: what reading and editing activations costs, beside a bare pass, the paper's way and other libraries.
 
 Usage: python scripts/bench extraction | generation | flagging | training [--model NAME | --shape SHAPE] [--out FILE]
+       python scripts/bench gpu [--shape SHAPE] [--out FILE]
 """
 
 import sys
@@ -13,11 +14,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `python scripts/bench` loo
 from bench.extraction import extraction
 from bench.flagging import flagging
 from bench.generation import generation
+from bench.gpu import gpu
 from bench.training import training
 from persona_vectors.data.errors import InputError
 
 app = typer.Typer(help="Benchmarks of persona_vectors.", no_args_is_help=True, add_completion=False)
-for command in (extraction, generation, flagging, training):
+for command in (extraction, generation, flagging, training, gpu):
     app.command()(command)
 
 if __name__ == "__main__":

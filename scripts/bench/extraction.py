@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from transformers.utils import logging
 
-from bench.inputs import Device, ModelName, Out, Rounds, Shape, even, load, make_prompts, make_rows, unshared
+from bench.inputs import Device, ModelName, Out, Rounds, Shape, endless, even, load, make_prompts, make_rows, unshared
 from bench.measuring import Method, bare, environment, median, ratio, run_rounds, save, show
 from bench.peers import official, repeng, steering_vectors
 from persona_vectors.model.blocks import Model
@@ -76,7 +76,7 @@ def extraction_methods(model: Model, rows: Sequence[Row], batch_tokens: int) -> 
 
 def reading_methods(model: Model, tokenizer: Any, prompts: Sequence[list[int]], new_tokens: int) -> list[Method]:
     """Return generation without and with reading. Reading samples one token more: the model reads all but the last."""
-    tokenizer = tokenizer or Endless()
+    tokenizer = tokenizer or endless()
 
     def plain(rows: Sequence[Row], extra: int = 0) -> None:
         ids = [prompt for prompt, _ in rows]
@@ -93,12 +93,6 @@ def reading_methods(model: Model, tokenizer: Any, prompts: Sequence[list[int]], 
         Method("one token more", "", rows, lambda r: plain(r, extra=1)),
         Method("generate + reading", "one token more, three poolings and norms, all layers", rows, reading),
     ]
-
-
-class Endless:
-    """Stands in for the tokenizer of a random model: no token ends an answer."""
-
-    pad_token_id = eos_token_id = None
 
 
 def report_extraction(methods: Sequence[Method]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from tqdm import tqdm
+from transformers import DynamicCache
 from transformers.utils import logging
 
 from bench.inputs import Device, ModelName, Out, Rounds, Shape, load, make_prompts
@@ -18,9 +19,11 @@ from bench.measuring import environment, median, median_interval, save, show, sy
 from bench.peers import by_repeng, by_steering_vectors
 from persona_vectors.model.blocks import Model, model_name, model_shape
 from persona_vectors.model.loading import EMBEDDED
+from persona_vectors.model.pooling import pool_while_generating
 from persona_vectors.model.prompts import left_pad
 from persona_vectors.monitoring.trace import monitor
 from persona_vectors.steering.add import steer
+from persona_vectors.steering.bounds import cap
 from persona_vectors.vectors.vector import PersonaVector
 
 
@@ -78,6 +81,8 @@ def edited_generations(model: Model) -> list[Edited]:
         Edited("nothing", "two plain runs: what the measurement can tell", lambda m: contextlib.nullcontext()),
         Edited("monitor, 1 layer", "8 vectors", lambda m: monitor(m, vectors, layer=layer)),
         Edited("monitor, all layers", f"8 vectors, {count} layers", lambda m: monitor(m, vectors, layer="all")),
+        Edited("pooling", f"{count} layers", lambda m: pool_while_generating(m, stops=(0,))),
+        Edited("cap", "1 layer", lambda m: cap(m, vectors[0], layer=layer, limit=0.0)),
         Edited("steer", "1 layer", lambda m: steer(m, vectors[0], layer=layer, coef=0.01)),
         Edited("repeng 0.4.0", "1 layer", lambda m: by_repeng(m, layer, shift), theirs=True),
         Edited("steering-vectors 0.12.2", "1 layer", lambda m: by_steering_vectors(m, layer, shift), theirs=True),
@@ -92,7 +97,7 @@ def twin_of(model: Model) -> Model:
 def greedy_steps(model: Model, prompts: Sequence[list[int]], new_tokens: int, around: Any) -> Iterator[float]:
     """Generate greedily with a cache, as `generate` does but for its checks, and yield each forward pass's seconds."""
     ids, mask = left_pad(prompts, 0, model.device)
-    cache = None
+    cache = DynamicCache(config=model.config)
     with around:
         for _ in range(new_tokens):
             start = time.perf_counter()

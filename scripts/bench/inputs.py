@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.traits import load_trait
@@ -30,7 +31,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 152064,
         "max_position_embeddings": 32768,
         "tie_word_embeddings": False,
-    }
+    },
+    "tiny": {
+        "model_type": "qwen2",
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "vocab_size": 512,
+        "tie_word_embeddings": False,
+    },
 }
 ModelName = Annotated[str, typer.Option("--model", help="smollm2-135m, a Hub id, a folder or a .gguf file")]
 Shape = Annotated[str | None, typer.Option(help=f"random weights of this shape instead: {', '.join(SHAPES)}")]
@@ -45,16 +56,22 @@ def load(name: str, shape: str | None, device: str | None) -> tuple[Model, Any]:
         return load_model(name, device=device)
     if shape not in SHAPES:
         raise InputError(f"no shape {shape!r}: give one of {', '.join(SHAPES)}")
-    if not torch.cuda.is_available():
-        raise InputError(f"--shape {shape} needs a CUDA GPU, and this machine has none: leave it out, or give --model")
-    return random_model(shape, device or "cuda"), None
+    if shape != "tiny" and not torch.cuda.is_available():
+        raise InputError(f"--shape {shape} needs a CUDA GPU, and this machine has none: give --shape tiny, or --model")
+    return random_model(shape, device or ("cuda" if torch.cuda.is_available() else "cpu")), None
 
 
 def random_model(shape: str, device: str) -> Model:
-    """Build a model of a known shape with random bfloat16 weights."""
+    """Build a model of a known shape with random bfloat16 weights, the same each time, made on the device."""
     config = AutoConfig.for_model(**SHAPES[shape])
-    with torch.device(device):
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def endless() -> PreTrainedTokenizerBase:
+    """Return a tokenizer for a random model: it knows no words, and no token ends an answer."""
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
 
 
 def any_vector(model: Model) -> PersonaVector:

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,19 +49,26 @@ def run_rounds(methods: Sequence[Method], rounds: int, device: torch.device) -> 
     able = [method for method in methods if method.run is not None]
     for method in able:  # first calls are slow
         _run(method, method.rows[:2])
-    with tqdm(total=rounds * len(able), unit="run", leave=False) as bar:
+    with tqdm(total=rounds * len(able), unit="run", leave=False, disable=None) as bar:
         for number in range(rounds):
             for method in able if number % 2 == 0 else reversed(able):
                 bar.set_postfix_str(method.name)
                 if method.run is not None:
-                    before = _reset_peak(device)
-                    start = time.perf_counter()
-                    _run(method, method.rows)
-                    synchronize(device)
-                    method.seconds.append(time.perf_counter() - start)
-                    if before is not None:
-                        method.megabytes.append((_peak(device) - before) / 1e6)
+                    seconds, megabytes = measure(partial(_run, method, method.rows), device)
+                    method.seconds.append(seconds)
+                    if megabytes is not None:
+                        method.megabytes.append(megabytes)
                 bar.update()
+
+
+def measure(run: Callable[[], object], device: torch.device) -> tuple[float, float | None]:
+    """Return the seconds that `run` takes, and its peak memory above what was in use before, in megabytes."""
+    before = _reset_peak(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    return seconds, None if before is None else (_peak(device) - before) / 1e6
 
 
 def _run(method: Method, rows: Sequence[Row]) -> None:

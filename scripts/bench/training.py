@@ -4,6 +4,7 @@ import contextlib
 import random
 import statistics
 import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
@@ -18,6 +19,9 @@ from persona_vectors.model.passes import Row
 from persona_vectors.monitoring.projection import token_projections
 from persona_vectors.steering.add import steer
 from persona_vectors.vectors.directions import unit_directions
+
+Around = dict[str, Callable[[Model], Any]]
+"""What steps are taken in: functions that return the context manager that edits or reads this model."""
 
 
 def training(
@@ -37,20 +41,26 @@ def training(
     save(found, out)
 
 
-def training_steps(model: Model, batch: int, tokens: int, steps: int) -> dict[str, list[float]]:
-    """Return the seconds of each step, plain and steered; the order alternates, and the first pair is left out."""
+def training_steps(
+    model: Model, batch: int, tokens: int, steps: int, *, around: Around | None = None, checkpointing: bool = False
+) -> dict[str, list[float]]:
+    """Return the seconds of each step, plain and with each of `around`, by default steered, taken in turn.
+
+    The order alternates, and each kind's first step is left out.
+    """
     from peft import LoraConfig, get_peft_model
 
     tuned = get_peft_model(model, LoraConfig(r=32, target_modules="all-linear", use_rslora=True)).train()
+    if checkpointing:
+        tuned.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-5)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.tensor([random_tokens(random.Random(i), tokens, vocabulary) for i in range(batch)], device=model.device)
-    vector, layer = any_vector(tuned), model_shape(tuned)[0] // 2
-    seconds: dict[str, list[float]] = {"plain": [], "steered": []}
+    kinds: Around = {"plain": lambda _: contextlib.nullcontext(), **(around or {"steered": steered})}
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for number in range(steps + 1):
-        for name in ("plain", "steered") if number % 2 else ("steered", "plain"):
-            edit = steer(tuned, vector, layer=layer, coef=1.0) if name == "steered" else contextlib.nullcontext()
-            with edit:  # entering it, which a run does once, is not timed
+        for name in kinds if number % 2 else reversed(kinds):
+            with kinds[name](tuned):  # entering it, which a run does once, is not timed
                 synchronize(ids.device)
                 start = time.perf_counter()
                 tuned(input_ids=ids, labels=ids).loss.backward()
@@ -58,8 +68,17 @@ def training_steps(model: Model, batch: int, tokens: int, steps: int) -> dict[st
                 optimizer.zero_grad()
                 synchronize(ids.device)
                 seconds[name].append(time.perf_counter() - start)
+    if checkpointing:
+        tuned.gradient_checkpointing_disable()
+        model.disable_input_require_grads()
     tuned.unload()
+    model.eval().requires_grad_(True)
     return {name: values[1:] for name, values in seconds.items()}
+
+
+def steered(model: Model) -> Any:
+    """Return the context manager of preventative steering in the middle block."""
+    return steer(model, any_vector(model), layer=model_shape(model)[0] // 2, coef=1.0)
 
 
 def probe_seconds(model: Model, tokens: int, prompts: int = 8) -> list[float]:

@@ -1,9 +1,12 @@
 import contextlib
+import json
+import time
 
+import helpers
 import pytest
 import torch
 import zoo
-from bench import extraction, flagging, generation, inputs, measuring, peers, training
+from bench import extraction, flagging, generation, gpu, gpu_checks, inputs, measuring, peers, training
 from transformers import GenerationConfig
 
 from persona_vectors.model.blocks import decoder_layers
@@ -108,4 +111,50 @@ def test_training_is_measured_in_pairs_and_leaves_the_model_alone(model, capsys)
     assert {name: len(values) for name, values in steps.items()} == {"plain": 3, "steered": 3}
     found = training.report_training(steps, training.probe_seconds(model, 6))
     assert found["callback every 10 steps"] > 0 and "median of 3 pairs" in capsys.readouterr().out
+    training.training_steps(model, batch=1, tokens=4, steps=1, checkpointing=True)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not helpers.hooks(model) and not model.training and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_every_section_at_a_tiny_shape(tmp_path, capsys):
+    sizes = {"widths": "2,3", "new_tokens": 3, "pairs": 4, "answers": 10, "steps": 1, "rounds": 1}
+    gpu.gpu(shape="tiny", device="cpu", only=",".join(gpu.SECONDS), minutes=30, out=tmp_path / "gpu.json", **sizes)
+    printed, found = capsys.readouterr().out, json.loads((tmp_path / "gpu.json").read_text())
+    assert "failed" not in printed and "WRONG" not in printed
+    assert all(found[name] for name in gpu.SECONDS)
+    assert len(found["checks"]) == 9 and all(check["ok"] for check in found["checks"])
+    assert [(line["method"], line["rows"]) for line in found["rollouts"][2:4]] == [("transformers", 2), ("ours", 3)]
+    assert [len(line["edited"]) for line in found["hooks"]] == [4] * 6
+    assert found["extraction"][-1]["least cosine"] > 0.99
+    assert [line["method"] for line in found["training"]] == ["steered", "watched"]
+
+
+def test_a_section_of_the_gpu_script_that_fails_or_takes_too_long_leaves_what_it_found(capsys):
+    def slow(lines: list) -> None:
+        lines.append({"first": 1})
+        with contextlib.suppress(Exception):  # what other people's code may do
+            time.sleep(60)
+
+    def broken(_: list) -> None:
+        raise ValueError("no\nsuch thing")
+
+    assert gpu.run_section("slow", slow, 0.1) == [{"first": 1}, {"failed": "OutOfTime: cut off after 0 s"}]
+    assert gpu.run_section("broken", broken, 5) == [{"failed": "ValueError: no"}]
+    assert gpu.run_section("late", slow, -1.0) == [{"failed": "OutOfTime: no time left"}]
+    assert "failed: ValueError: no\n" in capsys.readouterr().out
+
+
+def test_the_gpu_checks_tell_an_edit_that_decoding_missed(model, capsys):
+    prompts = [[5, 6, 7], [8, 9, 10, 11]]
+    steered, plain = gpu_checks.Steered(model, prompts), gpu_checks.said(model, prompts, 4)
+    with steered():
+        edited = gpu_checks.said(model, prompts, 4)
+    half = gpu_checks.Said(edited.tokens, torch.cat([edited.logits[:, :1], plain.logits[:, 1:]], dim=1))
+    lines: list = []
+    verdicts = gpu_checks.Verdicts(lines)
+    verdicts.most("edited in the prompt alone", gpu_checks.apart(half, edited))
+    verdicts.most("the same", gpu_checks.apart(edited, edited))
+    verdicts.most("nothing to compare", float("nan"))
+    assert [line["ok"] for line in lines] == [False, True, False]
+    assert capsys.readouterr().out.startswith("WRONG edited in the prompt alone")
