@@ -224,6 +224,31 @@ def write_csv(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         writer.writerows(lines)
 
 
+def plot(layers: Sequence[dict[str, Any]], path: Path, method: str = "prompt_last") -> None:
+    """Plot one method's AUROC by layer, plain and whitened, each above the 95th percentile of both nulls."""
+    from matplotlib.figure import Figure
+
+    traits = list(dict.fromkeys(line["trait"] for line in layers))
+    columns = min(4, len(traits))
+    figure = Figure(figsize=(3.2 * columns, 2.6 * -(-len(traits) // columns)), layout="constrained")
+    grid = figure.subplots(-(-len(traits) // columns), columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, trait in zip(grid, traits):
+        for suffix, colour in (("", "C0"), (", whitened", "C1")):
+            own = [line for line in layers if line["trait"] == trait and line["method"] == method + suffix]
+            at = [line["layer"] for line in own]
+            axes.plot(at, [line["auroc"] for line in own], color=colour, label=f"vector{suffix}")
+            limit = [max(line[f"{kind} 95th"] for kind in KINDS) for line in own]
+            axes.fill_between(at, 0.5, limit, color=colour, alpha=0.2, linewidth=0, label=f"95 % of random{suffix}")
+        axes.set_title(trait, fontsize=10)
+    for axes in grid[len(traits) :]:
+        axes.axis("off")
+    figure.supxlabel("layer")
+    figure.supylabel("AUROC, evaluation questions")
+    figure.axes[0].legend(frameon=False, fontsize=7)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+
+
 def show(line: dict[str, Any]) -> str:
     text = f"{line['trait']:14} {line['method']:42} {line.get('layer', ''):>5}  {line['auroc']:.3f} "
     text += f"[{line['low']:.3f}, {line['high']:.3f}]  within {line['within']:.3f}"
@@ -249,7 +274,7 @@ def main(
     device: Device = None,
     dtype: DType = None,
 ) -> None:
-    """Make each trait's sets, choose layers, and write AUROCs by method (table.csv) and by layer (layers.csv)."""
+    """Make each trait's sets, choose layers, and write AUROCs by method (table.csv) and by layer (layers.csv, .png)."""
     model, tokenizer = load_by_name(model_name, device=device, dtype=dtype)
     common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
     table, layers = [], []
@@ -270,6 +295,7 @@ def main(
         table, layers = table + lines, layers + by_layer(trait.name, found)
         write_csv(out / "table.csv", table)
         write_csv(out / "layers.csv", layers)
+        plot(layers, out / "layers.png")
         if fractions:
             options = {"layer": found[METHODS[0]].layer, "max_new_tokens": max_new_tokens}
             by_fraction(model, tokenizer, vector, own, options)
