@@ -68,8 +68,8 @@ def sides(path: Path) -> dict[str, _Read]:
 
 def rows_of(side: _Read, rows: np.ndarray) -> _Read:
     """Return some rows; all of a file this small have their random directions."""
-    prompts = np.unique(side.prompts[rows], return_inverse=True)[1]
-    return _Read(side.values[rows], prompts, np.arange(len(rows)), side.controls[rows], side.lengths[rows])
+    kept = np.arange(len(rows))
+    return _Read(side.values[rows], side.prompts[rows], kept, side.controls[rows], side.lengths[rows])
 
 
 def halves(side: _Read, size: int, rng: np.random.Generator) -> tuple[_Read, _Read]:
@@ -79,17 +79,25 @@ def halves(side: _Read, size: int, rng: np.random.Generator) -> tuple[_Read, _Re
     return rows_of(side, order[:size]), rows_of(side, order[size : 2 * size])
 
 
-def mixtures(trait: _Read, opposite: _Read, size: int, rng: np.random.Generator) -> tuple[_Read, _Read]:
-    """Return two mixtures that share no sample: of the trait, a random share and a quarter more."""
+def mixtures(
+    trait: _Read, opposite: _Read, size: int, rng: np.random.Generator, *, shared: bool
+) -> tuple[_Read, _Read]:
+    """Return two mixtures: of the trait, a random share and a quarter more.
+
+    With `shared` the second is the first with a quarter of its samples exchanged, as make_training_sets mixes; else no
+    sample is in both.
+    """
     share = rng.uniform(0, 0.75)
-    orders = [rng.permutation(len(side.values)) for side in (trait, opposite)]
-    parts = []
-    for fraction in (share, share + 0.25):
-        counts = [round(fraction * size), size - round(fraction * size)]
-        drawn = [rows_of(side, order[:n]) for side, order, n in zip((trait, opposite), orders, counts)]
-        orders = [order[n:] for order, n in zip(orders, counts)]
-        parts.append(drawn)
-    return joined(*parts[0]), joined(*parts[1])
+    counts = [round(share * size), round((share + 0.25) * size)]
+    if shared:
+        order = rng.permutation(min(len(trait.values), len(opposite.values)))[:size]
+        parts = [(order[:n], order[n:]) for n in counts]
+    else:
+        one, two = (rng.permutation(len(side.values)) for side in (trait, opposite))
+        parts = [(one[: counts[0]], two[: size - counts[0]])]
+        parts.append((one[counts[0] :][: counts[1]], two[size - counts[0] :][: size - counts[1]]))
+    first, second = (joined(rows_of(trait, pos), rows_of(opposite, neg)) for pos, neg in parts)
+    return first, second
 
 
 def joined(one: _Read, two: _Read) -> _Read:
@@ -138,6 +146,14 @@ def main(
         return sides(pv.flag(model, tokenizer, data, loaded, layer=layers, baseline="prompt_last", out=file).path)
 
     found = {path: flagged(path) for path in write_sources(model, tokenizer, out, samples, max_new_tokens)}
+    report_sources(found, draws, size)
+    if sets:
+        trait, opposite = (flagged(sets / f"{name}.jsonl") for name in ("positive", "negative"))
+        report_mixtures(trait, opposite, mixed, draws, mixed_size)
+
+
+def report_sources(found: dict[Path, dict[str, _Read]], draws: int, size: int) -> None:
+    """Print how often the interval of a gap leaves out zero, and how often there is a verdict."""
     for same, words in ((True, "two parts of one source"), (False, "two sources")):
         counts: dict[str, Counter] = {}
         for key, compared in verdicts(found, draws, size, same=same):
@@ -148,15 +164,18 @@ def main(
             print(f"  {key:20} {each['apart'] / draws:6.1%} {each['verdict'] / draws:6.1%}")
         total = sum((each for each in counts.values()), Counter())
         print(f"  {'all':20} {total['apart'] / draws / len(counts):6.1%} {total['verdict'] / draws / len(counts):6.1%}")
-    if sets:
-        rng, both = np.random.default_rng(0), [flagged(sets / f"{name}.jsonl") for name in ("positive", "negative")]
+
+
+def report_mixtures(trait: dict[str, _Read], opposite: dict[str, _Read], mixed: str, draws: int, size: int) -> None:
+    """Print how often two mixtures get the right verdict, and how often the wrong one."""
+    rng = np.random.default_rng(0)
+    for shared, words in ((True, "a quarter of the samples exchanged"), (False, "no sample in both")):
         print(
-            f"mixtures of {mixed} that differ by a quarter, {draws} draws of {mixed_size}: right verdict, wrong verdict"
+            f"mixtures of {mixed} that differ by a quarter, {words}, {draws} draws of {size}: right and wrong verdicts"
         )
-        for key in [key for key in both[0] if key.partition("@")[0] == mixed]:
-            told = [
-                _compared(*mixtures(both[0][key], both[1][key], mixed_size, rng), None).verdict for _ in range(draws)
-            ]
+        for key in [key for key in trait if key.partition("@")[0] == mixed]:
+            pairs = (mixtures(trait[key], opposite[key], size, rng, shared=shared) for _ in range(draws))
+            told = [_compared(one, two, None).verdict for one, two in pairs]
             print(f"  {key:20} {told.count('second') / draws:6.1%} {told.count('first') / draws:6.1%}")
 
 

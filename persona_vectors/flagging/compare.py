@@ -1,5 +1,6 @@
 """Which of two flagged datasets will move a trait more, where random directions cannot say so as well."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,10 +10,15 @@ import numpy as np
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.intervals import Interval
 from persona_vectors.data.samples import import_pyarrow
-from persona_vectors.flagging.nulls import beaten
+from persona_vectors.flagging.nulls import halves
 from persona_vectors.flagging.parts import read_header
 
 SUBSAMPLES = 200
+CHANCE = 0.02
+"""The share of random directions that may tell two datasets apart as well as a vector that is given a verdict.
+
+A vector carries more of what answers differ by than a random direction does: with .05, every eighth pair of datasets of
+different sources, without any trait, got a verdict."""
 KEPT = 20_000
 """The most rows of a file whose random directions are read, drawn at random."""
 
@@ -40,22 +46,27 @@ class Comparison:
     dataset's, or no verdict."""
 
     @property
-    def beaten(self) -> tuple[float, float]:
-        """The shares of isotropic and of covariance directions that tell the two datasets apart less well."""
-        return beaten(self.effect, np.array(self.null))
+    def chance(self) -> tuple[float, float]:
+        """The shares of isotropic and of covariance directions that tell the two datasets apart as well.
+
+        They are those of normal distributions with the spread that the random directions' effects have.
+        """
+        spreads = [np.sqrt((half**2).mean()) for half in halves(np.array(self.null))]
+        first, second = (math.erfc(abs(self.effect) / (spread * math.sqrt(2))) if spread else 0.0 for spread in spreads)
+        return first, second
 
     @property
     def verdict(self) -> str | None:
-        """ "first" or "second" where the gap's interval leaves out zero and the effect passes 95 % of both nulls."""
-        if not self.null or self.gap.low <= 0 <= self.gap.high or min(self.beaten) < 0.95:
+        """ "first" or "second", where the gap's interval leaves out zero and chance is below CHANCE for both kinds."""
+        if not self.null or self.gap.low <= 0 <= self.gap.high or max(self.chance) >= CHANCE:
             return None
         return "first" if self.gap.mean > 0 else "second"
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row: both means, their gap, its null, and how many samples give the verdict."""
         row: dict[str, Any] = self.first.columns("first") | self.second.columns("second") | self.gap.columns("gap")
-        shares = self.beaten if self.null else (None, None)
-        row |= {"effect": self.effect, "beaten_isotropic": shares[0], "beaten_covariance": shares[1]}
+        shares = self.chance if self.null else (None, None)
+        row |= {"effect": self.effect, "chance_isotropic": shares[0], "chance_covariance": shares[1]}
         row |= {"reference": self.reference, "length": self.length, "alike": list(self.alike)}
         return [row | {"verdict": self.verdict, "enough": self.enough}]
 
@@ -68,18 +79,18 @@ class Comparison:
         elif self.verdict:
             text += f"the {self.verdict} will move the trait more"
             text += f"; {self.enough} samples of each suffice" if self.enough else ""
-            text += f" ({min(self.beaten):.0%} of random directions tell them apart less well)"
+            text += f" ({max(self.chance):.2%} of random directions tell them apart as well)"
         elif self.gap.low <= 0 <= self.gap.high:
             text += "no telling which moves the trait more"
         else:
-            text += f"no verdict, {1 - min(self.beaten):.0%} of random directions tell these two datasets apart as well"
+            text += f"no verdict, {max(self.chance):.0%} of random directions tell these two datasets apart as well"
         apart = not self.gap.low <= 0 <= self.gap.high
         text += f"; {', '.join(self.alike)} tells them apart as well" if self.alike and apart else ""
         return text + f"; by length alone {self.length:.2f}"
 
 
 class _Read(NamedTuple):
-    """A file's differences on one vector, each one's prompt as a number, and random directions' in some of its rows."""
+    """A file's differences on one vector, the hash of each one's prompt, and random directions' in some of its rows."""
 
     values: np.ndarray
     prompts: np.ndarray
@@ -94,9 +105,9 @@ def compare_datasets(flags: str | Path, other: str | Path, *, seed: int = 0) -> 
     """Compare two flags files, vector by vector, with 95 % intervals clustered by prompt.
 
     Two datasets differ in topic, length and form too, and almost any direction tells them apart. A verdict is given
-    only where the gap, in standard deviations of a sample, is larger than that of 95 % of the random directions that
-    `flag` read beside the vector. Where both files come from one source the gap is the trait's; else read `length`
-    and `alike` too.
+    only where the gap, in standard deviations of a sample, is larger than that of 98 % of the random directions that
+    `flag` read beside the vector. Prompts that both files have count as the same clusters, so what they add to both
+    cancels. Where both files come from one source the gap is the trait's; else read `length` and `alike` too.
 
     Raises InputError where they were made with other models, vectors, layers, baselines or controls.
     """
@@ -145,17 +156,13 @@ def _read(path: Path, key: str, controls: str | None, seed: int) -> _Read:
     joined = [np.concatenate(arrays) for arrays in zip(*parts)] if parts else [np.zeros(0)] * 5
     if len(joined[0]) < 2:
         raise InputError(f"{path} has {len(joined[0])} samples with a difference: give two or more")
-    return _Read(joined[0], np.unique(joined[1], return_inverse=True)[1], joined[2].nonzero()[0], joined[3], joined[4])
+    return _Read(joined[0], joined[1], joined[2].nonzero()[0], joined[3], joined[4])
 
 
 def _compared(one: _Read, two: _Read, reference: str | None) -> Comparison:
-    (a, error_a), (b, error_b) = (_clustered(side.values, side.prompts) for side in (one, two))
-    gap = _interval(a - b, float(np.hypot(error_a, error_b)))
     effect = float(_effects(one.values[:, None], two.values[:, None])[0])
-    null = tuple(_effects(one.controls, two.controls).tolist())
-    return Comparison(
-        _interval(a, error_a), _interval(b, error_b), gap, effect, null, reference, _longer(one.lengths, two.lengths)
-    )
+    null, longer = tuple(_effects(one.controls, two.controls).tolist()), _longer(one.lengths, two.lengths)
+    return Comparison(_interval(one), _interval(two), _interval(one, two), effect, null, reference, longer)
 
 
 def _effects(one: np.ndarray, two: np.ndarray) -> np.ndarray:
@@ -165,16 +172,19 @@ def _effects(one: np.ndarray, two: np.ndarray) -> np.ndarray:
     return gap / np.where(spread == 0, np.inf, spread)
 
 
-def _clustered(values: np.ndarray, prompts: np.ndarray) -> tuple[float, float]:
-    """Return the mean, and its standard error where samples of one prompt count as one cluster."""
-    mean = float(values.mean(dtype=np.float64))
-    sums = np.bincount(prompts, values - mean)
-    scale = len(sums) / (len(sums) - 1) if len(sums) > 1 else np.nan
-    return mean, float(np.sqrt(scale * (sums**2).sum()) / len(values))
+def _interval(one: _Read, two: _Read | None = None) -> Interval:
+    """Return a dataset's mean, or the first's less the second's, where samples of one prompt are one cluster."""
+    from scipy.stats import t
 
-
-def _interval(mean: float, error: float) -> Interval:
-    return Interval(mean, mean - 1.96 * error, mean + 1.96 * error)
+    sides = [(1.0, one)] if two is None else [(1.0, one), (-1.0, two)]
+    mean = sum(sign * float(side.values.mean(dtype=np.float64)) for sign, side in sides)
+    parts = [sign * (side.values - side.values.mean(dtype=np.float64)) / len(side.values) for sign, side in sides]
+    clusters = np.unique(np.concatenate([side.prompts for _, side in sides]), return_inverse=True)[1]
+    sums = np.bincount(clusters, np.concatenate(parts))
+    if len(sums) < 2:
+        return Interval(mean, math.nan, math.nan)
+    reach = t.ppf(0.975, len(sums) - 1) * float(np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)))
+    return Interval(mean, mean - reach, mean + reach)
 
 
 def _longer(one: np.ndarray, two: np.ndarray) -> float:
@@ -198,5 +208,4 @@ def _some(side: _Read, size: int, rng: np.random.Generator) -> _Read:
     """Return a random part of a file's rows."""
     drawn = rng.choice(len(side.kept), size, replace=False)
     rows = side.kept[drawn]
-    prompts = np.unique(side.prompts[rows], return_inverse=True)[1]
-    return _Read(side.values[rows], prompts, np.arange(size), side.controls[drawn], side.lengths[rows])
+    return _Read(side.values[rows], side.prompts[rows], np.arange(size), side.controls[drawn], side.lengths[rows])

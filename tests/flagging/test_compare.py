@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from persona_vectors.flagging.compare import _compared, _Read
+from persona_vectors.data.intervals import Interval
+from persona_vectors.flagging.compare import Comparison, _compared, _interval, _Read
 
 HIDDEN = 24
 SCALES = np.r_[6.0, 4.0, 2.0, np.ones(HIDDEN - 3)]  # what activations vary by: length and topic first
@@ -88,6 +90,32 @@ def test_the_verdict_follows_the_trait_and_not_the_nuisance():
     assert shares["first"] <= 0.1
 
 
+def test_the_chance_is_that_of_a_normal_null():
+    """Directions from a normal distribution: as many of a thousand as said have an effect as large."""
+    rng = np.random.default_rng(0)
+    null = tuple(np.r_[rng.normal(size=50) * 0.1, rng.normal(size=50) * 0.2])
+    found = Comparison(Interval(1, 0, 2), Interval(0, -1, 1), Interval(1, 0.5, 1.5), 0.4, null, None, 0.5)
+    more = rng.normal(size=(2, 100_000)) * np.array([[0.1], [0.2]])
+    np.testing.assert_allclose(found.chance, (np.abs(more) >= 0.4).mean(axis=1), atol=0.03)
+    assert found.verdict is None
+    assert Comparison(**{**vars(found), "effect": 0.7}).verdict == "first"
+
+
+def test_what_a_prompt_adds_to_both_datasets_cancels():
+    """Two mixtures of one source, by prompt: their gap is as sure as that of the samples in which they differ."""
+    rng = np.random.default_rng(0)
+    prompts = np.repeat(np.arange(40), 10)
+    base = 5.0 * rng.normal(size=40)[prompts] + rng.normal(size=400)
+    one, two = (_Read(v, prompts, np.arange(400), np.zeros((400, 0)), prompts) for v in (base, base - (prompts % 2)))
+    gap = _interval(one, two)
+    by_prompt = np.array([(one.values - two.values)[prompts == p].mean() for p in range(40)])
+    reach = stats.t.ppf(0.975, 39) * by_prompt.std(ddof=1) / np.sqrt(40)
+    assert gap.mean == pytest.approx(by_prompt.mean()) and gap.high - gap.mean == pytest.approx(reach)
+    apart = _interval(one, two._replace(prompts=prompts + 40))  # of other prompts, what they add does not cancel
+    alone = [side.high - side.mean for side in (_interval(one), _interval(two))]
+    assert apart.high - apart.mean == pytest.approx(np.hypot(*alone), rel=0.03) and apart.low < 0 < gap.low
+
+
 def test_the_words():
     rng = np.random.default_rng(1)
     along = directions(rng, np.eye(HIDDEN)[10])
@@ -98,7 +126,7 @@ def test_the_words():
     along[0] = directions(rng, like_activations(rng))[0]
     same = _compared(read(one + shift / 4, along), read(two, along), "plain facts")
     assert same.verdict is None and "of random directions tell these two datasets apart as well" in str(same)
-    assert str(same).endswith("by length alone 0.50") and 0 < min(same.beaten) < 0.95
+    assert str(same).endswith("by length alone 0.50") and 0.02 < max(same.chance) < 1
     bare = read(one, along)._replace(controls=np.zeros((400, 0)))
     assert "no verdict without a null: flag with controls=100" in str(_compared(bare, bare, None))
-    assert same.rows()[0]["verdict"] is None and same.rows()[0]["beaten_covariance"] == pytest.approx(same.beaten[1])
+    assert same.rows()[0]["verdict"] is None and same.rows()[0]["chance_covariance"] == same.chance[1]
