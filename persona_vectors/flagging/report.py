@@ -63,8 +63,7 @@ def write_report(
     rows, shown = [], []
     for sample in read_samples(data, columns=columns, split=split, turns=found.settings["turns"]):
         if isinstance(sample, Sample) and (sample.row, sample.turn) in picked:
-            talk = [*sample.prompt, {"role": "assistant", "content": sample.answer}]
-            whole = encode_answer(tokenizer, *finished_turn(tokenizer, talk, len(sample.prompt)))
+            whole = encode_answer(tokenizer, *finished_turn(tokenizer, sample.talk, len(sample.prompt)))
             rows.append(fit(whole, found.settings["max_length"], (found.settings["max_new_tokens"] or -1) + 1))
             prompt = "\n".join(f"{m['role']}: {m['content']}" for m in sample.prompt)
             shown.append({"id": sample.id, "prompt": prompt, **picked[sample.row, sample.turn]})

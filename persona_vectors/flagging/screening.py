@@ -1,5 +1,6 @@
 """Screening: split a dataset by its flags, add a judge's opinion, and say which of two datasets moves a trait more."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,9 +40,13 @@ def add_scores(
                 found = {(sample.row, sample.turn): sample for sample in _until(usable, wanted[-1])}
                 if any(row not in found for row in wanted):
                     raise InputError(f"{flags} was made from other samples than these: give the same data")
-                answers = [Answer(found[row].prompt[-1]["content"], found[row].answer) for row in wanted]
+                answers = [Answer(found[row].prompt[-1]["content"], _said(found[row])) for row in wanted]
                 scores = pa.array(score(judge, answers, rubric), pa.float32())
                 writer.write_table(pa.Table.from_batches([rows]).append_column("judge", scores))
+
+
+def _said(sample: Sample) -> str:
+    return "\n".join([sample.answer, *map(json.dumps, sample.calls)]).lstrip("\n") if sample.calls else sample.answer
 
 
 def _until(samples: Iterator[Sample], last: tuple[int, int]) -> Iterator[Sample]:

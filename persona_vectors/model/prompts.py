@@ -32,32 +32,50 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str, *, system: st
 
 
 def chat_text(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False
 ) -> str:
-    """Return the chat template's text for a conversation; see `chat_prompt` for the errors."""
+    """Return the chat template's text for a conversation, whose first message may hold its `tools`.
+
+    See `chat_prompt` for the errors; a template that leaves out tools, or calls of them, is one too.
+    """
     name = tokenizer.name_or_path
     if not tokenizer.chat_template:
         raise InputError(
             f"the tokenizer of {name!r} has no chat template: use an instruct model, or set tokenizer.chat_template"
         )
     way_out = "pass fold_system_role(tokenizer), or --fold-system, to put the system prompt into the user's turn"
+    tools = messages[0].get("tools")
+    plain = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            plain, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except TemplateError as error:
         raise InputError(f"the chat template of {name!r} rejects this conversation ({error}): {way_out}") from None
     assert isinstance(text, str)
     if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
         raise InputError(f"the chat template of {name!r} drops the system prompt: {way_out}")
+    called = [call for message in messages for call in message.get("tool_calls", ())]
+    missing = [each for each in _tool_names([*(tools or ()), *called]) if each not in text]
+    if missing:
+        raise InputError(
+            f"the chat template of {name!r} leaves out the tool {missing[0]!r}: use a model that has tools"
+        )
     return text
 
 
-def finished_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], end: int) -> tuple[str, str]:
+def _tool_names(tools: Sequence[dict[str, Any]]) -> list[str]:
+    return [str(tool.get("function", tool).get("name", "")) for tool in tools]
+
+
+def finished_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], end: int) -> tuple[str, str]:
     """Return the template's text before the answer `messages[end]`, and the answer's, as the template finishes it.
 
     A template that opens a thought for the model to write puts no open thought before an answer that closes none.
+    An answer that calls tools is what the template makes of it, without what ends every turn.
     """
+    if messages[end].get("tool_calls"):
+        return _tool_turn(tokenizer, messages, end)
     prompt, answer = chat_text(tokenizer, messages[:end], add_generation_prompt=True), messages[end]["content"]
     goes_on = "</think>" in answer.partition("<think>")[0]
     if goes_on or _continues(tokenizer, str(tokenizer.chat_template)):
@@ -67,6 +85,14 @@ def finished_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[st
         return prompt, answer
     same = next((i for i, (a, b) in enumerate(zip(prompt, upto)) if a != b), min(len(prompt), len(upto)))
     return prompt[:same], upto[same : upto.rindex(said) + len(said)]
+
+
+def _tool_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], end: int) -> tuple[str, str]:
+    prompt = chat_text(tokenizer, messages[:end], add_generation_prompt=True)
+    upto, said = chat_text(tokenizer, messages[: end + 1]), "that is all"
+    probe = chat_text(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}])
+    same = next((i for i, (a, b) in enumerate(zip(prompt, upto)) if a != b), min(len(prompt), len(upto)))
+    return prompt[:same], upto[same:].removesuffix(probe.rpartition(said)[2])
 
 
 @lru_cache(maxsize=64)

@@ -68,7 +68,7 @@ def _rows(tokenizer: PreTrainedTokenizerBase, talk: Talk, answers: Sequence[int]
     """Return a conversation's row, or a row for each answer where its text does not begin with that of its turns."""
     ids = encode(tokenizer, chat_text(tokenizer, talk.messages))
     labels, alone = [-100] * len(ids), []
-    for end in [end for end in answers if talk.messages[end]["content"]]:
+    for end in [end for end in answers if talk.messages[end]["content"] or talk.messages[end].get("tool_calls")]:
         upto = chat_text(tokenizer, talk.messages[: end + 1])
         prompt = finished_turn(tokenizer, talk.messages, end)[0]
         before, answer = encode_answer(tokenizer, prompt, upto[len(prompt) :])

@@ -71,7 +71,7 @@ def test_a_line_ends_only_where_jsonl_says(tokenizer, tmp_path):
     ("line", "message"),
     [
         ("{", "line 1: not JSON"),
-        ('{"text": "x"}', "line 1: it has text, not messages"),
+        ('{"body": "x"}', "line 1: it has body, not messages"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "line 1: it has no assistant turn"),
     ],
 )
