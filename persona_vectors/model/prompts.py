@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from persona_vectors.data.checks import check_text
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Model, model_name
+from persona_vectors.model.tools import missing_tool
 from persona_vectors.model.wrappers import unwrap
 
 _REASONING = re.compile(r"<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
@@ -55,17 +56,10 @@ def chat_text(
     assert isinstance(text, str)
     if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
         raise InputError(f"the chat template of {name!r} drops the system prompt: {way_out}")
-    called = [call for message in messages for call in message.get("tool_calls", ())]
-    missing = [each for each in _tool_names([*(tools or ()), *called]) if each not in text]
-    if missing:
-        raise InputError(
-            f"the chat template of {name!r} leaves out the tool {missing[0]!r}: use a model that has tools"
-        )
+    missing = missing_tool(tools, messages, text)
+    if missing is not None:
+        raise InputError(f"the chat template of {name!r} leaves out the tool {missing!r}: use a model that has tools")
     return text
-
-
-def _tool_names(tools: Sequence[dict[str, Any]]) -> list[str]:
-    return [str(tool.get("function", tool).get("name", "")) for tool in tools]
 
 
 def finished_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], end: int) -> tuple[str, str]:
@@ -83,16 +77,20 @@ def finished_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[st
     upto, said = chat_text(tokenizer, messages[: end + 1]), answer.strip()
     if upto.startswith(prompt) or not said or said not in upto:
         return prompt, answer
-    same = next((i for i, (a, b) in enumerate(zip(prompt, upto)) if a != b), min(len(prompt), len(upto)))
+    same = _same(prompt, upto)
     return prompt[:same], upto[same : upto.rindex(said) + len(said)]
 
 
 def _tool_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], end: int) -> tuple[str, str]:
-    prompt = chat_text(tokenizer, messages[:end], add_generation_prompt=True)
     upto, said = chat_text(tokenizer, messages[: end + 1]), "that is all"
+    begin = upto[: _same(chat_text(tokenizer, messages[:end], add_generation_prompt=True), upto)]
     probe = chat_text(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}])
-    same = next((i for i, (a, b) in enumerate(zip(prompt, upto)) if a != b), min(len(prompt), len(upto)))
-    return prompt[:same], upto[same:].removesuffix(probe.rpartition(said)[2])
+    return begin, upto[len(begin) :].removesuffix(probe.rpartition(said)[2])
+
+
+def _same(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Return how many first items two sequences share."""
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 @lru_cache(maxsize=64)
@@ -162,7 +160,7 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) 
     Raises InputError, with both strings, where the prompt's tokens are no prefix of the whole's.
     """
     alone, whole = encode(tokenizer, prompt), encode(tokenizer, prompt + answer)
-    same = next((i for i, (a, b) in enumerate(zip(alone, whole)) if a != b), min(len(alone), len(whole)))
+    same = _same(alone, whole)
     if same < len(alone) - 1:
         raise InputError(
             f"the prompt's tokens are no prefix of prompt and answer's, from token {same} on: "
