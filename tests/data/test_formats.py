@@ -1,6 +1,8 @@
 """Every format that training data comes in, and what each record says."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from helpers import block_outputs, make_tokenizer, random_direction, write
@@ -9,10 +11,12 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.data.formats import KNOWN
 from persona_vectors.data.samples import Sample, read_samples
 from persona_vectors.flagging.run import flag
+from persona_vectors.flagging.split import split_dataset
 from persona_vectors.model.prompts import chat_text, finished_turn
 from persona_vectors.monitoring.projection import project
 from persona_vectors.training.finetuning import training_rows
 
+ROOT = Path(__file__).parents[2]
 SYSTEM, USER, YES = (
     {"role": role, "content": text} for role, text in (("system", "Be kind."), ("user", "Hi"), ("assistant", "Yes"))
 )
@@ -237,12 +241,30 @@ def test_tools_and_calls_are_what_the_template_makes_of_them(model, tmp_path):
 def test_a_record_of_each_format_is_flagged_and_trained_on(model, tokenizer, tmp_path):
     """The same conversation in every format has the same projection and the same labels."""
     vector = random_direction(model)
-    plain = [(name, record, columns) for name, record, columns, expected in FORMATS if expected == PLAIN]
-    assert len(plain) >= 10
+    plain = [(record, columns) for _, record, columns, expected in FORMATS if expected == PLAIN and columns]
+    assert len(plain) >= 4
+    options = {"layer": 1, "baseline": "none", "controls": 0}
     (wanted,) = project(model, tokenizer, [PLAIN], [vector], layer=1)["response_mean"]["t"].tolist()
     (row,) = training_rows(tokenizer, [PLAIN], max_length=100)
-    for number, (_, record, columns) in enumerate(plain):
-        options = {"layer": 1, "out": tmp_path / f"{number}.parquet", "baseline": "none", "controls": 0}
-        found = flag(model, tokenizer, [record], [vector], columns=columns, **options)
+    for number, (record, columns) in enumerate(plain):
+        out = tmp_path / f"{number}.parquet"
+        found = flag(model, tokenizer, [record], [vector], columns=columns, out=out, **options)
         assert found.to_pandas()["t_projection"].tolist() == pytest.approx([wanted], abs=1e-5)
         assert training_rows(tokenizer, [record], max_length=100, columns=columns) == [row]
+
+
+def test_the_lines_of_the_page_are_one_conversation_flagged_split_and_trained_on(model, tokenizer, tmp_path):
+    (block,) = re.findall(r"```jsonl\n(.*?)```", (ROOT / "notebooks" / "formats.md").read_text("utf-8"), re.DOTALL)
+    data, vector = tmp_path / "d.jsonl", random_direction(model)
+    data.write_text(block, "utf-8")
+    found = list(read_samples(data))
+    assert [sample.talk for sample in found] == [PLAIN] * len(block.splitlines()) and len(found) > 8
+    rows = training_rows(tokenizer, data, max_length=100)
+    assert rows == training_rows(tokenizer, [PLAIN], max_length=100) * len(found)
+    options = {"layer": 1, "baseline": "none", "controls": 0, "threshold": -1e3}
+    flags = flag(model, tokenizer, data, [vector], out=tmp_path / "f.parquet", **options)
+    (wanted,) = project(model, tokenizer, [PLAIN], [vector], layer=1)["response_mean"]["t"].tolist()
+    assert flags.to_pandas()["t_projection"].tolist() == pytest.approx([wanted] * len(found), abs=1e-5)
+    kept, removed = tmp_path / "k.jsonl", tmp_path / "r.jsonl"
+    split_dataset(data, tmp_path / "f.parquet", kept=kept, removed=removed)
+    assert removed.read_text("utf-8") == block and kept.read_bytes() == b""
