@@ -39,7 +39,7 @@ def conversation(record: Any, columns: tuple[str, str] | None) -> tuple[list[Mes
     if not isinstance(record, Mapping):
         raise InputError(f"it is {type(record).__name__}, not an object: give {KNOWN}")
     messages, ignored = _turns(record, columns)
-    system = record.get("system")
+    system = None if columns and "system" in columns else record.get("system")
     if isinstance(system, str) and system.strip() and messages and messages[0]["role"] != "system":
         messages, ignored = [{"role": "system", "content": _text(system)}, *messages], {i + 1 for i in ignored}
     tools = _tools(record.get("tools"))
@@ -85,11 +85,15 @@ def _whole(record: Mapping[str, Any], name: str) -> tuple[list[Message], set[int
 def _pair(record: Mapping[str, Any], first: str, second: str) -> tuple[list[Message], set[int]]:
     """Read what comes before the answer in one column, and the answer, or all of it, in another."""
     before, after = _messages(record[first], "user", first), _messages(record[second], "assistant", second)
-    if isinstance(record[second], (list, tuple)) and after[: len(before)] == before:
-        return after, _unweighted(record[second]) | set(range(len(before)))
+    turns = record[second] if isinstance(record[second], (list, tuple)) else ()
+    unweighted = _unweighted(turns)
+    if turns and after[: len(before)] == before:
+        return after, unweighted | set(range(len(before)))
+    if after and after[0]["role"] in ("system", "user"):
+        raise InputError(f"{second} begins with the {after[0]['role']}'s turn, not as {first}: name {second} twice")
     if first == "instruction":
         before = _alpaca(record)
-    return before + after, set(range(len(before)))
+    return before + after, set(range(len(before))) | {len(before) + place for place in unweighted}
 
 
 def _alpaca(record: Mapping[str, Any]) -> list[Message]:
@@ -165,6 +169,12 @@ def _text(content: Any) -> str:
             raise InputError(f"a content has a part of type {strange[0]!r}: only text is read")
         return _text("".join(part["text"] for part in content))
     raise InputError(f"a content is {type(content).__name__}, not text")
+
+
+def said(message: Message) -> str:
+    """Return what a message says: its text, and the tools that it calls as JSON."""
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls") or ()]
+    return "\n".join([message["content"], *calls]) if message["content"] else "\n".join(calls)
 
 
 def _unweighted(messages: Sequence[Mapping[str, Any]]) -> set[int]:

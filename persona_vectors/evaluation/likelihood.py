@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.checks import first_fault
 from persona_vectors.data.errors import InputError
-from persona_vectors.data.packed import data_suffix
+from persona_vectors.data.packed import data_suffix, open_data
 from persona_vectors.data.samples import is_array
 from persona_vectors.data.texts import DATA, neutral_texts
 from persona_vectors.data.traits import InstructionPair
@@ -89,13 +89,14 @@ def load_statements(name_or_path: str | Path, *, first: int | None = None) -> St
     shipped, name = shipped_statements(), str(name_or_path)
     if name not in shipped and not Path(name).is_file():
         raise InputError(f"no statements {name!r}: give a JSON file, or one of {', '.join(shipped)}")
-    path = DATA / "statements" / f"{name}.json" if name in shipped else Path(name)
-    rows = name not in shipped and (data_suffix(name) in (".jsonl", ".ndjson") or is_array(Path(name)))
     try:
-        if rows:
+        if name in shipped:
+            found = Statements.model_validate_json((DATA / "statements" / f"{name}.json").read_bytes())
+        elif data_suffix(name) in (".jsonl", ".ndjson") or is_array(Path(name)):
             found = Statements.model_validate(read_behaviour(name))
         else:
-            found = Statements.model_validate_json(path.read_text(encoding="utf-8"))
+            with open_data(name) as file:
+                found = Statements.model_validate_json(file.read())
     except ValidationError as error:
         raise InputError(
             f"{name} holds no statements: {first_fault(error)}; give question and pairs [{{pos, neg}}]"

@@ -1,11 +1,11 @@
 """Screening: split a dataset by its flags, add a judge's opinion, and say which of two datasets moves a trait more."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path
+from persona_vectors.data.formats import said
 from persona_vectors.data.samples import Sample, Source, import_pyarrow, read_samples
 from persona_vectors.evaluation.judge import Answer, Judge, score
 from persona_vectors.flagging.parts import read_header
@@ -40,13 +40,10 @@ def add_scores(
                 found = {(sample.row, sample.turn): sample for sample in _until(usable, wanted[-1])}
                 if any(row not in found for row in wanted):
                     raise InputError(f"{flags} was made from other samples than these: give the same data")
-                answers = [Answer(found[row].prompt[-1]["content"], _said(found[row])) for row in wanted]
+                turns = [found[row].talk[-2:] for row in wanted]
+                answers = [Answer(said(asked), said(answer)) for asked, answer in turns]
                 scores = pa.array(score(judge, answers, rubric), pa.float32())
                 writer.write_table(pa.Table.from_batches([rows]).append_column("judge", scores))
-
-
-def _said(sample: Sample) -> str:
-    return "\n".join([sample.answer, *map(json.dumps, sample.calls)]).lstrip("\n") if sample.calls else sample.answer
 
 
 def _until(samples: Iterator[Sample], last: tuple[int, int]) -> Iterator[Sample]:

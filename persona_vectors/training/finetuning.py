@@ -135,7 +135,8 @@ def make_trainer(config: FinetuneConfig, model: Model, tokenizer: PreTrainedToke
     from transformers import DataCollatorForSeq2Seq, set_seed
 
     paths = [config.training_file] if isinstance(config.training_file, str) else list(config.training_file)
-    rows = training_rows(tokenizer, paths, max_length=config.max_seq_length, turns=config.turns)
+    reading: dict[str, Any] = {"turns": config.turns, "columns": config.columns}
+    rows = training_rows(tokenizer, paths, max_length=config.max_seq_length, **reading)
     set_seed(config.seed)
     modules = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
     adapter = LoraConfig(

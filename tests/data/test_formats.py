@@ -8,7 +8,7 @@ import pytest
 from helpers import block_outputs, make_tokenizer, random_direction, write
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.data.formats import KNOWN
+from persona_vectors.data.formats import KNOWN, said
 from persona_vectors.data.samples import Sample, read_samples
 from persona_vectors.flagging.run import flag
 from persona_vectors.flagging.split import split_dataset
@@ -153,6 +153,8 @@ def test_weights_of_zero_are_not_answers_in_any_list_of_turns():
     turns = [("human", "Hi", 1), ("gpt", "Yes", 1), ("human", "So?", 1), ("gpt", "No", 0)]
     record = {"conversations": [{"from": a, "value": b, "weight": c} for a, b, c in turns], "system": "Be kind."}
     assert [s.answer for s in read_samples([record], turns="all")] == ["Yes"]
+    last = {"prompt": "Hi", "completion": [YES, {**USER, "weight": 1}, {**YES, "content": "No", "weight": 0}]}
+    assert [s.answer for s in read_samples([last], turns="all")] == ["Yes"]
 
 
 @pytest.mark.parametrize(
@@ -170,6 +172,11 @@ def test_weights_of_zero_are_not_answers_in_any_list_of_turns():
             {"chosen": PLAIN, "rejected": PLAIN},
             None,
             "columns=('chosen', 'chosen') or columns=('rejected', 'rejected')",
+        ),
+        (
+            {"prompt": "Hi!", "chosen": PLAIN, "rejected": PLAIN},
+            ("prompt", "chosen"),
+            "chosen begins with the user's turn, not as prompt: name chosen twice",
         ),
         ({"conversations": [{"from": "cat", "value": "Hi"}]}, None, "a turn (ShareGPT) is from 'cat': from is one of"),
         ({"conversations": "Hi"}, None, "conversations is str: give a list of role and content, or of from and value"),
@@ -223,10 +230,11 @@ def test_tools_and_calls_are_what_the_template_makes_of_them(model, tmp_path):
     call, answer = read_samples(path)
     begin = "<system>add</s><user>Hi</s><assistant>"
     assert finished_turn(tokenizer, call.talk, 1) == (begin, '!add{"a": 1}')
+    assert said(call.talk[-1]) == '{"name": "add", "arguments": {"a": 1}}' and said(answer.talk[-1]) == "Yes"
     assert finished_turn(tokenizer, answer.talk, 3)[0] == begin + '!add{"a": 1}</s><user>2</s><assistant>'
     rows = training_rows(tokenizer, path, max_length=200)
-    said = [tokenizer.decode([token for token in row["labels"] if token != -100]) for row in rows]
-    assert said == ['!add{"a": 1}</s>', '!add{"a": 1}</s>Yes</s>']
+    labelled = [tokenizer.decode([token for token in row["labels"] if token != -100]) for row in rows]
+    assert labelled == ['!add{"a": 1}</s>', '!add{"a": 1}</s>Yes</s>']
     found = flag(model, tokenizer, path, [vector], layer=1, out=tmp_path / "f.parquet", baseline="none", controls=0)
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in finished_turn(tokenizer, call.talk, 1)]
     state = block_outputs(model, [*ids[0], *ids[1]])[1, len(ids[0]) :]
