@@ -144,8 +144,9 @@ def _call(call: Any) -> dict[str, Any]:
 
 
 def _tools(value: Any) -> list[dict[str, Any]]:
-    """Return a conversation's tools, which may be JSON in a text."""
-    tools = _json(value or "[]", "tools")
+    """Return a conversation's tools, which may be JSON in a text; a text of another kind is some other column."""
+    other = isinstance(value, str) and not value.lstrip().startswith("[")
+    tools = [] if other or not value else _json(value, "tools")
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
         raise InputError(f"tools is {str(tools)[:60]!r}: give a list of objects, as OpenAI's API takes them")
     return [dict(tool) for tool in tools]

@@ -69,6 +69,7 @@ FORMATS = [
         None,
         WITH_SYSTEM,
     ),
+    ("some other tools", {"question": "Hi", "answer": "Yes", "tools": "hammer"}, None, PLAIN),
     ("conversation", {"conversation": PLAIN, "language": "English"}, None, PLAIN),
     (
         "Alpaca",
@@ -259,6 +260,16 @@ def test_a_record_of_each_format_is_flagged_and_trained_on(model, tokenizer, tmp
         found = flag(model, tokenizer, [record], [vector], columns=columns, out=out, **options)
         assert found.to_pandas()["t_projection"].tolist() == pytest.approx([wanted], abs=1e-5)
         assert training_rows(tokenizer, [record], max_length=100, columns=columns) == [row]
+
+
+def test_preference_data_is_flagged_by_the_difference_of_its_sides(model, tokenizer, tmp_path):
+    vector, rows = random_direction(model), [{"prompt": "Hi", "chosen": "Yes", "rejected": "Oh no"}]
+    sides = [{**row, "chosen": row["rejected"]} for row in rows]
+    options = {"layer": 1, "columns": ("prompt", "chosen"), "answers": sides, "controls": 0}
+    found = flag(model, tokenizer, rows, [vector], out=tmp_path / "f.parquet", **options).to_pandas()
+    talks = [[USER, {"role": "assistant", "content": text}] for text in ("Yes", "Oh no")]
+    chosen, rejected = project(model, tokenizer, talks, [vector], layer=1)["response_mean"]["t"].tolist()
+    assert found["t_difference"].tolist() == pytest.approx([chosen - rejected], abs=1e-5)
 
 
 def test_the_lines_of_the_page_are_one_conversation_flagged_split_and_trained_on(model, tokenizer, tmp_path):
