@@ -96,6 +96,7 @@ def _raw_records(data: str | Path, split: str) -> Iterator[Any]:
 
 def _csv_rows(path: Path) -> Iterator[bytes]:
     """Yield the bytes of each row, the header's first; a row may have several lines."""
+    csv.field_size_limit(2**31 - 1)
     taken: list[str] = []
 
     def lines(file: Any) -> Iterator[str]:

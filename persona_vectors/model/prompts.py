@@ -5,7 +5,7 @@ import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from persona_vectors.data.checks import check_text
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Model, model_name
-from persona_vectors.model.tools import missing_tool
+from persona_vectors.model.tools import left_out
 from persona_vectors.model.wrappers import unwrap
 
 _REASONING = re.compile(r"<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
@@ -47,18 +47,17 @@ def chat_text(
     way_out = "pass fold_system_role(tokenizer), or --fold-system, to put the system prompt into the user's turn"
     tools = messages[0].get("tools")
     plain = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
+    render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=add_generation_prompt)
     try:
-        text = tokenizer.apply_chat_template(
-            plain, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        text = render(plain, tools)
     except TemplateError as error:
         raise InputError(f"the chat template of {name!r} rejects this conversation ({error}): {way_out}") from None
     assert isinstance(text, str)
     if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
         raise InputError(f"the chat template of {name!r} drops the system prompt: {way_out}")
-    missing = missing_tool(tools, messages, text)
-    if missing is not None:
-        raise InputError(f"the chat template of {name!r} leaves out the tool {missing!r}: use a model that has tools")
+    missing = left_out(render, plain, tools)
+    if missing:
+        raise InputError(f"the chat template of {name!r} leaves out the {missing}: use a model that has tools")
     return text
 
 

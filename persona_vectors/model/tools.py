@@ -1,11 +1,21 @@
-"""Tools in a conversation: has the chat template written them all?"""
+"""Tools in a conversation: does the chat template write them?"""
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+from jinja2.exceptions import TemplateError
 
-def missing_tool(tools: Sequence[dict[str, Any]] | None, messages: Sequence[dict[str, Any]], text: str) -> str | None:
-    """Return the name of a tool, offered or called, that a conversation's rendered text does not hold."""
-    called = [call for message in messages for call in message.get("tool_calls") or ()]
-    names = [str(tool.get("function", tool).get("name", "")) for tool in [*(tools or ()), *called]]
-    return next((name for name in names if name not in text), None)
+Messages = list[dict[str, Any]]
+
+
+def left_out(render: Callable[..., Any], messages: Messages, tools: Any) -> str | None:
+    """Return "tools" or "tool calls" where a conversation renders the same without them."""
+    silent = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+    without = {"tools": (messages, None)} if tools else {}
+    without |= {"tool calls": (silent, tools)} if silent != messages else {}
+    for what, other in without.items():
+        with suppress(TemplateError):  # a template that insists on them does not leave them out
+            if render(*other) == render(messages, tools):
+                return what
+    return None

@@ -243,8 +243,11 @@ def test_tools_and_calls_are_what_the_template_makes_of_them(model, tmp_path):
     assert found.to_pandas()["t_projection"][0] == pytest.approx(expected, abs=1e-4)
     scores = project(model, tokenizer, [call.talk], [vector], layer=1)["response_mean"]["t"]
     assert float(scores[0]) == pytest.approx(expected, abs=1e-4)
-    with pytest.raises(InputError, match="leaves out the tool 'add': use a model that has tools"):
+    with pytest.raises(InputError, match="leaves out the tools: use a model that has tools"):
         chat_text(make_tokenizer(), call.talk)
+    (bare,) = read_samples([{"messages": [{**USER, "content": "Please add."}, *CALLING[1:]]}])
+    with pytest.raises(InputError, match="leaves out the tool calls"):
+        chat_text(make_tokenizer(), bare.talk)
 
 
 def test_a_record_of_each_format_is_flagged_and_trained_on(model, tokenizer, tmp_path):
