@@ -101,6 +101,8 @@ def load_statements(name_or_path: str | Path, *, first: int | None = None) -> St
         raise InputError(
             f"{name} holds no statements: {first_fault(error)}; give question and pairs [{{pos, neg}}]"
         ) from None
+    if first is not None and first < 1:
+        raise InputError(f"first is {first}: give 1 pair or more")
     return found if first is None else found.part(0, first)
 
 

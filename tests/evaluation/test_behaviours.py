@@ -59,6 +59,8 @@ def test_yes_and_no_show_the_behaviour_equally_often_the_surest_first(name: str,
     order = [(2, "Yes", "No"), (3, "No", "Yes"), (1, "Yes", "No"), (0, "No", "Yes")]
     assert asked(found) == [(TIDY[i]["question"], pos, neg) for i, pos, neg in order] and found.orders == 2
     assert asked(load_statements(tmp_path / name, first=1)) == asked(found)[:2]
+    with pytest.raises(InputError, match="first is 0: give 1 pair or more"):
+        load_statements(tmp_path / name, first=0)
 
 
 @pytest.mark.parametrize("name", ["ab.json", "ab.json.zst", "d.jsonl"])
