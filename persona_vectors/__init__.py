@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.evaluation.inventory import big_five
     from persona_vectors.evaluation.judge import Answer
     from persona_vectors.evaluation.judges import ContrastJudge, LocalJudge, SentimentJudge
-    from persona_vectors.evaluation.likelihood import likelihood_contrast, load_statements
+    from persona_vectors.evaluation.likelihood import Statements, likelihood_contrast, load_statements
     from persona_vectors.evaluation.openai_judge import OpenAIJudge
     from persona_vectors.evaluation.plots import plot_sweep
     from persona_vectors.evaluation.points import Sweep
@@ -68,7 +68,7 @@ _WHERE = {
     "evaluation.inventory": ["big_five"],
     "evaluation.judge": ["Answer"],
     "evaluation.judges": ["ContrastJudge", "LocalJudge", "SentimentJudge"],
-    "evaluation.likelihood": ["likelihood_contrast", "load_statements"],
+    "evaluation.likelihood": ["Statements", "likelihood_contrast", "load_statements"],
     "evaluation.openai_judge": ["OpenAIJudge"],
     "evaluation.plots": ["plot_sweep"],
     "evaluation.points": ["Sweep"],

@@ -104,7 +104,7 @@ VERBS = {
     "steer": ["steer", "generate"],
     "monitor": ["monitor", "generate"],
     "sweep": ["sweep"],
-    "contrast": ["contrast_effect"],
+    "contrast": ["contrast_effect", "load_statements"],
     "flag": ["flag", "check_judge"],
     "split": ["split_dataset"],
     "shift": ["finetuning_shift"],

@@ -18,6 +18,7 @@ from persona_vectors.cli.options import (
     loads_models,
     numbers,
 )
+from persona_vectors.data.errors import InputError
 
 
 @app.command()
@@ -26,6 +27,10 @@ def contrast(
     model: ModelArg,
     vectors: VectorArgs,
     *,
+    statements: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="what to score, one for each vector in their order")
+    ] = None,
+    first: Annotated[int | None, typer.Option(help="take only the first N pairs of statements", min=10)] = None,
     layer: Annotated[list[str] | None, typer.Option(help="layers to choose from (default: five in the middle)")] = None,
     doses: Annotated[str, typer.Option(help="doses to choose from, fractions of the residual norm")] = "0.1,0.2,0.4",
     controls: Annotated[int, typer.Option(help="random vectors of the same norm, half of each kind", min=2)] = 100,
@@ -38,7 +43,8 @@ def contrast(
     """Show which vectors move their trait's likelihood contrast, beside random vectors and prompt paraphrases.
 
     Each vector's layer and dose are chosen on eight pairs of its trait's statements; all numbers are from the other
-    pairs, in nats a token, as differences from the plain model. No judge and no sampling.
+    pairs, in nats a token, as differences from the plain model. No judge and no sampling. --statements takes your own,
+    or the rows of a persona eval of Anthropic's or of a CAA file, which are counterbalanced.
 
     Example: persona-vectors contrast smollm2-135m vectors/smollm2-135m/*.safetensors
     """
@@ -47,7 +53,12 @@ def contrast(
     from persona_vectors.evaluation.likelihood import load_statements
 
     loaded_vectors = load_vectors(vectors)
-    statements = {vector.trait: load_statements(vector.trait) for vector in loaded_vectors}
+    names = statements or [vector.trait for vector in loaded_vectors]
+    if len(names) != len(loaded_vectors):
+        raise InputError(
+            f"{len(names)} statements for {len(loaded_vectors)} vectors: give --statements for each vector"
+        )
+    scored = {v.trait: load_statements(name, first=first) for v, name in zip(loaded_vectors, names)}
     options: dict[str, Any] = {"doses": numbers(doses, option="--doses"), "controls": controls, "seed": seed}
     options["positions"] = positions
     loaded, tokenizer = load(model)
@@ -57,13 +68,13 @@ def contrast(
         middle = list(range(count // 3, count - count // 6, max(1, count // 10)))[:5]
         options |= {"layer": layers(layer) if layer else middle, "max_perplexity": max_perplexity}
         options["trait"] = load_trait(vector.trait) if vector.trait in list_traits() else None
-        found.append(contrast_effect(loaded, tokenizer, vector, statements[vector.trait], **options))
+        found.append(contrast_effect(loaded, tokenizer, vector, scored[vector.trait], **options))
     edits = [each.edit(vector) for each, vector in zip(found, loaded_vectors)]
-    matrix = effect_matrix(loaded, tokenizer, edits, statements).tolist() if len(edits) > 1 else []
+    matrix = effect_matrix(loaded, tokenizer, edits, scored).tolist() if len(edits) > 1 else []
     rows = [row for each in found for row in each.rows()]
-    moved = [{"effect_on": dict(zip(statements, values))} for values in matrix] or [{}]
+    moved = [{"effect_on": dict(zip(scored, values))} for values in matrix] or [{}]
     rows = [row | on for row, on in zip(rows, moved)]
-    echo_table(rows, as_json=as_json, text=lambda: "\n".join([*_effects(found), *_matrix(list(statements), matrix)]))
+    echo_table(rows, as_json=as_json, text=lambda: "\n".join([*_effects(found), *_matrix(list(scored), matrix)]))
 
 
 def _effects(found: list[Any]) -> list[str]:

@@ -24,7 +24,9 @@ from persona_vectors.cli.options import (
 from persona_vectors.data.errors import InputError
 
 FlagsArg = Annotated[Path, typer.Option(help="a file that flag wrote")]
-Data = Annotated[str, typer.Option(help="a .jsonl, .json, .csv or .parquet file, a dataset folder, or a Hub id")]
+Data = Annotated[
+    str, typer.Option(help="a .jsonl, .json, .csv (also .gz, .zst) or .parquet file, a dataset folder, a Hub id")
+]
 Split = Annotated[str, typer.Option(help="the split of a Hugging Face dataset")]
 
 
@@ -41,7 +43,8 @@ def flag(
     answers: Annotated[str | None, typer.Option(help="a file with an answer of the model to each prompt")] = None,
     html: Annotated[Path | None, typer.Option(help="write a report that needs nothing else to this file")] = None,
     columns: Annotated[
-        tuple[str, str] | None, typer.Option(metavar="PROMPT ANSWER", help="the two columns, where they are others")
+        tuple[str, str] | None,
+        typer.Option(metavar="PROMPT ANSWER", help="the two columns, where they are others; one twice: all in it"),
     ] = None,
     split: Split = "train",
     turns: Annotated[str, typer.Option(help="which answers of a conversation: last, or all")] = "last",

@@ -1,20 +1,22 @@
 """Training samples: read one after another from files, Hugging Face datasets or iterables, whatever their columns."""
 
 import csv
+import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from persona_vectors.data.checks import check_text
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import import_pyarrow
+from persona_vectors.data.formats import Message, conversation
+from persona_vectors.data.packed import data_suffix, open_data
 
 Source = str | Path | Iterable[Any]
-"""A .jsonl, .json, .csv, .tsv or .parquet file, a dataset saved to disk, a Hub id ("name" or "name:config"), or an
-iterable of records."""
+"""A .jsonl, .json, .csv or .tsv file (also .gz or .zst), a .parquet file, a dataset saved to disk, a Hub id ("name" or
+"name:config"), or an iterable of records."""
 FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-_FORMS = "messages, prompt and completion, or question and answer"
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,19 @@ class Sample:
     """Its record's place in the dataset, from 0."""
     id: str
     """The record's own `id`, or its place."""
-    prompt: tuple[dict[str, str], ...]
+    prompt: tuple[Message, ...]
     """Chat messages before the answer."""
     answer: str
     turn: int = 0
     """Which of its conversation's answers it is, from 0."""
+    calls: tuple[dict[str, Any], ...] = ()
+    """The tools that the answer calls, after its text."""
+
+    @property
+    def talk(self) -> list[Message]:
+        """The prompt, and the answer as a message."""
+        calls = {"tool_calls": list(self.calls)} if self.calls else {}
+        return [*self.prompt, {"role": "assistant", "content": self.answer, **calls}]
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ class Talk:
 
     row: int
     id: str
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[Message, ...]
     answers: tuple[int, ...]
     """The places of the assistant's turns that follow something and have no `weight` of 0."""
     where: str
@@ -62,8 +72,9 @@ def read_samples(
             yield talk
             continue
         for place in talk.chosen(turns):
-            answer = talk.messages[place]["content"]
-            yield Sample(talk.row, talk.id, talk.messages[:place], answer, talk.answers.index(place))
+            answer, turn = talk.messages[place], talk.answers.index(place)
+            calls = tuple(answer.get("tool_calls", ()))
+            yield Sample(talk.row, talk.id, talk.messages[:place], answer["content"], turn, calls=calls)
 
 
 def read_talks(
@@ -71,10 +82,12 @@ def read_talks(
 ) -> Iterator[Talk | InputError]:
     """Yield each record's conversation, or an InputError that says where and why it is none; never holds them all.
 
-    A record holds `messages`, `prompt` and `completion` (texts, or lists of messages), `question` and `answer`, or the
-    two named in `columns`; records may differ. A prompt that is a text is the user's turn; where the second of two
-    lists repeats the first, it is the whole conversation. In an iterable a record may also be a list of messages, or a
-    pair of texts.
+    A record holds `messages`, or ShareGPT's `conversations`; `prompt` and `completion` (texts, or lists of messages);
+    `question` and `answer`; Alpaca's `instruction`, `input` and `output`; a rendered chat as `text`; or the two columns
+    named in `columns`, of which one that is named twice holds the whole conversation, as a side of preference data may.
+    Records may differ. A prompt that is a text is the user's turn; where the second of two lists repeats the first, it
+    is the whole conversation. `tools` and `system` belong to any of them. In an iterable a record may also be a list
+    of messages, or a pair of texts.
 
     Raises InputError where the source cannot be read at all.
     """
@@ -82,7 +95,7 @@ def read_talks(
         try:
             if isinstance(record, InputError):
                 raise record
-            messages, ignored = _conversation(record, columns)
+            messages, ignored = conversation(record, columns)
             answers = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
             answers = [i for i in answers if i not in ignored]
             if not answers:
@@ -99,15 +112,13 @@ def read_records(source: Source, *, split: str = "train") -> Iterator[tuple[str,
     if not isinstance(source, (str, Path)):
         yield from ((f"sample {row}", record) for row, record in enumerate(source))
         return
-    path, kind = Path(source), Path(source).suffix.lower()
-    if kind == ".gz" and path.is_file():
-        raise InputError(f"{path} is packed: unpack it first (gunzip {path.name})")
+    path, kind = Path(source), data_suffix(source)
     if kind not in FILES:
         records = enumerate(_hugging_face(source, split))
         yield from ((f"{source}, row {row}", record) for row, record in records)
         return
     if not path.is_file():
-        raise InputError(f"no data file {path}: give {', '.join(FILES)}, a dataset folder, or a Hub id")
+        raise InputError(f"no data file {path}: give {', '.join(FILES)} (or .gz, .zst), a dataset folder, or a Hub id")
     if kind == ".parquet":
         yield from ((f"{path}, row {row}", record) for row, record in enumerate(_parquet(path)))
     elif kind in (".csv", ".tsv"):
@@ -120,12 +131,13 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
     """Read a line at a time; only an array, which some .json files are, is read whole."""
     if is_array(path):
         try:
-            items = json.loads(path.read_bytes())
+            with open_data(path) as file:
+                items = json.loads(file.read())
         except ValueError as error:
             raise InputError(f"{path} is not JSON ({error}): mend it, or give JSONL, a record a line") from None
         yield from ((f"{path}, item {row}", record) for row, record in enumerate(items))
         return
-    with path.open("rb") as file:
+    with open_data(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
@@ -137,14 +149,14 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
 
 def is_array(path: Path) -> bool:
     """Say whether a JSON file is one array, not a record a line."""
-    with path.open("rb") as file:
+    with open_data(path) as file:
         return next((line for line in map(bytes.strip, file) if line), b"").startswith(b"[")
 
 
 def _csv(path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**31 - 1)  # the default would refuse answers of more than 131,072 characters
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, delimiter=delimiter)
+    with open_data(path) as file:
+        reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter)
         try:
             for record in reader:
                 whole = None not in record and None not in record.values()
@@ -187,63 +199,3 @@ def _hugging_face(source: str | Path, split: str) -> Iterable[Any]:
         raise InputError(
             f"cannot read {str(source)!r}: {reason} (give {', '.join(FILES)}, a dataset folder, or a Hub id)"
         ) from None
-
-
-def import_pyarrow() -> tuple[Any, Any]:
-    """Return the modules pyarrow and pyarrow.parquet; raises InputError where they are not installed."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise InputError("this needs the pyarrow package: pip install 'persona-vectors-toolkit[data]'") from None
-    return pyarrow, pyarrow.parquet
-
-
-def _conversation(record: Any, columns: tuple[str, str] | None) -> tuple[list[dict[str, str]], set[int]]:
-    """Return a record's messages, and the places of those that it does not train on."""
-    if isinstance(record, (list, tuple)):
-        pair = len(record) == 2 and all(isinstance(item, str) for item in record)
-        record = {"question": record[0], "answer": record[1]} if pair else {"messages": record}
-    if not isinstance(record, dict):
-        raise InputError(f"it is {type(record).__name__}, not an object: give {_FORMS}")
-    if columns is None and record.get("messages") is not None:
-        return _messages(record["messages"]), _unweighted(record["messages"])
-    pairs = [columns] if columns else [("prompt", "completion"), ("question", "answer")]
-    for first, second in pairs:
-        if first in record and second in record:
-            before, after = _messages(record[first], "user"), _messages(record[second], "assistant")
-            if isinstance(record[second], (list, tuple)) and after[: len(before)] == before:
-                return after, _unweighted(record[second]) | set(range(len(before)))
-            return before + after, set(range(len(before)))
-    wanted = " and ".join(columns) if columns else _FORMS
-    raise InputError(f"it has {', '.join(map(str, record)) or 'nothing'}, not {wanted}: name two columns")
-
-
-def _messages(value: Any, role: str = "") -> list[dict[str, str]]:
-    """Return chat messages; a text is one message of `role`."""
-    if role and not isinstance(value, (list, tuple)):
-        return [{"role": role, "content": _text(value)}]
-    if not isinstance(value, (list, tuple)):
-        raise InputError(f"messages is {type(value).__name__}: give a list of role and content")
-    found = []
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise InputError(f"a message is {str(message)[:60]!r}: give a role and a content")
-        if message.get("tool_calls"):
-            raise InputError("a message calls tools, which is not supported: leave such samples out")
-        found.append({"role": message["role"], "content": _text(message["content"])})
-    return found
-
-
-def _text(content: Any) -> str:
-    """Return a message's text, which may come in parts."""
-    if content is None or isinstance(content, str):
-        check_text(content or "")
-        return content or ""
-    if isinstance(content, Sequence) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-        return _text("".join(part["text"] for part in content))
-    raise InputError(f"a content is {type(content).__name__}, not text")
-
-
-def _unweighted(messages: Sequence[dict[str, Any]]) -> set[int]:
-    return {i for i, message in enumerate(messages) if message.get("weight") == 0}

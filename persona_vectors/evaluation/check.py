@@ -99,8 +99,9 @@ def require_valid_judge(
 
     Raises InputError where its AUROC is under `min_auroc`, or it abstains on more than `max_abstained` of them.
     """
-    sides = [(pair.pos, True) for pair in statements.pairs] + [(pair.neg, False) for pair in statements.pairs]
-    labelled = [Labelled(statements.question, text, shows) for text, shows in sides]
+    asked = list(zip(statements.questions, statements.pairs))
+    labelled = [Labelled(question, pair.pos, True) for question, pair in asked]
+    labelled += [Labelled(question, pair.neg, False) for question, pair in asked]
     report = check_judge(judge, labelled, trait.eval_prompt)
     if report.auroc < min_auroc or report.abstained > max_abstained * report.answers:
         raise InputError(

@@ -3,22 +3,26 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.checks import first_fault
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.packed import data_suffix, open_data
+from persona_vectors.data.samples import is_array
 from persona_vectors.data.texts import DATA, neutral_texts
 from persona_vectors.data.traits import InstructionPair
+from persona_vectors.evaluation.behaviours import read_behaviour
 from persona_vectors.evaluation.logprobs import answer_logprobs
 from persona_vectors.model.blocks import Model
 from persona_vectors.model.prompts import chat_prompt, encode_answer
 from persona_vectors.steering.add import RowEdit
 
+_Text = Annotated[str, Field(min_length=1)]
 CHOOSING = 8
 """How many of the pairs choose a layer and dose; the others are for reporting."""
 
@@ -27,16 +31,37 @@ class Statements(BaseModel):
     """Pairs of statements of like length, one that shows a trait and one that shows its opposite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    question: str = Field(min_length=1)
-    """The neutral question that each is an answer to."""
+    question: _Text | tuple[_Text, ...]
+    """The neutral question that each is an answer to, or one for each pair."""
     pairs: tuple[InstructionPair, ...] = Field(min_length=2)
+    orders: int = Field(default=1, ge=1)
+    """How many pairs in a row are one item in as many orders, which count as one pair: their mean."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Statements":
+        if len(self.questions) != len(self.pairs):
+            raise ValueError(f"{len(self.questions)} questions for {len(self.pairs)} pairs: give one, or one a pair")
+        if len(self.pairs) % self.orders:
+            raise ValueError(f"{len(self.pairs)} pairs are not items in {self.orders} orders")
+        return self
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """Each pair's question."""
+        return (self.question,) * len(self.pairs) if isinstance(self.question, str) else self.question
+
+    def part(self, begin: int, end: int | None = None) -> "Statements":
+        """Return the items from `begin` to before `end`, each in all of its orders."""
+        chosen = slice(begin * self.orders, None if end is None else end * self.orders)
+        question = self.question if isinstance(self.question, str) else self.question[chosen]
+        return self.model_copy(update={"pairs": self.pairs[chosen], "question": question})
 
     def split(self) -> "tuple[Statements, Statements]":
         """Return the pairs that choose (a layer, a dose), and those that report; no pair is in both."""
-        first, rest = self.pairs[:CHOOSING], self.pairs[CHOOSING:]
-        if len(rest) < 2:
-            raise InputError(f"{len(self.pairs)} statement pairs are too few: {CHOOSING} choose, and 2 or more report")
-        return self.model_copy(update={"pairs": first}), self.model_copy(update={"pairs": rest})
+        count = len(self.pairs) // self.orders
+        if count < CHOOSING + 2:
+            raise InputError(f"{count} statement pairs are too few: {CHOOSING} choose, and 2 or more report")
+        return self.part(0, CHOOSING), self.part(CHOOSING)
 
 
 class State(NamedTuple):
@@ -51,21 +76,34 @@ def shipped_statements() -> list[str]:
     return sorted(entry.name.removesuffix(".json") for entry in (DATA / "statements").iterdir())
 
 
-def load_statements(name_or_path: str | Path) -> Statements:
-    """Load a shipped trait's statements by name, or those of a JSON file {"question", "pairs": [{"pos", "neg"}]}.
+def load_statements(name_or_path: str | Path, *, first: int | None = None) -> Statements:
+    """Load a shipped trait's statements by name, or those of a file; only the `first` pairs where that is given.
+
+    A file is JSON, {"question", "pairs": [{"pos", "neg"}]}, with one question or one for each pair; or the rows of
+    Anthropic's persona evals or of CAA, JSONL or a JSON list: `question`, `answer_matching_behavior` and
+    `answer_not_matching_behavior`, of which the answers are Yes and No, or (A) and (B). Those are counterbalanced: a
+    pair is a question in both orders of its choices, or one whose Yes shows the behaviour with one whose No does.
 
     Raises InputError, naming the field, where the file does not hold them.
     """
     shipped, name = shipped_statements(), str(name_or_path)
     if name not in shipped and not Path(name).is_file():
         raise InputError(f"no statements {name!r}: give a JSON file, or one of {', '.join(shipped)}")
-    text = (DATA / "statements" / f"{name}.json" if name in shipped else Path(name)).read_text(encoding="utf-8")
     try:
-        return Statements.model_validate_json(text)
+        if name in shipped:
+            found = Statements.model_validate_json((DATA / "statements" / f"{name}.json").read_bytes())
+        elif data_suffix(name) in (".jsonl", ".ndjson") or is_array(Path(name)):
+            found = Statements.model_validate(read_behaviour(name))
+        else:
+            with open_data(name) as file:
+                found = Statements.model_validate_json(file.read())
     except ValidationError as error:
         raise InputError(
             f"{name} holds no statements: {first_fault(error)}; give question and pairs [{{pos, neg}}]"
         ) from None
+    if first is not None and first < 1:
+        raise InputError(f"first is {first}: give 1 pair or more")
+    return found if first is None else found.part(0, first)
 
 
 def likelihood_contrast(
@@ -90,14 +128,14 @@ def likelihood_contrasts(
     """Return the likelihood contrast of each state. States share batches, those of one system prompt its reading."""
     rows, edits = [], []
     for state in states:
-        prompt = chat_prompt(tokenizer, statements.question, system=state.system)
-        texts = [text for pair in statements.pairs for text in (pair.pos, pair.neg)]
-        rows += [encode_answer(tokenizer, prompt, text) for text in texts]
-        edits += [state.edit] * len(texts)
+        prompts = {q: chat_prompt(tokenizer, q, system=state.system) for q in dict.fromkeys(statements.questions)}
+        for question, pair in zip(statements.questions, statements.pairs):
+            rows += [encode_answer(tokenizer, prompts[question], text) for text in (pair.pos, pair.neg)]
+            edits += [state.edit] * 2
     edited = edits if any(edits) else None
     logprobs = answer_logprobs(model, rows, edits=edited, desc=desc)
-    sides = logprobs.view(len(states), -1, 2)
-    return sides[..., 0] - sides[..., 1]
+    sides = logprobs.view(len(states), -1, statements.orders, 2)
+    return (sides[..., 0] - sides[..., 1]).mean(dim=2)
 
 
 def neutral_perplexity(

@@ -98,12 +98,12 @@ class _Reader:
         try:
             if isinstance(sample, InputError):
                 raise sample
-            talk = [*sample.prompt, {"role": "assistant", "content": sample.answer}]
+            talk = sample.talk
             whole = encode_answer(self.tokenizer, *finished_turn(self.tokenizer, talk, len(sample.prompt)))
             prompt, answer = fit(whole, self.limit, self.new_tokens)
             base = None
             if self.given is not None:
-                talk[-1]["content"] = self.given.find(sample)
+                talk[-1] = {"role": "assistant", "content": self.given.find(sample)}
                 base = encode_answer(self.tokenizer, *finished_turn(self.tokenizer, talk, len(sample.prompt)))[1]
                 base = base if self.limit is None else base[: self.limit - len(prompt)]
         except InputError as error:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path
+from persona_vectors.data.formats import said
 from persona_vectors.data.samples import Sample, Source, read_samples
 from persona_vectors.flagging.parts import Flags, flag_batches
 from persona_vectors.model.blocks import Model
@@ -63,10 +64,9 @@ def write_report(
     rows, shown = [], []
     for sample in read_samples(data, columns=columns, split=split, turns=found.settings["turns"]):
         if isinstance(sample, Sample) and (sample.row, sample.turn) in picked:
-            talk = [*sample.prompt, {"role": "assistant", "content": sample.answer}]
-            whole = encode_answer(tokenizer, *finished_turn(tokenizer, talk, len(sample.prompt)))
+            whole = encode_answer(tokenizer, *finished_turn(tokenizer, sample.talk, len(sample.prompt)))
             rows.append(fit(whole, found.settings["max_length"], (found.settings["max_new_tokens"] or -1) + 1))
-            prompt = "\n".join(f"{m['role']}: {m['content']}" for m in sample.prompt)
+            prompt = "\n".join(f"{m['role']}: {said(m)}" for m in sample.prompt)
             shown.append({"id": sample.id, "prompt": prompt, **picked[sample.row, sample.turn]})
         if isinstance(sample, Sample) and (sample.row, sample.turn) >= last:
             break

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.data.files import atomic_path
-from persona_vectors.data.samples import Sample, Source, import_pyarrow, read_samples
+from persona_vectors.data.files import atomic_path, import_pyarrow
+from persona_vectors.data.formats import said
+from persona_vectors.data.samples import Sample, Source, read_samples
 from persona_vectors.evaluation.judge import Answer, Judge, score
 from persona_vectors.flagging.parts import read_header
 
@@ -39,7 +40,8 @@ def add_scores(
                 found = {(sample.row, sample.turn): sample for sample in _until(usable, wanted[-1])}
                 if any(row not in found for row in wanted):
                     raise InputError(f"{flags} was made from other samples than these: give the same data")
-                answers = [Answer(found[row].prompt[-1]["content"], found[row].answer) for row in wanted]
+                turns = [found[row].talk[-2:] for row in wanted]
+                answers = [Answer(said(asked), said(answer)) for asked, answer in turns]
                 scores = pa.array(score(judge, answers, rubric), pa.float32())
                 writer.write_table(pa.Table.from_batches([rows]).append_column("judge", scores))
 

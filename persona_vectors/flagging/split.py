@@ -1,17 +1,23 @@
 """Split a dataset by its flags, in its own format."""
 
 import csv
+import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.data.files import atomic_path
-from persona_vectors.data.samples import import_pyarrow, is_array, read_records
+from persona_vectors.data.files import atomic_path, import_pyarrow
+from persona_vectors.data.packed import data_suffix, open_data
+from persona_vectors.data.samples import is_array, read_records
 from persona_vectors.flagging.parts import flag_batches, read_header
+
+JSON = (".jsonl", ".ndjson", ".json")
+TABLES = {".csv": ",", ".tsv": "\t"}
 
 
 def split_dataset(
@@ -27,7 +33,8 @@ def split_dataset(
 
     A sample is removed where it, or any answer in it, is `flagged`, or where its `judge` score, which `add_scores`
     writes, is at or above `judge_above`: the paper's best filter combines the two. Records that were no samples are in
-    neither file. JSONL lines are copied byte for byte; a dataset from the Hub is written as JSONL or Parquet, as the
+    neither file. The lines of JSONL, the items of a JSON array and the rows of CSV are copied byte for byte; an output
+    is compressed where its own name ends in .gz or .zst. A dataset from the Hub is written as JSONL or Parquet, as the
     name says.
 
     Raises InputError where the flags are another dataset's, hold no thresholds, or the formats differ.
@@ -74,44 +81,75 @@ def _rows(flags: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def _raw_records(data: str | Path, split: str) -> Iterator[Any]:
-    """Yield records as they are to be written back: JSONL lines as bytes."""
-    path = Path(data)
-    if path.suffix in (".jsonl", ".ndjson", ".json") and path.is_file() and not is_array(path):
-        with path.open("rb") as file:
-            yield from (line if line.endswith(b"\n") else line + b"\n" for line in file if line.strip())
-    else:
+    """Yield records as they are to be written back: those of JSON and CSV files as the bytes that they are."""
+    path, kind = Path(data), data_suffix(data)
+    if not path.is_file() or kind not in (*JSON, *TABLES):
         yield from (record for _, record in read_records(data, split=split))
+    elif kind in TABLES:
+        yield from islice(_csv_rows(path), 1, None)
+    elif is_array(path):
+        yield from _items(path)
+    else:
+        with open_data(path) as file:
+            yield from (line if line.endswith(b"\n") else line + b"\n" for line in file if line.strip())
+
+
+def _csv_rows(path: Path) -> Iterator[bytes]:
+    """Yield the bytes of each row, the header's first; a row may have several lines."""
+    csv.field_size_limit(2**31 - 1)
+    taken: list[str] = []
+
+    def lines(file: Any) -> Iterator[str]:
+        for line in file:
+            taken.append(line)
+            yield line
+
+    with open_data(path) as file:
+        text = io.TextIOWrapper(file, "utf-8", newline="")  # a mark at its beginning stays in the header
+        for row in csv.reader(lines(text), delimiter=TABLES[data_suffix(path)]):
+            if row:
+                yield "".join(taken).encode()
+            taken.clear()
+
+
+def _items(path: Path) -> Iterator[bytes]:
+    """Yield the bytes of each item of an array."""
+    with open_data(path) as file:
+        text = file.read().decode()
+    decoder, blank = json.JSONDecoder(), re.compile(r"[\s,]*")
+    place = blank.match(text, text.index("[") + 1).end()  # type: ignore[union-attr]
+    while text[place] != "]":
+        end = decoder.raw_decode(text, place)[1]
+        yield text[place:end].encode()
+        place = blank.match(text, end).end()  # type: ignore[union-attr]
 
 
 @contextmanager
 def _writer(data: str | Path, path: Path, split: str) -> Iterator[Any]:
     """Yield a function that appends a record to `path`, which appears when all is written."""
-    source, kind = Path(data), path.suffix
+    source, kind = Path(data), data_suffix(path)
     if source.is_dir():
         with _folder_writer(source, path, split) as write:
             yield write
         return
-    if source.is_file() and kind != source.suffix:
-        raise InputError(f"{path.name} is not in the format of {source.name}: give a name that ends in {source.suffix}")
-    if kind not in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"):
+    wanted = data_suffix(source)
+    if source.is_file() and kind != wanted:
+        raise InputError(f"{path.name} is not in the format of {source.name}: give a name that ends in {wanted}")
+    if kind not in (*JSON, *TABLES, ".parquet") or (kind in TABLES and not source.is_file()):
         raise InputError(f"{path.name} has no known format: give a name that ends in .jsonl or .parquet")
     with atomic_path(path) as temporary:
         if kind == ".parquet":
             with _parquet_writer(source, temporary) as write:
                 yield write
-        elif kind in (".csv", ".tsv"):
-            with source.open(newline="", encoding="utf-8-sig") as file:
-                names = next(csv.reader(file, delimiter="," if kind == ".csv" else "\t"))
-            with temporary.open("w", newline="", encoding="utf-8") as file:
-                table = csv.DictWriter(file, names, delimiter="," if kind == ".csv" else "\t")
-                table.writeheader()
-                yield lambda _, record: table.writerow(record)
-        else:
-            array = source.is_file() and is_array(source)
-            with temporary.open("wb") as file:
-                yield _json_array(file) if array else lambda _, record: file.write(_line(record))
-                if array:
-                    file.write(b"\n]\n" if file.tell() else b"[]\n")
+            return
+        with open_data(temporary, "wb") as file:
+            if kind in TABLES:
+                file.write(next(_csv_rows(source)))
+            array = source.is_file() and kind in JSON and is_array(source)
+            write = _json_array(file) if array else lambda _, record: file.write(_line(record))
+            yield write
+            if array:
+                file.write(b"\n]\n" if file.tell() else b"[]\n")
 
 
 def _line(record: Any) -> bytes:
@@ -121,7 +159,7 @@ def _line(record: Any) -> bytes:
 def _json_array(file: Any) -> Any:
     def write(_: int, record: Any) -> None:
         file.write(b",\n" if file.tell() else b"[\n")
-        file.write(json.dumps(record, ensure_ascii=False).encode())
+        file.write(record)
 
     return write
 

@@ -5,7 +5,7 @@ import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from persona_vectors.data.checks import check_text
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Model, model_name
+from persona_vectors.model.tools import left_out
 from persona_vectors.model.wrappers import unwrap
 
 _REASONING = re.compile(r"<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
@@ -32,32 +33,42 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str, *, system: st
 
 
 def chat_text(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False
 ) -> str:
-    """Return the chat template's text for a conversation; see `chat_prompt` for the errors."""
+    """Return the chat template's text for a conversation, whose first message may hold its `tools`.
+
+    See `chat_prompt` for the errors; a template that leaves out tools, or calls of them, is one too.
+    """
     name = tokenizer.name_or_path
     if not tokenizer.chat_template:
         raise InputError(
             f"the tokenizer of {name!r} has no chat template: use an instruct model, or set tokenizer.chat_template"
         )
     way_out = "pass fold_system_role(tokenizer), or --fold-system, to put the system prompt into the user's turn"
+    tools = messages[0].get("tools")
+    plain = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
+    render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=add_generation_prompt)
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        text = render(plain, tools)
     except TemplateError as error:
         raise InputError(f"the chat template of {name!r} rejects this conversation ({error}): {way_out}") from None
     assert isinstance(text, str)
     if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
         raise InputError(f"the chat template of {name!r} drops the system prompt: {way_out}")
+    missing = left_out(render, plain, tools)
+    if missing:
+        raise InputError(f"the chat template of {name!r} leaves out the {missing}: use a model that has tools")
     return text
 
 
-def finished_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], end: int) -> tuple[str, str]:
+def finished_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], end: int) -> tuple[str, str]:
     """Return the template's text before the answer `messages[end]`, and the answer's, as the template finishes it.
 
     A template that opens a thought for the model to write puts no open thought before an answer that closes none.
+    An answer that calls tools is what the template makes of it, without what ends every turn.
     """
+    if messages[end].get("tool_calls"):
+        return _tool_turn(tokenizer, messages, end)
     prompt, answer = chat_text(tokenizer, messages[:end], add_generation_prompt=True), messages[end]["content"]
     goes_on = "</think>" in answer.partition("<think>")[0]
     if goes_on or _continues(tokenizer, str(tokenizer.chat_template)):
@@ -65,8 +76,20 @@ def finished_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[st
     upto, said = chat_text(tokenizer, messages[: end + 1]), answer.strip()
     if upto.startswith(prompt) or not said or said not in upto:
         return prompt, answer
-    same = next((i for i, (a, b) in enumerate(zip(prompt, upto)) if a != b), min(len(prompt), len(upto)))
+    same = _same(prompt, upto)
     return prompt[:same], upto[same : upto.rindex(said) + len(said)]
+
+
+def _tool_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], end: int) -> tuple[str, str]:
+    upto, said = chat_text(tokenizer, messages[: end + 1]), "that is all"
+    begin = upto[: _same(chat_text(tokenizer, messages[:end], add_generation_prompt=True), upto)]
+    probe = chat_text(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}])
+    return begin, upto[len(begin) :].removesuffix(probe.rpartition(said)[2])
+
+
+def _same(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Return how many first items two sequences share."""
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 @lru_cache(maxsize=64)
@@ -136,7 +159,7 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) 
     Raises InputError, with both strings, where the prompt's tokens are no prefix of the whole's.
     """
     alone, whole = encode(tokenizer, prompt), encode(tokenizer, prompt + answer)
-    same = next((i for i, (a, b) in enumerate(zip(alone, whole)) if a != b), min(len(alone), len(whole)))
+    same = _same(alone, whole)
     if same < len(alone) - 1:
         raise InputError(
             f"the prompt's tokens are no prefix of prompt and answer's, from token {same} on: "

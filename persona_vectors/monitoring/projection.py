@@ -23,7 +23,7 @@ from persona_vectors.model.wrappers import unwrap
 from persona_vectors.vectors.directions import Key, projections, unit_directions, vector_keys, vector_list
 from persona_vectors.vectors.vector import PersonaVector
 
-Conversation = Sequence[dict[str, str]] | tuple[str, str]
+Conversation = Sequence[dict[str, Any]] | tuple[str, str]
 """Chat messages, each with a role and a content; or a question and its answer."""
 
 

@@ -43,6 +43,8 @@ class FinetuneConfig(BaseModel):
     model: str
     training_file: str | tuple[str, ...]
     """Conversations, in any format that `flag` reads: JSONL, JSON, CSV, Parquet, a dataset folder or a Hub id."""
+    columns: tuple[str, str] | None = None
+    """The prompt's column and the answer's, such as a side of preference data; see `read_samples`."""
     turns: Literal["last", "all"] = "all"
     """Which of a conversation's answers are trained on."""
     output_dir: str

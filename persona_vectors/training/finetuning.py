@@ -68,7 +68,7 @@ def _rows(tokenizer: PreTrainedTokenizerBase, talk: Talk, answers: Sequence[int]
     """Return a conversation's row, or a row for each answer where its text does not begin with that of its turns."""
     ids = encode(tokenizer, chat_text(tokenizer, talk.messages))
     labels, alone = [-100] * len(ids), []
-    for end in [end for end in answers if talk.messages[end]["content"]]:
+    for end in [end for end in answers if talk.messages[end]["content"] or talk.messages[end].get("tool_calls")]:
         upto = chat_text(tokenizer, talk.messages[: end + 1])
         prompt = finished_turn(tokenizer, talk.messages, end)[0]
         before, answer = encode_answer(tokenizer, prompt, upto[len(prompt) :])
@@ -135,7 +135,8 @@ def make_trainer(config: FinetuneConfig, model: Model, tokenizer: PreTrainedToke
     from transformers import DataCollatorForSeq2Seq, set_seed
 
     paths = [config.training_file] if isinstance(config.training_file, str) else list(config.training_file)
-    rows = training_rows(tokenizer, paths, max_length=config.max_seq_length, turns=config.turns)
+    reading: dict[str, Any] = {"turns": config.turns, "columns": config.columns}
+    rows = training_rows(tokenizer, paths, max_length=config.max_seq_length, **reading)
     set_seed(config.seed)
     modules = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
     adapter = LoraConfig(

@@ -148,7 +148,6 @@ def _rows(
     source: Any = neutral_texts() if data is None else data
     samples: Iterable[Any] = (s for s in read_samples(source, columns=columns, split=split) if isinstance(s, Sample))
     for sample in islice(samples, first):
-        talk = [*sample.prompt, {"role": "assistant", "content": sample.answer}]
-        row = fit(encode_answer(tokenizer, *finished_turn(tokenizer, talk, len(sample.prompt))), limit, 0)
+        row = fit(encode_answer(tokenizer, *finished_turn(tokenizer, sample.talk, len(sample.prompt))), limit, 0)
         if row[1]:
             yield row

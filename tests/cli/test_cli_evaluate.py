@@ -104,3 +104,21 @@ def test_contrast_prints_a_row_a_vector_and_the_matrix(tiny, vector, tmp_path):
     diagonal = float(lines[-2].split()[1])
     assert float(lines[1].split()[3]) == pytest.approx(diagonal, abs=2e-3)
     assert len(load_statements("optimistic").pairs) == 24
+
+
+def test_contrast_scores_the_rows_of_an_eval(tiny, vector, tmp_path):
+    rows = [
+        {
+            "question": f"Which?\n\nChoices:\n (A) a{i}\n (B) b{i}",
+            "answer_matching_behavior": "(A)",
+            "answer_not_matching_behavior": "(B)",
+        }
+        for i in range(11)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    arguments = ("--layer", "1", "--doses", "0.1", "--controls", 4, "--max-perplexity", 9, "--device", "cpu", "--json")
+    given = ("--statements", tmp_path / "rows.json", "--first", 10)
+    (row,) = json.loads(run("contrast", tiny, vector, *given, *arguments)[0])
+    assert row["effect_low"] <= row["effect"] <= row["effect_high"] and 0 <= row["beaten"] <= 1
+    _, err = run("contrast", tiny, vector, *given, *given, *arguments, code=2)
+    assert "2 statements for 1 vectors: give --statements for each vector" in err

@@ -6,6 +6,7 @@ import pytest
 from helpers import write
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.packed import open_data
 from persona_vectors.data.samples import Sample, read_samples
 
 USER, SYSTEM = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be kind."}
@@ -63,12 +64,10 @@ def test_named_columns_come_before_others():
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"text": "Hi"}, "it has text, not messages, prompt and completion, or question and answer"),
         ({"messages": [USER]}, "it has no assistant turn that answers a prompt"),
         ({"messages": [{"role": "assistant", "content": "Yes"}]}, "no assistant turn that answers a prompt"),
         ({"messages": "Hi"}, "messages is str: give a list of role and content"),
         ({"messages": [{"from": "user"}]}, "give a role and a content"),
-        ({"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [1]}]}, "calls tools"),
         ({"messages": [USER, {"role": "assistant", "content": 3}]}, "a content is int, not text"),
         (7, "it is int, not an object"),
     ],
@@ -128,13 +127,32 @@ def test_two_columns_of_messages_of_which_the_second_repeats_the_first():
     assert (sample.prompt, sample.answer) == ((USER,), "Good")
 
 
-def test_half_a_surrogate_pair_and_packed_files_are_named(tmp_path):
+def test_half_a_surrogate_pair_is_named(tmp_path):
     (tmp_path / "d.jsonl").write_bytes(
         b'{"question": "q", "answer": "b \\ud83d c"}\n{"question": "q", "answer": "a"}\n'
     )
     first, second = read_samples(tmp_path / "d.jsonl")
     assert isinstance(first, InputError) and "line 1: character 2 of a text is half a surrogate pair" in str(first)
     assert second.answer == "a"
-    (tmp_path / "d.jsonl.gz").write_bytes(b"\x1f\x8b")
-    with pytest.raises(InputError, match=r"d.jsonl.gz is packed: unpack it first"):
-        list(read_samples(tmp_path / "d.jsonl.gz"))
+
+
+@pytest.mark.parametrize("packed", [".gz", ".zst"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".tsv"])
+def test_compressed_files_are_read_as_the_plain_ones(kind: str, packed: str, tmp_path):
+    if kind in (".csv", ".tsv"):
+        plain = tmp_path / f"d{kind}"
+        rows = [["question", "answer"], ["Hi", 'a,\n"b"'], ["Hi", "\u00e9"]]
+        with plain.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, delimiter="," if kind == ".csv" else "\t").writerows(rows)
+    else:
+        plain = write(tmp_path / f"d{kind}", RECORDS)
+    with open_data(f"{plain}{packed}", "wb") as file:
+        file.write(plain.read_bytes())
+    found = list(read_samples(f"{plain}{packed}"))
+    assert found == list(read_samples(plain)) and len(found) == 2
+    whole = (tmp_path / f"d{kind}{packed}").read_bytes()
+    assert whole[:2] == {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5"}[packed]
+    for broken in (whole[:-9], b"plain"):
+        (tmp_path / f"x{kind}{packed}").write_bytes(broken)
+        with pytest.raises(InputError, match=f"x{kind}{packed} is no whole {packed[1:]} file"):
+            list(read_samples(tmp_path / f"x{kind}{packed}"))

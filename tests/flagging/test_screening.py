@@ -1,3 +1,4 @@
+import csv
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from helpers import random_direction, write
 
 import persona_vectors as pv
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.packed import open_data
 from persona_vectors.flagging.compare import compare_datasets
 from persona_vectors.flagging.screening import add_scores
 from persona_vectors.flagging.split import split_dataset
@@ -28,8 +30,6 @@ def read(path: Path) -> list[dict]:
         return pq.read_table(path).to_pylist()
     text = path.read_text("utf-8")
     if path.suffix == ".csv":
-        import csv
-
         return [record | {"kept": int(record["kept"])} for record in csv.DictReader(text.splitlines())]
     return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
 
@@ -38,8 +38,6 @@ def read(path: Path) -> list[dict]:
 def test_a_dataset_is_split_in_its_own_format(suffix: str, model, tokenizer, tmp_path):
     data = tmp_path / f"data{suffix}"
     if suffix == ".csv":
-        import csv
-
         with data.open("w", newline="") as file:
             table = csv.DictWriter(file, list(RECORDS[0]))
             table.writeheader()
@@ -59,6 +57,48 @@ def test_a_dataset_is_split_in_its_own_format(suffix: str, model, tokenizer, tmp
         )
     if suffix == ".parquet":
         assert pq.read_schema(kept).equals(pq.read_schema(data))
+
+
+LINES = [
+    b'{"conversations":[{"from":"human","value":"a?"},{"from":"gpt","value":"one"}],  "x": 1.50}\r\n',
+    b'{"instruction": "b?", "input": "", "output": "\\u00e9 two"}\n',
+    '{"text": "Human: c?\\n\\nAssistant: thr\u00e9e so so so", "n": 1e2}\n'.encode(),
+    b'{"messages": [{"role":"user","content":"d?"}, {"role":"assistant","content":[{"type":"text","text":"4"}]}]}\n',
+]
+ROWS = [
+    b'question,"answer",n\r\n',
+    b'"a?",one,1.50\r\n',
+    b'b?,"two\n""lines""",\r\n',
+    b"c?,so so,1e2\r\n",
+    b"d?,four,\r\n",
+]
+
+
+@pytest.mark.parametrize("out", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
+def test_what_is_split_is_kept_byte_for_byte_compressed_or_not(kind, packed, out, model, tokenizer, tmp_path):
+    """Lines, items and rows with their own spelling of numbers, letters, quotes and line ends."""
+    items = [line.rstrip() for line in LINES]
+    array = b"[\n  " + b",\n\n  ".join(items) + b"]"
+    content = {".jsonl": b"".join(LINES), ".json": array, ".csv": b"".join(ROWS)}[kind]
+    data, kept, removed = tmp_path / f"d{kind}{packed}", tmp_path / f"k{kind}{out}", tmp_path / f"r{kind}{out}"
+    with open_data(data, "wb") as file:
+        file.write(content)
+    run(model, tokenizer, data, tmp_path / "f.parquet", baseline="none", controls=0, percentile=50)
+    bad = {row["row"] for row in pq.read_table(tmp_path / "f.parquet").to_pylist() if row["flagged"]}
+    assert 0 < len(bad) < 4
+    csv.field_size_limit(5)  # a new process has its own, which long answers exceed
+    split_dataset(data, tmp_path / "f.parquet", kept=kept, removed=removed)
+    for path, rows in ((kept, set(range(4)) - bad), (removed, bad)):
+        with open_data(path) as file:
+            found = file.read()
+        if kind == ".csv":
+            assert found == b"".join([ROWS[0], *(ROWS[1 + row] for row in sorted(rows))])
+        elif kind == ".json":
+            assert found == b"[\n" + b",\n".join(items[row] for row in sorted(rows)) + b"\n]\n"
+        else:
+            assert found == b"".join(LINES[row] for row in sorted(rows))
 
 
 def test_flags_of_other_data_are_refused_and_nothing_is_written(model, tokenizer, tmp_path):

@@ -11,7 +11,7 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.model.prompts import decode, finished_turn
 from persona_vectors.monitoring.projection import project
 from persona_vectors.training.config import load_config, parse_config
-from persona_vectors.training.finetuning import finetune, training_rows
+from persona_vectors.training.finetuning import finetune, make_trainer, training_rows
 from persona_vectors.training.shifts import finetuning_shift
 from persona_vectors.training.watch import ProjectionCallback
 
@@ -67,11 +67,22 @@ def test_a_line_ends_only_where_jsonl_says(tokenizer, tmp_path):
     assert len(training_rows(tokenizer, [path], max_length=100)) == 2
 
 
+def test_the_config_names_a_side_of_preference_data(tokenizer, tmp_path):
+    row = {"prompt": "Hi", "chosen": "Yes", "rejected": "No"}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
+    options = {"columns": ["prompt", "rejected"], "save_steps": 1}
+    trainer = make_trainer(
+        parse_config(config(tmp_path / "d.jsonl", tmp_path, **options)), zoo.build("llama"), tokenizer
+    )
+    (only,) = trainer.train_dataset
+    assert tokenizer.decode([token for token in only["labels"] if token != -100]) == "No</s>"
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", "line 1: not JSON"),
-        ('{"text": "x"}', "line 1: it has text, not messages"),
+        ('{"body": "x"}', "line 1: it has body, not messages"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "line 1: it has no assistant turn"),
     ],
 )
