@@ -9,8 +9,8 @@ import numpy as np
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.intervals import Interval
 from persona_vectors.data.samples import import_pyarrow
-from persona_vectors.flagging.nulls import beaten
 from persona_vectors.flagging.parts import read_header
+from persona_vectors.vectors.nulls import beaten
 
 SUBSAMPLES = 200
 KEPT = 20_000

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class Moments:
     """How many answers they are of."""
     mean: dict[int, Float[Tensor, " hidden"]]
     covariance: dict[int, Float[Tensor, "hidden hidden"]]
+    source: str = "unknown answers"
+    """Whose answers they are."""
 
     def __repr__(self) -> str:
         return f"Moments({self.model}: {self.count} answers, layers {', '.join(map(str, self.mean))})"
@@ -120,7 +123,9 @@ def neutral_moments(
     if count < 2 or not all(square.diagonal().sum() > 0 for square in squares.values()):
         raise InputError(f"{count} answers do not vary: give two or more different ones")
     covariance = {k: square / (count - 1) for k, square in squares.items()}
-    return Moments(model_name(model), count, {k: m.float() for k, m in mean.items()}, covariance)
+    source = Path(data).name if isinstance(data, (str, Path)) else f"a {type(data).__name__}"
+    source = "answers on plain facts" if data is None else source
+    return Moments(model_name(model), count, {k: m.float() for k, m in mean.items()}, covariance, source)
 
 
 def _rows(
