@@ -16,9 +16,9 @@ from persona_vectors.cli.options import (
     layers,
     load_vectors,
     loads_models,
+    read_questions,
     save_figure,
 )
-from persona_vectors.data.errors import InputError
 
 
 @app.command()
@@ -67,7 +67,7 @@ def shift(
     from persona_vectors.training.plots import plot_shift
     from persona_vectors.training.shifts import finetuning_shift
 
-    where, asked, loaded_vectors = layers(layer), _questions(questions), load_vectors(vectors)
+    where, asked, loaded_vectors = layers(layer), read_questions(questions), load_vectors(vectors)
     loaded, tokenizer = load(model)
     options: dict[str, Any] = {"tuned": tuned, "questions": asked, "max_new_tokens": max_new_tokens}
     options["controls"] = controls
@@ -77,19 +77,6 @@ def shift(
     if out:
         found.save(out)
         save_figure(plot_shift(rows), out.with_suffix(".png"))
-
-
-def _questions(text: str) -> list[str]:
-    from persona_vectors.data.traits import load_trait
-
-    path = Path(text)
-    if path.is_file() and path.suffix != ".json":
-        asked = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    else:
-        asked = list(load_trait(text).questions.eval)
-    if not asked:
-        raise InputError(f"--questions {text} holds no question: give a text file, one a line, or a trait")
-    return asked
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

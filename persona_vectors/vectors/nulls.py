@@ -160,9 +160,9 @@ def with_nulls(
     if controls < 20:
         raise InputError(f"controls is {controls}: give 20 random directions or more, or 0 for none")
     known = reference or neutral_moments(model, tokenizer, layer=layers)
+    known.check_fits(vectors[0])
     for layer in layers:
-        if len(known.at(layer)) != len(vectors[0].direction(layer)):
-            raise InputError(f"{known!r} are not of {vectors[0]!r}'s model: take them of the model that is read")
+        known.at(layer)
     drawn = known.random_vectors(vectors[0], count=controls)
     return [*vectors, *(replace(null, trait=f"null {i}") for i, null in enumerate(drawn))], known.source
 

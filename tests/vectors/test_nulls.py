@@ -86,10 +86,10 @@ def test_random_directions_stand_behind_the_vectors_and_say_what_they_are_of(mod
     assert with_nulls(model, tokenizer, vectors, layers=[1], controls=0, reference=None) == (vectors, "")
     with pytest.raises(InputError, match="controls is 5: give 20 random directions or more, or 0"):
         with_nulls(model, tokenizer, vectors, layers=[1], controls=5, reference=None)
-    other = Moments("m", 9, {1: torch.zeros(4)}, {1: torch.eye(4, dtype=torch.float64)})
+    other, fits = (Moments("m", 9, {1: torch.zeros(n)}, {1: torch.eye(n, dtype=torch.float64)}) for n in (4, 32))
     with pytest.raises(InputError, match="have no layer 0: they have 1"):
-        with_nulls(model, tokenizer, vectors, layers=[0], controls=20, reference=other)
-    with pytest.raises(InputError, match="take them of the model that is read"):
+        with_nulls(model, tokenizer, vectors, layers=[0], controls=20, reference=fits)
+    with pytest.raises(InputError, match=r"Moments.* do not fit PersonaVector.*: read them from the vector's model"):
         with_nulls(model, tokenizer, [random_direction(model)], layers=[1], controls=20, reference=other)
     nulls = nulls_of(column_values(), **NAMED)
     with pytest.raises(InputError, match="no random directions stand beside 'c': the traits are a, b"):
