@@ -98,11 +98,9 @@ def _freedom(found: Any) -> list[str]:
     if found.nulls is None or len(found.layers) == 1:
         return []
     lines = [f"each at its best layer, as {found.nulls.random.shape[2]} random directions at theirs:"]
-    for trait in found.traits:
-        for pooling in dict.fromkeys(row["pooling"] for row in found.rows()):
-            isotropic, covariance = found.nulls.over_layers(trait, pooling=pooling).values()
-            shares = (
-                f"{isotropic.percentile:.0f}% of isotropic ones and {covariance.percentile:.0f}% with the covariance"
-            )
-            lines.append(f"{trait}, {pooling}: layer {isotropic.layer}, beats {shares} of {found.nulls.reference}")
+    for trait, pooling in dict.fromkeys((row["trait"], row["pooling"]) for row in found.nulls.rows()):
+        isotropic, covariance = found.nulls.over_layers(trait, pooling=pooling).values()
+        shares = f"{isotropic.percentile:.0f}% of isotropic ones and {covariance.percentile:.0f}% with"
+        reference = f"the covariance of {found.nulls.reference}"
+        lines.append(f"{trait}, {pooling}: layer {isotropic.layer}, beats {shares} {reference}")
     return lines

@@ -58,10 +58,12 @@ class Spread:
 
 
 def effects(values: Float[Tensor, "row column"]) -> Float[Tensor, " column"]:
-    """Return each column's mean in its own standard deviations; nan where fewer than two rows have a value."""
+    """Return each column's mean in its own standard deviations; nan where nothing varies."""
     spread = Spread()
     spread.add(values.numpy())
-    return torch.from_numpy(spread.effects).float() if spread.count > 1 else torch.full_like(values[0], torch.nan)
+    if spread.count < 2:
+        return torch.full_like(values[0], torch.nan)
+    return torch.from_numpy(np.where(spread.squares > 0, spread.effects, np.nan)).float()
 
 
 class Place(NamedTuple):
@@ -86,7 +88,7 @@ class Nulls(Table):
     layers: tuple[int, ...]
     poolings: tuple[str, ...]
     own: Annotated[Float[Tensor, "pooling layer vector"], Stored[0], Stored[1]]
-    """The vectors' effects; nan where fewer than two rows have a value."""
+    """The vectors' effects; nan where nothing varies: fewer than two rows, or all alike."""
     random: Annotated[Float[Tensor, "pooling layer direction"], Stored[0], Stored[1]]
     """The random directions'; the first half are isotropic, the others have the covariance of the reference."""
     reference: str

@@ -53,8 +53,9 @@ def test_what_is_saved_is_what_was_found(tmp_path):
     torch.testing.assert_close(loaded.random, nulls.random, equal_nan=True)
 
 
-def test_one_row_or_none_has_no_effect():
+def test_what_does_not_vary_has_no_effect():
     assert effects(torch.ones(1, 3)).isnan().all() and effects(torch.full((4, 2), torch.nan)).isnan().all()
+    assert effects(torch.tensor([[2.0, 1.0], [2.0, 3.0]])).isnan().tolist() == [True, False]  # one prompt, read twice
     assert nulls_of(column_values()[..., :4], **NAMED) is None
 
 
