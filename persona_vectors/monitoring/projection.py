@@ -134,26 +134,22 @@ def _pooled(
 ) -> Float[Tensor, "turn pooling key"]:
     """Return each turn's mean projections; no token's are kept."""
     rows, place = shared_rows(turns)
-    spans: list[list[tuple[int, Tensor]]] = [[] for _ in rows]
-    for number, (turn, row) in enumerate(zip(turns, place)):
-        prompt, inside = len(turn.row[0]), torch.zeros(len(poolings), sum(map(len, rows[row])), dtype=torch.bool)
-        known = {"prompt_last": [prompt - 1], "prompt_mean": range(prompt)}
-        known["response_mean"] = [prompt + i for i in turn.kept]
-        for way, name in enumerate(poolings):
-            inside[way, list(known[name])] = True
-        spans[row].append((number, inside))
+    of_row: list[list[int]] = [[] for _ in rows]
+    for number, row in enumerate(place):
+        of_row[row].append(number)
+    counts = torch.zeros(len(turns), len(poolings), 1, dtype=torch.float32)
     sums = torch.zeros(len(turns), len(poolings), sum(map(len, units.values())), dtype=torch.float32)
 
     def take(row: int, where: Tensor, values: Tensor) -> None:
-        for number, inside in spans[row]:
-            sums[number] += torch.stack([values[own].sum(dim=0) for own in inside[:, where]])
+        for number in of_row[row]:
+            for way, pooling in enumerate(poolings):
+                inside = turns[number].counts(where, pooling)
+                sums[number, way] += values[inside].sum(dim=0)
+                counts[number, way] += inside.sum()
 
     with bar(desc="projecting", unit="texts", total=len(rows)) as shown:
         read_projections(model, rows, units, take, batch_tokens=batch_tokens, progress=shown.update)
-    counts = torch.zeros(len(turns), len(poolings))
-    for number, inside in (span for row in spans for span in row):
-        counts[number] = inside.sum(dim=1)
-    return sums / counts[..., None]
+    return sums / counts
 
 
 def token_projections(

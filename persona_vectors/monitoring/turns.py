@@ -4,6 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
@@ -22,6 +25,13 @@ class Turn:
     turn: int
     row: Row
     kept: list[int]
+
+    def counts(self, where: Int[Tensor, " token"], pooling: str) -> Bool[Tensor, " token"]:
+        """Say which of the row's tokens, given by their places, a pooling averages."""
+        place = where - len(self.row[0])
+        if pooling == "response_mean":
+            return torch.isin(place, torch.tensor(self.kept, dtype=torch.long))
+        return place == -1 if pooling == "prompt_last" else place < 0
 
 
 def shared_rows(turns: Sequence[Turn]) -> tuple[list[Row], list[int]]:

@@ -159,7 +159,7 @@ def test_a_whitened_vector_edits_nothing(model, tokenizer, verb: str):
         lens_hooks(whitened, layer=1, coef=1.0)
 
 
-def test_a_whitened_vector_is_read_by_every_verb_and_only_where_it_was_whitened(model, tokenizer):
+def test_a_whitened_vector_is_read_like_any_other_where_it_was_whitened(model, tokenizer):
     vector = random_direction(model)
     whitened = neutral_moments(model, tokenizer, TALKS, layer=1).whiten(vector)
     means = answer_means(model, tokenizer)[:3, 1]
