@@ -8,11 +8,15 @@ import torch
 from helpers import block_outputs, hooks, random_direction
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.flagging.run import flag
 from persona_vectors.model.prompts import chat_prompt, encode_answer
+from persona_vectors.monitoring.calibration import calibrate
 from persona_vectors.monitoring.projection import project
+from persona_vectors.monitoring.trace import monitor
 from persona_vectors.steering.add import RowEdit, steer, steer_rows
 from persona_vectors.steering.backends import lens_hooks
 from persona_vectors.steering.bounds import ablate, cap, floor, steer_where
+from persona_vectors.training.shifts import finetuning_shift
 from persona_vectors.vectors import moments as module
 from persona_vectors.vectors.moments import Moments, neutral_moments
 from persona_vectors.vectors.vector import PersonaVector
@@ -159,11 +163,23 @@ def test_a_whitened_vector_edits_nothing(model, tokenizer, verb: str):
         lens_hooks(whitened, layer=1, coef=1.0)
 
 
-def test_a_whitened_vector_is_read_like_any_other_where_it_was_whitened(model, tokenizer):
+def test_a_whitened_vector_is_read_like_any_other_where_it_was_whitened(model, tokenizer, tmp_path):
     vector = random_direction(model)
     whitened = neutral_moments(model, tokenizer, TALKS, layer=1).whiten(vector)
     means = answer_means(model, tokenizer)[:3, 1]
     scores = project(model, tokenizer, TALKS[:3], [vector, whitened], layer=1)["response_mean"]
     torch.testing.assert_close(scores["t whitened"], whitened.project(means, layer=1), rtol=1e-4, atol=1e-4)
+    with monitor(model, whitened, layer=1) as trace, torch.no_grad():
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+    states = block_outputs(model, [5, 6, 7])[1]
+    torch.testing.assert_close(trace["t whitened"][0], whitened.project(states, layer=1), rtol=1e-4, atol=1e-4)
+    assert calibrate(model, tokenizer, whitened, ["How?"], layer=1, max_new_tokens=4).trait == "t whitened"
+    found = flag(
+        model, tokenizer, TALKS[:9], whitened, layer=1, baseline="none", out=tmp_path / "f.parquet", controls=20
+    )
+    whole = whitened.project(answer_means(model, tokenizer)[:9, 1], layer=1)
+    assert found.summary["t whitened"].mean == pytest.approx(float(whole.mean()), rel=1e-3)
+    moved = finetuning_shift(model, tokenizer, whitened, tuned=model, questions=["How?"], layer=1, max_new_tokens=0)
+    assert moved.interval("t whitened").mean == 0
     with pytest.raises(InputError, match="is zero at layer 2: it was whitened at 1: give another layer"):
         project(model, tokenizer, TALKS[:3], whitened, layer=[1, 2])
