@@ -34,8 +34,9 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.model.loading import load_model
     from persona_vectors.model.pooling import pool
     from persona_vectors.model.prompts import break_special_tokens, chat_prompt, fold_system_role, with_template_options
-    from persona_vectors.monitoring.calibration import Calibration, calibrate
+    from persona_vectors.monitoring.calibration import calibrate
     from persona_vectors.monitoring.heatmaps import heatmap
+    from persona_vectors.monitoring.percentiles import Calibration
     from persona_vectors.monitoring.projection import project
     from persona_vectors.monitoring.trace import monitor
     from persona_vectors.steering.add import RowEdit, steer, steer_rows
@@ -86,8 +87,9 @@ _WHERE = {
     "model.loading": ["load_model"],
     "model.pooling": ["pool"],
     "model.prompts": ["break_special_tokens", "chat_prompt", "fold_system_role", "with_template_options"],
-    "monitoring.calibration": ["Calibration", "calibrate"],
+    "monitoring.calibration": ["calibrate"],
     "monitoring.heatmaps": ["heatmap"],
+    "monitoring.percentiles": ["Calibration"],
     "monitoring.projection": ["project"],
     "monitoring.trace": ["monitor"],
     "steering.add": ["RowEdit", "steer", "steer_rows"],

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -174,6 +175,11 @@ def logged(trainer, name: str) -> list[float]:
 def two_vectors(model: nn.Module) -> list[PersonaVector]:
     first = random_direction(model)
     return [first, random_vector(first, seed=3)]
+
+
+def vectors_of_their_own(model: nn.Module) -> list[PersonaVector]:
+    """Two vectors, "t" and "u", that no control of few seeds equals."""
+    return [replace(random_vector(random_direction(model), seed=900 + i), trait="tu"[i]) for i in range(2)]
 
 
 def generate(model: nn.Module, prompts: list[list[int]] = PROMPTS, **options):

@@ -102,9 +102,10 @@ OWN = {"help", "as_json", "device", "dtype", "device_map", "fold_system", "html"
 VERBS = {
     "extract": ["extract", "extract_from"],
     "steer": ["steer", "generate"],
-    "monitor": ["monitor", "generate"],
+    "monitor": ["monitor", "generate", "heatmap"],
     "sweep": ["sweep"],
     "contrast": ["contrast_effect", "load_statements"],
+    "calibrate": ["calibrate"],
     "flag": ["flag", "check_judge"],
     "split": ["split_dataset"],
     "shift": ["finetuning_shift"],

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from persona_vectors.cli.monitoring import Layer
+from persona_vectors.cli.monitoring import Calibrations, Layer, load_calibrations
 from persona_vectors.cli.options import (
     Load,
     MaxNewTokens,
@@ -35,6 +35,7 @@ def chat(
     *,
     layer: Layer,
     system: System = None,
+    calibration: Calibrations = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.7,
     seed: Seed = 0,
@@ -49,13 +50,14 @@ def chat(
 
     from persona_vectors.monitoring.conversation import Chat
 
-    loaded_vectors = {vector.trait: vector for vector in load_vectors(vectors)}
+    loaded_vectors, known = {vector.trait: vector for vector in load_vectors(vectors)}, load_calibrations(calibration)
     loaded, tokenizer = load(model)
     first = [{"role": "system", "content": system}] if system else []
     talk = Chat(loaded, tokenizer, loaded_vectors, layer, max_new_tokens, temperature, messages=list(first), seed=seed)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"Vectors: {', '.join(loaded_vectors)}. Commands:\n{HELP}", markup=False)
-    show, readings = _shower(console), None
+    place = _placed(known, list(loaded_vectors), layer) if known else None
+    show, readings = _shower(console, place), None
     while True:
         try:
             line = console.input(Text("> ", "bold")).strip()
@@ -65,7 +67,7 @@ def chat(
             if line == "/quit":
                 return
             if line.startswith("/"):
-                _command(console, talk, first, readings, line.split())
+                _command(console, talk, first, readings, line.split(), known)
             elif line:
                 readings = talk.answer(line, show)
                 _summarise(console, talk, readings)
@@ -73,8 +75,23 @@ def chat(
             console.print(f"error: {error}", style="red", markup=False)
 
 
-def _shower(console: Any) -> Callable[[str, list[float]], None]:
-    """Return what prints a token, coloured where its projection is among the highest or lowest seen so far."""
+def _placed(calibrations: list[Any], names: list[str], layer: int) -> Callable[[float], float]:
+    """Return what gives the first vector's percentile; raises InputError where a vector was not calibrated."""
+    import torch
+
+    from persona_vectors.monitoring.percentiles import calibration_of
+
+    own = [calibration_of(name, calibrations) for name in names]
+    for calibration in own:
+        calibration.percentile(torch.zeros(1), layer=layer)
+    return lambda value: float(own[0].percentile(torch.tensor(value), layer=layer))
+
+
+def _shower(console: Any, place: Callable[[float], float] | None) -> Callable[[str, list[float]], None]:
+    """Return what prints a token, coloured where its projection is high or low.
+
+    That is among the highest or lowest quarter of the range seen so far, or of neutral answers' percentiles.
+    """
     from rich.text import Text
 
     from persona_vectors.monitoring.heatmaps import robust_span
@@ -84,16 +101,17 @@ def _shower(console: Any) -> Callable[[str, list[float]], None]:
     def show(text: str, values: list[float]) -> None:
         style = ""
         if values:
-            seen.append(values[0])
-            low, high = robust_span(seen[-500:])
-            style = "on dark_orange3" if values[0] > (low + 3 * high) / 4 else ""
-            style = "on dodger_blue3" if values[0] < (3 * low + high) / 4 else style
+            value = values[0] if place is None else place(values[0])
+            seen.append(value)
+            low, high = robust_span(seen[-500:]) if place is None else (0.0, 100.0)
+            style = "on dark_orange3" if value > (low + 3 * high) / 4 else ""
+            style = "on dodger_blue3" if value < (3 * low + high) / 4 else style
         console.print(Text(text, style), end="")
 
     return show
 
 
-def _command(console: Any, talk: Any, first: list[dict[str, str]], readings: Any, words: list[str]) -> None:
+def _command(console: Any, talk: Any, first: list[dict[str, str]], readings: Any, words: list[str], known: Any) -> None:
     """Carry out a line that begins with /; raises InputError where it cannot."""
     from persona_vectors.monitoring.heatmaps import heatmap
 
@@ -105,7 +123,7 @@ def _command(console: Any, talk: Any, first: list[dict[str, str]], readings: Any
     elif command == "/reset":
         talk.messages = list(first)
     elif command == "/save" and len(rest) == 1 and readings is not None:
-        heatmap(talk.tokenizer, readings).save(rest[0])
+        heatmap(talk.tokenizer, readings, calibration=known).save(rest[0])
     else:
         console.print(HELP, markup=False)
 

@@ -1,4 +1,4 @@
-"""Commands that watch projections while the model answers: monitor."""
+"""Commands that watch projections while the model answers: monitor, and calibrate, which says what is usual."""
 
 import math
 import sys
@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from persona_vectors.cli.options import (
+    BatchTokens,
     Json,
+    LayerOption,
     Load,
     MaxNewTokens,
     ModelArg,
@@ -16,14 +18,21 @@ from persona_vectors.cli.options import (
     Seed,
     System,
     Temperature,
+    VectorArg,
     VectorArgs,
     app,
     echo_table,
+    layers,
     load_vectors,
     loads_models,
+    read_questions,
 )
 
 Layer = Annotated[int, typer.Option(help="the decoder block whose output is read, from 0")]
+Calibrations = Annotated[
+    list[Path] | None,
+    typer.Option("--calibration", help="colour by the place among neutral answers: each vector's file from calibrate"),
+]
 
 
 @app.command()
@@ -35,6 +44,7 @@ def monitor(
     layer: Layer,
     question: Questions,
     system: System = None,
+    calibration: Calibrations = None,
     html: Annotated[Path | None, typer.Option(help="write a page with every token's projections here")] = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 1.0,
@@ -50,34 +60,83 @@ def monitor(
     from persona_vectors.model import generation, prompts
     from persona_vectors.monitoring import heatmaps, trace
 
-    loaded_vectors = load_vectors(vectors)
+    loaded_vectors, known = load_vectors(vectors), load_calibrations(calibration)
     loaded, tokenizer = load(model)
     encoded = [prompts.encode(tokenizer, prompts.chat_prompt(tokenizer, text, system=system)) for text in question]
     stops = generation.stop_tokens(loaded, tokenizer)
     with trace.monitor(loaded, loaded_vectors, layer=layer, stops=stops) as read:
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         made = generation.generate_tokens(loaded, tokenizer, encoded, reading=True, **sampling)
+    places = read.percentiles(known) if known else {}
     rows = []
     for index, (text, (tokens, _)) in enumerate(zip(question, made)):
         kept = tokens[:max_new_tokens]
         found = [
-            _row(read.last, vector.trait, index, heatmaps.token_texts(tokenizer, kept)) for vector in loaded_vectors
+            _row(read.last, vector.trait, index, heatmaps.token_texts(tokenizer, kept), places)
+            for vector in loaded_vectors
         ]
         rows.append({"question": text, "answer": prompts.decode(tokenizer, tokens).strip(), "projections": found})
     echo_table(rows, as_json=as_json, text=lambda: _show(rows))
     if html:
-        heatmaps.save_heatmaps([heatmaps.heatmap(tokenizer, read, row=row) for row in range(len(question))], html)
+        pages = [heatmaps.heatmap(tokenizer, read, row=row, calibration=known) for row in range(len(question))]
+        heatmaps.save_heatmaps(pages, html)
         typer.echo(f"token heatmaps -> {html}", err=as_json)
 
 
-def _row(readings: Any, name: str, index: int, texts: list[str]) -> dict[str, Any]:
+@app.command()
+@loads_models
+def calibrate(
+    model: ModelArg,
+    vector: VectorArg,
+    *,
+    layer: LayerOption,
+    questions: Annotated[
+        str, typer.Option(help="neutral ones: a text file, one a line; or a trait: its evaluation questions")
+    ],
+    out: Annotated[Path, typer.Option(help="the JSON file to write, for --calibration, and for cap and floor")],
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 1.0,
+    seed: Seed = 0,
+    batch_tokens: BatchTokens = None,
+    load: Load,
+) -> None:
+    """Answer neutral questions, and keep the percentiles of their tokens' projections on a vector.
+
+    Example: persona-vectors calibrate smollm2-135m smollm2-135m/optimistic --layer 19 --questions neutral.txt
+    --out optimistic.calibration.json
+    """
+    from persona_vectors.monitoring import calibration
+    from persona_vectors.vectors.shipped import load_vector
+
+    loaded_vector, where, asked = load_vector(vector), layers(layer), read_questions(questions)
+    loaded, tokenizer = load(model)
+    sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    sampling["batch_tokens"] = batch_tokens
+    found = calibration.calibrate(loaded, tokenizer, loaded_vector, asked, layer=where, **sampling)
+    found.save(out)
+    for at, values in zip(found.layers, found.values):
+        shown = ", ".join(f"{percentile:g}: {value:+.3f}" for percentile, value in zip(found.percentiles, values))
+        typer.echo(f"{found.trait} at layer {at}, percentiles of {found.tokens:,} tokens: {shown}")
+    typer.echo(f"calibration -> {out}")
+
+
+def load_calibrations(paths: list[Path] | None) -> list[Any] | None:
+    """Return what calibrate wrote; None where nothing was given."""
+    from persona_vectors.monitoring.percentiles import Calibration
+
+    return [Calibration.load(path) for path in paths] if paths else None
+
+
+def _row(readings: Any, name: str, index: int, texts: list[str], places: Any) -> dict[str, Any]:
     """Return an answer's projections on one vector: before it, over it, and where they are highest."""
     values = readings[name][index][readings.answer[index]]
     best = int(values.argmax()) if len(values) else None
+    place = {"mean percentile": float(places[name][index][readings.answer[index]].mean())} if places else {}
     return {
         "vector": name,
         "before the answer": float(readings.prompt_last[name][index]),
         "mean over it": float(readings.mean[name][index]),
+        **place,
         "highest": math.nan if best is None else float(values[best]),
         "at the token": None if best is None else texts[best],
     }
@@ -97,6 +156,9 @@ def _show(rows: list[dict[str, Any]]) -> str:
             for found in row["projections"]:
                 name, *values, token = found.values()
                 text = "" if token is None else repr(token).replace("[", r"\[")
-                table.add_row(name, *(f"{value:+.3f}" for value in values), text)
+                shown_values = [f"{value:+.3f}" for value in values]
+                if "mean percentile" in found:
+                    shown_values[2] = f"{found['mean percentile']:.0f}"
+                table.add_row(name, *shown_values, text)
             console.print(table)
     return shown.get().rstrip("\n")

@@ -115,6 +115,20 @@ def numbers(given: Sequence[str] | str | None, *, option: str) -> list[float] | 
         raise InputError(f"{option} is {' '.join(texts)!r}: give numbers with commas between them") from None
 
 
+def read_questions(text: str) -> list[str]:
+    """Return the questions of a text file, one a line, or a trait's evaluation questions."""
+    from persona_vectors.data.traits import load_trait
+
+    path = Path(text)
+    if path.is_file() and path.suffix != ".json":
+        asked = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        asked = list(load_trait(text).questions.eval)
+    if not asked:
+        raise InputError(f"--questions {text} holds no question: give a text file, one a line, or a trait")
+    return asked
+
+
 def load_vectors(names: Sequence[str]) -> list[Any]:
     """Return the vectors of files, or shipped ones by name; raises InputError where two are of one trait."""
     from persona_vectors.vectors.shipped import load_vector

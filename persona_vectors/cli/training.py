@@ -16,9 +16,9 @@ from persona_vectors.cli.options import (
     layers,
     load_vectors,
     loads_models,
+    read_questions,
     save_figure,
 )
-from persona_vectors.data.errors import InputError
 
 
 @app.command()
@@ -54,6 +54,7 @@ def shift(
     ],
     layer: LayerOption = ["all"],  # noqa: B006
     max_new_tokens: Annotated[int, typer.Option(help="of each answer; 0: read only the questions", min=0)] = 48,
+    controls: Annotated[int, typer.Option(help="random directions to read beside the vectors; 0: none", min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help="write JSON here, and a plot beside it (.png)")] = None,
     as_json: Json = False,
     load: Load,
@@ -66,34 +67,40 @@ def shift(
     from persona_vectors.training.plots import plot_shift
     from persona_vectors.training.shifts import finetuning_shift
 
-    where, asked, loaded_vectors = layers(layer), _questions(questions), load_vectors(vectors)
+    where, asked, loaded_vectors = layers(layer), read_questions(questions), load_vectors(vectors)
     loaded, tokenizer = load(model)
     options: dict[str, Any] = {"tuned": tuned, "questions": asked, "max_new_tokens": max_new_tokens}
+    options["controls"] = controls
     found = finetuning_shift(loaded, tokenizer, loaded_vectors, layer=where, **options)
     rows = found.rows()
-    echo_table(rows, as_json=as_json, text=lambda: _table(rows))
+    echo_table(rows, as_json=as_json, text=lambda: "\n".join([_table(rows), *_freedom(found)]))
     if out:
         found.save(out)
         save_figure(plot_shift(rows), out.with_suffix(".png"))
 
 
-def _questions(text: str) -> list[str]:
-    from persona_vectors.data.traits import load_trait
-
-    path = Path(text)
-    if path.is_file() and path.suffix != ".json":
-        asked = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    else:
-        asked = list(load_trait(text).questions.eval)
-    if not asked:
-        raise InputError(f"--questions {text} holds no question: give a text file, one a line, or a trait")
-    return asked
-
-
 def _table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{'trait':<16}{'layer':>6}  {'read at':<14}{'base':>9}{'tuned':>9}  shift [95 %]"]
+    beside = any("effect" in row for row in rows)
+    more = "       deviations  beats isotropic  covariance" if beside else ""
+    lines = [f"{'trait':<16}{'layer':>6}  {'read at':<14}{'base':>9}{'tuned':>9}  shift [95 %]{more}"]
     for row in rows:
         interval = f"{row['shift']:+.2f} [{row['shift_low']:+.2f}, {row['shift_high']:+.2f}]"
+        if beside:
+            shares = f"{row['beaten_isotropic']:>17.0%}{row['beaten_covariance']:>12.0%}"
+            interval = f"{interval:<22}{row['effect']:>+8.2f}{shares}"
         numbers = f"{row['base']:>9.2f}{row['tuned']:>9.2f}"
         lines.append(f"{row['trait']:<16}{row['layer']:>6}  {row['pooling']:<14}{numbers}  {interval}")
     return "\n".join(lines)
+
+
+def _freedom(found: Any) -> list[str]:
+    """Return a line for each vector at the layer that moved most, beside random directions at theirs."""
+    if found.nulls is None or len(found.layers) == 1:
+        return []
+    lines = [f"each at its best layer, as {found.nulls.random.shape[2]} random directions at theirs:"]
+    for trait, pooling in dict.fromkeys((row["trait"], row["pooling"]) for row in found.nulls.rows()):
+        isotropic, covariance = found.nulls.over_layers(trait, pooling=pooling).values()
+        shares = f"{isotropic.percentile:.0f}% of isotropic ones and {covariance.percentile:.0f}% with"
+        reference = f"the covariance of {found.nulls.reference}"
+        lines.append(f"{trait}, {pooling}: layer {isotropic.layer}, beats {shares} {reference}")
+    return lines

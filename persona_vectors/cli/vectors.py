@@ -6,7 +6,21 @@ from typing import Annotated, Any
 
 import typer
 
-from persona_vectors.cli.options import Json, VectorArg, VectorArgs, app, echo_table, save_figure
+from persona_vectors.cli.options import (
+    BatchTokens,
+    Json,
+    LayerOption,
+    Load,
+    ModelArg,
+    VectorArg,
+    VectorArgs,
+    app,
+    echo_table,
+    layers,
+    load_vectors,
+    loads_models,
+    save_figure,
+)
 from persona_vectors.data.errors import InputError
 
 FORMATS = "official, assistant-axis, assistant-axis-capping, steering-vectors, lm-eval, gguf or safetensors"
@@ -84,6 +98,56 @@ def _summaries(rows: list[dict[str, Any]]) -> str:
 
 def _short(value: float | None) -> str:
     return "?" if value is None else f"{value:.2f}"
+
+
+@app.command()
+@loads_models
+def whiten(
+    model: ModelArg,
+    vectors: VectorArgs,
+    *,
+    layer: LayerOption,
+    out: Annotated[Path, typer.Option("--out", "-o", help="a folder; or a .safetensors file, for one vector")],
+    reference: Annotated[
+        str | None, typer.Option(help="neutral samples, or a moments file (default: answers on plain facts)")
+    ] = None,
+    columns: Annotated[
+        tuple[str, str] | None, typer.Option(metavar="PROMPT ANSWER", help="the two columns, where they are others")
+    ] = None,
+    split: Annotated[str, typer.Option(help="the split of a Hugging Face dataset")] = "train",
+    first: Annotated[int | None, typer.Option(help="take only the first N samples", min=2)] = None,
+    shrinkage: Annotated[float, typer.Option(help="of the mean variance, added to each direction's")] = 0.1,
+    moments: Annotated[Path | None, typer.Option(help="write the moments here, a later run's --reference")] = None,
+    batch_tokens: BatchTokens = None,
+    load: Load,
+) -> None:
+    """Make vectors for reading that weigh each direction by how little neutral answers vary along it.
+
+    They can be monitored, projected on and flagged with like any other, at the layers given here; not steered with.
+
+    Example: persona-vectors whiten smollm2-135m smollm2-135m/optimistic --layer 13,20 --reference neutral.jsonl
+    -o whitened
+    """
+    from persona_vectors.model.blocks import chosen_layers
+    from persona_vectors.vectors.moments import Moments, neutral_moments
+
+    loaded_vectors, where = load_vectors(vectors), layers(layer)
+    single = out.suffix == ".safetensors"
+    if single and len(loaded_vectors) > 1:
+        raise InputError(f"--out {out} is one file for {len(loaded_vectors)} vectors: give a folder")
+    if reference and reference.endswith(".safetensors"):
+        known = Moments.load(reference).only(chosen_layers(where, len(loaded_vectors[0].directions)))
+    else:
+        options: dict[str, Any] = {"columns": columns, "split": split, "first": first, "batch_tokens": batch_tokens}
+        loaded, tokenizer = load(model)
+        known = neutral_moments(loaded, tokenizer, reference, layer=where, **options)
+    if moments:
+        known.save(moments)
+    for vector in loaded_vectors:
+        made = known.whiten(vector, shrinkage=shrinkage)
+        path = out if single else out / f"{vector.trait}.safetensors"
+        made.save(path)
+        typer.echo(f"{made!r}, by {known.count} answers of {known.source} -> {path}")
 
 
 @app.command(name="import")

@@ -10,8 +10,8 @@ import numpy as np
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.intervals import Interval
 from persona_vectors.data.samples import import_pyarrow
-from persona_vectors.flagging.nulls import halves
 from persona_vectors.flagging.parts import read_header
+from persona_vectors.vectors.nulls import halves
 
 SUBSAMPLES = 200
 CHANCE = 0.02

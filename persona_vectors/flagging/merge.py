@@ -13,10 +13,10 @@ import numpy as np
 
 from persona_vectors.data.files import atomic_path
 from persona_vectors.data.samples import import_pyarrow
-from persona_vectors.flagging.nulls import Spread, beaten, halves
 from persona_vectors.flagging.parts import FORMAT, HEADER, Flags, Summary, flag_batches, part, read_table
 from persona_vectors.flagging.store import Baselines
 from persona_vectors.vectors.directions import vector_keys
+from persona_vectors.vectors.nulls import Spread, beaten, halves
 
 _PLAIN = ("row", "turn", "id", "prompt_hash", "prompt_tokens", "answer_tokens", "baseline_tokens", "truncated")
 

@@ -1,10 +1,7 @@
 """Calibration: percentiles of a vector's projections over neutral prompts, for caps, floors and alarms."""
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -12,72 +9,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.data.files import atomic_path
 from persona_vectors.data.progress import bar
 from persona_vectors.model.blocks import Layer, Model, chosen_layers, model_name
 from persona_vectors.model.generation import generate_batches, stop_tokens
 from persona_vectors.model.prompts import chat_prompt, encode
+from persona_vectors.monitoring.percentiles import Calibration
 from persona_vectors.monitoring.trace import monitor
 from persona_vectors.vectors.vector import PersonaVector
 
-FORMAT = 1
 PERCENTILES = (1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Percentiles of a vector's projections over the answer tokens of neutral prompts: what caps and alarms need."""
-
-    trait: str
-    model: str
-    layers: tuple[int, ...]
-    percentiles: tuple[float, ...]
-    values: tuple[tuple[float, ...], ...]
-    """[layer][percentile], projections on v/|v|."""
-    prompts: int
-    """How many questions were answered."""
-    tokens: int
-    """How many answer tokens they were taken over."""
-    max_new_tokens: int
-    temperature: float
-    seed: int
-
-    def at(self, percentile: float) -> dict[int, float]:
-        """Return the projection at a percentile for each layer, as `cap` and `floor` take it."""
-        if percentile not in self.percentiles:
-            known = ", ".join(f"{p:g}" for p in self.percentiles)
-            raise InputError(f"percentile {percentile:g} was not calibrated: this file has {known}; calibrate again")
-        column = self.percentiles.index(percentile)
-        return {layer: row[column] for layer, row in zip(self.layers, self.values)}
-
-    def save(self, path: str | Path) -> None:
-        """Write JSON, whole or not at all: by custom beside the vector, as optimistic.calibration.json."""
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps({"format_version": FORMAT, **asdict(self)}, indent=1) + "\n", "utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Calibration":
-        """Read a file that `save` wrote; raises InputError where it is missing, broken or of another version."""
-        path = Path(path)
-        if not path.is_file():
-            raise InputError(f"no calibration file {path}: make one with calibrate")
-        try:
-            found = json.loads(path.read_text("utf-8"))
-            version = found.pop("format_version", None)
-            if version != FORMAT:
-                raise InputError(
-                    f"{path} has format version {version}, and this release reads {FORMAT}: calibrate again"
-                )
-            listed = {name: tuple(found[name]) for name in ("layers", "percentiles")}
-            values = tuple(tuple(map(float, row)) for row in found["values"])
-            loaded = cls(**{**{f.name: found[f.name] for f in fields(cls)}, **listed, "values": values})
-            if [len(row) for row in values] != [len(loaded.percentiles)] * len(loaded.layers):
-                raise InputError(f"{path} has not one value for each layer and percentile: calibrate again")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path} is no calibration file ({error!r}): calibrate again") from None
-        return loaded
 
 
 def calibrate(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jinja2 import Environment
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path
+from persona_vectors.monitoring.percentiles import Calibration
 from persona_vectors.monitoring.readings import Readings
 from persona_vectors.monitoring.trace import Trace
 
@@ -31,7 +32,8 @@ _STYLE = """
 _FRAGMENT = """\
 <div class="pv-heatmap"><style>{{ style | safe }}</style>
 {% for row in rows %}<section><h2>{{ row.name }} <small><i class="l" style="--a: {{ strongest }}">\
-{{ row.low }}</i> {{ row.middle }} <i class="h" style="--a: {{ strongest }}">{{ row.high }}</i></small></h2>
+{{ row.low }}</i> {{ row.middle }} <i class="h" style="--a: {{ strongest }}">{{ row.high }}</i>\
+{{ row.unit }}</small></h2>
 <p>{% for token in row.tokens %}{% if loop.index0 == answer %}<span class="answer"></span>{% endif %}\
 <i{% if token.side %} class="{{ token.side }}" style="--a: {{ token.strength }}"{% endif %} title="{{ token.value }}">\
 {{ token.text }}</i>{% endfor %}</p></section>
@@ -58,9 +60,11 @@ class Heatmap:
     span: tuple[float, float] | None = None
     """The values with the strongest colours, the same for every row, so that heatmaps can be compared.
     None: each row's median, plus and minus the 98th percentile of the distances from it."""
+    percentiles: Mapping[str, Sequence[float]] | None = field(default=None, repr=False)
+    """Each token's percentile among neutral answers' tokens, which the colours then follow, from 0 to 100."""
 
     def __post_init__(self) -> None:
-        for name, values in self.rows.items():
+        for name, values in [*self.rows.items(), *(self.percentiles or {}).items()]:
             if len(values) != len(self.tokens):
                 raise InputError(f"{name!r} has {len(values)} values for {len(self.tokens)} tokens: give one for each")
         if self.span is not None and not self.span[0] < self.span[1]:
@@ -76,20 +80,23 @@ class Heatmap:
         save_heatmaps([self], path)
 
     def _row(self, name: str, values: list[float]) -> dict:
-        low, high = self.span or robust_span(values)
+        placed = self.percentiles is not None
+        coloured = values if self.percentiles is None else self.percentiles[name]
+        low, high = (0.0, 100.0) if placed else self.span or robust_span(values)
         middle, half = (low + high) / 2, (high - low) / 2
         tokens = []
-        for text, value in zip(self.tokens, values):
-            strength = 0.0 if math.isnan(value) else max(-1.0, min(1.0, (value - middle) / half))
+        for text, value, colour in zip(self.tokens, values, coloured):
+            strength = 0.0 if math.isnan(value) else max(-1.0, min(1.0, (colour - middle) / half))
             shown = text.replace("\n", "↵\n")
             side = "h" if strength > 0 else "l" if strength < 0 else ""
-            label = "no value" if math.isnan(value) else f"{value:+.3f}"
+            label = "no value" if math.isnan(value) else f"{value:+.3f}" + f", percentile {colour:.0f}" * placed
             tokens.append(
                 {"text": shown, "value": label, "side": side, "strength": f"{abs(strength) * _STRONGEST:.3f}"}
             )
-        return {"name": name, "tokens": tokens} | {
-            key: f"{value:+.3g}" for key, value in (("low", low), ("middle", middle), ("high", high))
-        }
+        ends = {"low": low, "middle": middle, "high": high}
+        unit = " percentile among the tokens of neutral answers" if placed else ""
+        legend = {key: f"{value:{'.0f' if placed else '+.3g'}}" for key, value in ends.items()}
+        return {"name": name, "tokens": tokens, "unit": unit, **legend}
 
 
 def heatmap(
@@ -98,11 +105,17 @@ def heatmap(
     *,
     row: int = 0,
     span: tuple[float, float] | None = None,
+    calibration: Calibration | Sequence[Calibration] | None = None,
 ) -> Heatmap:
     """Return the heatmap of one row of what a monitor has read: padding is left out, the end token is not.
 
+    With the `calibration` of each vector, the colours follow its percentile among neutral answers' tokens, and 50 has
+    none: raw projections have a scale and a middle of their own for every vector and layer.
+
     Raises InputError where there is no such row, or the model read embeddings and not tokens.
     """
+    if span is not None and calibration is not None:
+        raise InputError("span and calibration both say which values are coloured: give one of them")
     readings = trace.last if isinstance(trace, Trace) else trace
     if not 0 <= row < len(readings.real):
         raise InputError(f"row {row} is out of range: this trace has rows 0 to {len(readings.real) - 1}")
@@ -112,11 +125,13 @@ def heatmap(
     if min(ids, default=0) < 0:
         raise InputError("this model was given embeddings, so the heatmap has no text: give it input_ids")
     answer = int((shown < readings.prompt_width).sum())
+    placed = None if calibration is None else readings.percentiles(calibration)
     return Heatmap(
         token_texts(tokenizer, ids),
         {key: v[shown].tolist() for key, v in values.items()},
         answer=answer if answer < len(ids) else None,
         span=span,
+        percentiles=None if placed is None else {key: v[row][shown].tolist() for key, v in placed.items()},
     )
 
 

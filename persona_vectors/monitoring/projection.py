@@ -1,6 +1,6 @@
 """Projection of finished conversations: the numbers of `monitor`, averaged over prompts, answers and turns."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -17,14 +17,13 @@ from persona_vectors.model.blocks import Layer, Model
 from persona_vectors.model.hooks import EnoughRead, edit_blocks, edits_are_active
 from persona_vectors.model.passes import Row, forward_passes, own_tokens, read_pass
 from persona_vectors.model.pooling import POOLINGS
-from persona_vectors.model.prompts import encode_answer, finished_turn, outside_reasoning
 from persona_vectors.model.tokens import Tokens
 from persona_vectors.model.wrappers import unwrap
+from persona_vectors.monitoring.turns import Conversation, Turn, answered_turns, shared_rows
 from persona_vectors.vectors.directions import Key, projections, unit_directions, vector_keys, vector_list
+from persona_vectors.vectors.moments import Moments
+from persona_vectors.vectors.nulls import Nulls, nulls_of, vectors_alone, with_nulls
 from persona_vectors.vectors.vector import PersonaVector
-
-Conversation = Sequence[dict[str, Any]] | tuple[str, str]
-"""Chat messages, each with a role and a content; or a question and its answer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +43,8 @@ class Scores(Table):
     """How many answer tokens were averaged."""
     reasoning_tokens: Annotated[Int[Tensor, " row"], Stored[0], Stored[1]]
     """How many answer tokens were left out of `response_mean` as reasoning; 0 unless that was asked for."""
+    nulls: Nulls | None = None
+    """Where the vectors' means over the rows lie among those of random directions; None unless they were asked for."""
 
     def __getitem__(self, pooling: str) -> dict[Key, Float[Tensor, " row"]]:
         """Return one pooling's projections: `scores["response_mean"]["evil"]`."""
@@ -67,16 +68,6 @@ class Scores(Table):
         return f"Scores({', '.join(map(str, self.keys))}: {of}{f', {left_out} of reasoning left out' * bool(left_out)})"
 
 
-@dataclass
-class _Turn:
-    """One answer: where it is from, its tokens, and which of them are to be averaged."""
-
-    conversation: int
-    turn: int
-    row: Row
-    kept: list[int]
-
-
 def project(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
@@ -87,6 +78,8 @@ def project(
     poolings: Sequence[str] = ("prompt_last", "response_mean"),
     by_turn: bool = False,
     skip_reasoning: bool = False,
+    controls: int = 0,
+    reference: Moments | None = None,
     batch_tokens: int | None = None,
 ) -> Scores:
     """Return each conversation's projections at its last answer, or at every answer with `by_turn`.
@@ -97,11 +90,14 @@ def project(
 
     `skip_reasoning` leaves <think>...</think> out of `response_mean`, and the result counts what was left out.
 
+    `controls` random directions are read in the same passes, half isotropic, half with the covariance of `reference`,
+    by default `neutral_moments` of answers on plain facts: `scores.nulls` says where the vectors' means lie among them.
+
     Raises InputError for a conversation without an answer, and for vectors or a layer that do not fit.
     """
     model = unwrap(model)
     chosen = vector_list(vectors)
-    units = unit_directions(model, chosen, layer)
+    layers = list(unit_directions(model, chosen, layer))
     unknown = [name for name in poolings if name not in POOLINGS]
     if unknown or not poolings:
         raise InputError(f"pooling {(unknown or ['none'])[0]!r} is unknown: give one or more of {', '.join(POOLINGS)}")
@@ -110,26 +106,50 @@ def project(
     turns = [
         turn
         for number, conversation in enumerate(conversations)
-        for turn in _turns(tokenizer, number, conversation, by_turn, skip_reasoning)
+        for turn in answered_turns(tokenizer, number, conversation, by_turn, skip_reasoning)
     ]
-    rows, place = _merge(turns)
-    with bar(desc="projecting", unit="texts", total=len(rows)) as shown:
-        tokens = token_projections(model, rows, units, batch_tokens=batch_tokens, progress=shown.update)
-    values = []
-    for turn, row in zip(turns, place):
-        prompt, answer = len(turn.row[0]), [len(turn.row[0]) + i for i in turn.kept]
-        spans = {"prompt_last": [prompt - 1], "prompt_mean": list(range(prompt)), "response_mean": answer}
-        values.append(torch.stack([tokens[row][spans[name]].mean(dim=0) for name in poolings]))
+    options: dict[str, Any] = {"layers": layers, "controls": controls, "reference": reference}
+    read, source = with_nulls(model, tokenizer, chosen, **options)
+    values = _pooled(model, turns, poolings, unit_directions(model, read, layer), batch_tokens)
+    named: dict[str, Any] = {"traits": [vector.trait for vector in chosen], "layers": layers, "poolings": poolings}
     kept = torch.tensor([len(turn.kept) for turn in turns])
     return Scores(
-        tuple(vector_keys([vector.trait for vector in chosen], list(units))),
+        tuple(vector_keys(named["traits"], layers)),
         tuple(poolings),
-        torch.stack(values),
+        vectors_alone(values, vectors=len(chosen), layers=len(layers)),
         torch.tensor([turn.conversation for turn in turns]),
         torch.tensor([turn.turn for turn in turns]),
         kept,
         torch.tensor([len(turn.row[1]) for turn in turns]) - kept,
+        nulls_of(values, **named, reference=source),
     )
+
+
+def _pooled(
+    model: Model,
+    turns: Sequence[Turn],
+    poolings: Sequence[str],
+    units: dict[int, Float[Tensor, "vector hidden"]],
+    batch_tokens: int | None,
+) -> Float[Tensor, "turn pooling key"]:
+    """Return each turn's mean projections; no token's are kept."""
+    rows, place = shared_rows(turns)
+    of_row: list[list[int]] = [[] for _ in rows]
+    for number, row in enumerate(place):
+        of_row[row].append(number)
+    counts = torch.zeros(len(turns), len(poolings), 1, dtype=torch.float32)
+    sums = torch.zeros(len(turns), len(poolings), sum(map(len, units.values())), dtype=torch.float32)
+
+    def take(row: int, where: Tensor, values: Tensor) -> None:
+        for number in of_row[row]:
+            for way, pooling in enumerate(poolings):
+                inside = turns[number].counts(where, pooling)
+                sums[number, way] += values[inside].sum(dim=0)
+                counts[number, way] += inside.sum()
+
+    with bar(desc="projecting", unit="texts", total=len(rows)) as shown:
+        read_projections(model, rows, units, take, batch_tokens=batch_tokens, progress=shown.update)
+    return sums / counts
 
 
 def token_projections(
@@ -138,9 +158,28 @@ def token_projections(
     units: dict[int, Float[Tensor, "vector hidden"]],
     *,
     batch_tokens: int | None = None,
-    progress: Callable[[int], object] | None = None,
 ) -> list[Float[Tensor, "token key"]]:
-    """Return every token's projections for each finished row, prompt and answer, in as few passes as can be.
+    """Return every token's projections for each finished row, prompt and answer; see `read_projections`."""
+    keys = sum(len(stacked) for stacked in units.values())
+    found = [torch.zeros(len(prompt) + len(answer), keys, dtype=torch.float32) for prompt, answer in rows]
+
+    def take(row: int, where: Tensor, values: Tensor) -> None:
+        found[row][where] = values
+
+    read_projections(model, rows, units, take, batch_tokens=batch_tokens)
+    return found
+
+
+def read_projections(
+    model: Model,
+    rows: Sequence[Row],
+    units: dict[int, Float[Tensor, "vector hidden"]],
+    take: Callable[[int, Int[Tensor, " token"], Float[Tensor, "token key"]], None],
+    *,
+    batch_tokens: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Project every token of finished rows, in as few passes as can be: `take(row, positions, values)`, part by part.
 
     Nothing is computed above the deepest layer asked for, unless other edits are active.
     `units` holds the stacked unit directions of each layer; a key is a vector at a layer, in the order of both.
@@ -149,15 +188,13 @@ def token_projections(
     deepest = -1 if edits_are_active(model) else max(units)  # an edit further up would never run, and say so
 
     def reader(layer: int) -> Callable[[Tensor, Tokens], None]:
-        def take(hidden: Tensor, _: Tokens) -> None:
+        def project(hidden: Tensor, _: Tokens) -> None:
             read[layer] = projections(own_tokens(hidden, step), units[layer].to(hidden.device)).cpu()
             if layer == deepest:
                 raise EnoughRead
 
-        return take
+        return project
 
-    keys = sum(len(stacked) for stacked in units.values())
-    found = [torch.zeros(len(prompt) + len(answer), keys, dtype=torch.float32) for prompt, answer in rows]
     with edit_blocks(model, {layer: reader(layer) for layer in units}), torch.inference_mode():
         for step in forward_passes(model, rows, batch_tokens=batch_tokens, held_back=1):
             with suppress(EnoughRead):
@@ -167,37 +204,6 @@ def token_projections(
             for line, members in enumerate(step.rows):
                 real = position[line] >= 0
                 for row in members:
-                    found[row][position[line, real]] = values[line, real]
+                    take(row, position[line, real], values[line, real])
             if progress and step.answers:
                 progress(len(step.rows))
-    return found
-
-
-def _merge(turns: Sequence[_Turn]) -> tuple[list[Row], list[int]]:
-    """Return the rows to read, and for each turn the row that begins with all of its tokens."""
-    rows: list[Row] = []
-    place = [0] * len(turns)
-    for index in reversed(range(len(turns))):
-        turn = turns[index]
-        own = [*turn.row[0], *turn.row[1]]
-        last = rows[-1] if rows and turn.conversation == turns[index + 1].conversation else ((), ())
-        if [*last[0], *last[1]][: len(own)] != own:
-            rows.append(turn.row)
-        place[index] = len(rows) - 1
-    return rows, place
-
-
-def _turns(
-    tokenizer: PreTrainedTokenizerBase, number: int, conversation: Any, by_turn: bool, skip_reasoning: bool
-) -> Iterator[_Turn]:
-    """Yield a conversation's last answer, or all of its answers."""
-    if len(conversation) == 2 and isinstance(conversation[0], str):
-        conversation = [{"role": r, "content": c} for r, c in zip(("user", "assistant"), conversation)]
-    ends = [i for i, message in enumerate(conversation) if message["role"] == "assistant" and i > 0]
-    if not ends:
-        raise InputError(f"conversation {number} has no answer: give messages that end with role 'assistant'")
-    for turn, end in enumerate(ends):
-        if by_turn or end == ends[-1]:
-            row = encode_answer(tokenizer, *finished_turn(tokenizer, conversation, end))
-            kept = outside_reasoning(tokenizer, *row) if skip_reasoning else list(range(len(row[1])))
-            yield _Turn(number, turn, row, kept)

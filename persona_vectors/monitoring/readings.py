@@ -1,5 +1,6 @@
 """Readings: projections of the tokens of one call, read-only, and what can be asked of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.tables import Table
+from persona_vectors.monitoring.percentiles import Calibration, calibration_of
 from persona_vectors.vectors.directions import Key
 
 
@@ -75,6 +77,20 @@ class Readings:
             return dict.fromkeys(self.keys, torch.full((len(real),), torch.nan, dtype=torch.float32))
         values = self.values[:, torch.arange(len(real)), last].masked_fill(last < 0, torch.nan)
         return dict(zip(self.keys, values))
+
+    def percentiles(self, calibration: Calibration | Sequence[Calibration]) -> dict[Key, Float[Tensor, "batch token"]]:
+        """Return each vector's projections as percentiles of neutral answers' tokens; nan for padding.
+
+        Give the `calibrate` of each vector at the layers that were read. 50 is an answer token as neutral as any.
+        """
+        layers = list(self.saw)
+        count = len(self.keys) // len(layers)
+        found = {}
+        for number, key in enumerate(self.keys):
+            layer = layers[number // count]
+            trait = key if len(layers) == 1 else key.removesuffix(f"@{layer}")
+            found[key] = calibration_of(trait, calibration).percentile(self[key], layer=layer)
+        return found
 
     def follow_beams(self, beam_indices: Int[Tensor, "sequence step"]) -> "Readings":
         """Return the readings of beam search's answers, in the order of its `sequences`.

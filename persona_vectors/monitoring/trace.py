@@ -14,6 +14,7 @@ from persona_vectors.model.blocks import Layer, Model
 from persona_vectors.model.hooks import edit_blocks, pause_edits
 from persona_vectors.model.tokens import Tokens
 from persona_vectors.model.wrappers import unwrap
+from persona_vectors.monitoring.percentiles import Calibration
 from persona_vectors.monitoring.readings import Readings
 from persona_vectors.vectors.directions import Key, projections, unit_directions, vector_keys, vector_list
 from persona_vectors.vectors.vector import PersonaVector
@@ -151,6 +152,10 @@ class Trace:
     def prompt_last(self) -> dict[Key, Float[Tensor, " batch"]]:
         """The last call's values at the last token of each prompt."""
         return self.last.prompt_last
+
+    def percentiles(self, calibration: Calibration | Sequence[Calibration]) -> dict[Key, Float[Tensor, "batch token"]]:
+        """Return the last call's projections as percentiles of neutral answers' tokens."""
+        return self.last.percentiles(calibration)
 
     @property
     def _begun(self) -> list[_Call]:

@@ -76,6 +76,7 @@ def steer_rows(model: Model, rows: Sequence[RowEdit | None]) -> Iterator[None]:
     for index, row in enumerate(rows):
         if row is not None:
             row.vector.check_fits(layers, hidden)
+            row.vector.check_edits()
             check_positions(row.positions)
             at = shifts.setdefault(one_layer(row.layer, layers), {})
             at.setdefault(row.positions, torch.zeros(len(rows), hidden, dtype=torch.float32))[index] = (

@@ -92,6 +92,7 @@ def steer_where(
     index = one_layer(layer, model_shape(model)[0])
     unit = unit_directions(model, [watch or vector], index)[index]
     vector.check_fits(*model_shape(model))
+    vector.check_edits()
     shift = finite(coef) * vector.direction(index).float()
 
     def edit(hidden: Tensor, tokens: Tokens) -> Tensor:
@@ -148,6 +149,7 @@ def _set_projections(
         return edit
 
     check_positions(positions)
+    vector.check_edits()
     units = unit_directions(model, [vector], layer)
     with edit_blocks(model, {index: editor(change(index), unit) for index, unit in units.items()}, during=during):
         yield

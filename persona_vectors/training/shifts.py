@@ -19,6 +19,8 @@ from persona_vectors.model.generation import generate
 from persona_vectors.model.loading import load_model
 from persona_vectors.monitoring.projection import project
 from persona_vectors.vectors.directions import Key, unit_directions, vector_keys, vector_list
+from persona_vectors.vectors.moments import Moments
+from persona_vectors.vectors.nulls import Nulls, nulls_of, vectors_alone, with_nulls
 from persona_vectors.vectors.vector import PersonaVector
 
 POOLINGS = ("prompt_last", "response_mean")
@@ -35,6 +37,9 @@ class Shift(Table):
     """At the last prompt token, and averaged over the model's own answer (nan where none was generated).
     A key is a vector at a layer, in the order of `keys`."""
     tuned: Annotated[Float[Tensor, "question pooling key"], Stored[0], Stored[1]]
+    nulls: Nulls | None = None
+    """Where the vectors' mean shifts, in standard deviations over the questions, lie among those of random directions;
+    None unless they were asked for."""
 
     @property
     def keys(self) -> list[Key]:
@@ -48,10 +53,14 @@ class Shift(Table):
 
     def __repr__(self) -> str:
         first = ", ".join(f"{key}: {self.interval(key):+.2f}" for key in self.keys[:4])
-        return f"Shift({first}{', ...' * (len(self.keys) > 4)}; {len(self.questions)} questions)"
+        beside = f"; beside {self.nulls.random.shape[2]} random directions" if self.nulls else ""
+        return f"Shift({first}{', ...' * (len(self.keys) > 4)}; {len(self.questions)} questions{beside})"
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return a row for each vector, layer and pooling: the means, their difference and its interval."""
+        """Return a row for each vector, layer and pooling: the means, their difference and its interval.
+
+        Where random directions were read: the difference in standard deviations too, and the shares that it beats.
+        """
         found = []
         places = [(trait, layer) for layer in self.layers for trait in self.traits]
         for index, (key, (trait, layer)) in enumerate(zip(self.keys, places)):
@@ -59,7 +68,8 @@ class Shift(Table):
                 means = [float(side[:, number, index].nanmean()) for side in (self.base, self.tuned)]
                 if means[0] == means[0]:
                     named = {"trait": trait, "layer": layer, "pooling": pooling, "base": means[0], "tuned": means[1]}
-                    found.append(named | self.interval(key, pooling).columns("shift"))
+                    place = self.nulls.place(trait, layer=layer, pooling=pooling)._asdict() if self.nulls else {}
+                    found.append(named | self.interval(key, pooling).columns("shift") | place)
         return found
 
 
@@ -72,6 +82,8 @@ def finetuning_shift(
     questions: Sequence[str],
     layer: Layer = "all",
     max_new_tokens: int = 48,
+    controls: int = 0,
+    reference: Moments | None = None,
     batch_tokens: int | None = None,
 ) -> Shift:
     """Return how far training moved a model along each vector: the same questions, before and after.
@@ -80,12 +92,18 @@ def finetuning_shift(
     used twice, first without and then with it, and is as before afterwards. Both answer each question greedily with
     `max_new_tokens` tokens for `response_mean`; 0 leaves that out, as the paper does.
 
+    Training moves a model along most directions. `controls` random ones are read in the same passes, half isotropic,
+    half with the covariance of `reference`, by default `neutral_moments` of `model`'s answers on plain facts, and the
+    result's `nulls` says how many of them have moved less, in standard deviations over the questions.
+
     Raises InputError for vectors or a layer that do not fit both models, and where there are no questions.
     """
     chosen = vector_list(vectors)
     if not questions:
         raise InputError("no questions: give one or more")
     layers = list(unit_directions(model, chosen, layer))
+    null: dict[str, Any] = {"layers": layers, "controls": controls, "reference": reference}
+    beside, source = with_nulls(model, tokenizer, chosen, **null)
 
     def read(model: Model) -> Tensor:
         answers = [""] * len(questions)
@@ -94,7 +112,7 @@ def finetuning_shift(
             options |= {"max_new_tokens": max_new_tokens, "temperature": 0.0}
             answers = generate(model, tokenizer, list(questions), **options)
         asked = list(zip(questions, answers))
-        scores = project(model, tokenizer, asked, chosen, layer=layers, poolings=POOLINGS, batch_tokens=batch_tokens)
+        scores = project(model, tokenizer, asked, beside, layer=layers, poolings=POOLINGS, batch_tokens=batch_tokens)
         return scores.values
 
     before = read(model)
@@ -105,7 +123,10 @@ def finetuning_shift(
             after = read(adapted)
     else:
         after = read(load_model(tuned, device=str(model.device), dtype=model.dtype)[0])
-    return Shift(tuple(vector.trait for vector in chosen), tuple(layers), tuple(questions), before, after)
+    traits = [vector.trait for vector in chosen]
+    nulls = nulls_of(after - before, traits=traits, layers=layers, poolings=POOLINGS, reference=source)
+    base, moved = (vectors_alone(values, vectors=len(traits), layers=len(layers)) for values in (before, after))
+    return Shift(tuple(traits), tuple(layers), tuple(questions), base, moved, nulls)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, SupportsIndex
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
@@ -17,6 +17,8 @@ from persona_vectors.model.prompts import chat_prompt, encode
 from persona_vectors.model.tokens import Tokens
 from persona_vectors.monitoring.projection import token_projections
 from persona_vectors.vectors.directions import projections, unit_directions, vector_keys, vector_list
+from persona_vectors.vectors.moments import Moments
+from persona_vectors.vectors.nulls import nulls_of, vectors_alone, with_nulls
 from persona_vectors.vectors.vector import PersonaVector
 
 
@@ -27,6 +29,11 @@ class ProjectionCallback(TrainerCallback):
     its change); `batch/TRAIT` the mean over the tokens that the loss counts in the step's first micro-batch, read as
     the model trains on it, steered if it is. Both go through the Trainer's log, to wherever that reports, and into
     `history`. The probes are also read before the first step. `questions` are templated with the Trainer's tokenizer.
+
+    Training moves a model along most directions: `controls` random ones are read with the probes, half isotropic, half
+    with the covariance of `reference`, by default `neutral_moments` of the model before the first step on plain facts.
+    `deviations/TRAIT` is then how far the probes have moved since, in standard deviations over the questions, and
+    `isotropic/TRAIT` and `covariance/TRAIT` are the shares of random directions that have moved less.
 
     Where a probe's mean has moved by `warn_at` from what it was before the first step, there is one warning; at
     `stop_at`, training stops. `plot` draws the probes in a notebook as they come.
@@ -42,16 +49,21 @@ class ProjectionCallback(TrainerCallback):
         every: int = 10,
         warn_at: float | None = None,
         stop_at: float | None = None,
+        controls: int = 0,
+        reference: Moments | None = None,
         plot: bool = False,
     ) -> None:
         if every < 1:
             raise InputError(f"every is {every}: give a number of steps, 1 or more")
         if not questions and not (warn_at is None and stop_at is None):
             raise InputError("warn_at and stop_at look at the probes: give questions=")
+        if controls and len(questions) < 2:
+            raise InputError("controls compares shifts over the probes: give two questions or more")
         self.trainer = trainer  # a callback is given everything but its Trainer, and only that can log
         self.vectors = vector_list(vectors)
         self.layer, self.questions, self.every = layer, list(questions), every
         self.warn_at, self.stop_at, self.plot = warn_at, stop_at, plot
+        self.controls, self.reference = controls, reference
         self.history: list[dict[str, float]] = []
         """What was logged, with its `step`."""
         self._batch: dict[int, Tensor] = {}
@@ -62,7 +74,13 @@ class ProjectionCallback(TrainerCallback):
         keys = vector_keys([vector.trait for vector in self.vectors], list(self.units))
         self.names = keys
         self.history, self._warned = [], False
-        self._rows = [(encode(given["processing_class"], text), ()) for text in self._texts(given["processing_class"])]
+        tokenizer = given["processing_class"]
+        self._rows = [(encode(tokenizer, text), ()) for text in self._texts(tokenizer)]
+        with _as_it_is(model):
+            null: dict[str, Any] = {"controls": self.controls, "reference": self.reference}
+            read, _ = with_nulls(model, tokenizer, self.vectors, layers=list(self.units), **null)
+        self._probed = unit_directions(model, read, self.layer)
+        self._before: Tensor | None = None
         self._log(state, self._probe(model))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -79,7 +97,8 @@ class ProjectionCallback(TrainerCallback):
         values = torch.cat([self._batch[layer] for layer in self.units]).tolist()
         probes = self._probe(model)
         self._log(state, {f"batch/{name}": value for name, value in zip(self.names, values)} | probes)
-        drift = max((abs(value - self.history[0][name]) for name, value in probes.items()), default=0.0)
+        first = self.history[0]
+        drift = max((abs(probes[name] - first[name]) for name in first if name in probes), default=0.0)
         if self.warn_at is not None and drift >= self.warn_at and not self._warned:
             self._warned = True
             warnings.warn(
@@ -98,15 +117,25 @@ class ProjectionCallback(TrainerCallback):
     def _probe(self, model: Any) -> dict[str, float]:
         if not self._rows:
             return {}
-        was_training = model.training
-        model.eval()
-        try:
-            with pause_edits(model):
-                tokens = token_projections(model, self._rows, self.units)
-        finally:
-            model.train(was_training)
-        means = torch.stack([row[-1] for row in tokens]).mean(dim=0).tolist()
-        return {f"probe/{name}": value for name, value in zip(self.names, means)}
+        with _as_it_is(model):
+            tokens = token_projections(model, self._rows, self._probed)
+        last = torch.stack([row[-1] for row in tokens])
+        size = {"vectors": len(self.vectors), "layers": len(self.units)}
+        means = vectors_alone(last, **size).mean(dim=0).tolist()
+        found = {f"probe/{name}": value for name, value in zip(self.names, means)}
+        if self._before is None:
+            self._before = last
+        elif self.controls:
+            found |= self._places(last - self._before)
+        return found
+
+    def _places(self, moved: Float[Tensor, "question column"]) -> dict[str, float]:
+        traits, layers = [vector.trait for vector in self.vectors], list(self.units)
+        nulls = nulls_of(moved[:, None], traits=traits, layers=layers, poolings=["prompt_last"], reference="")
+        assert nulls is not None
+        places = [nulls.place(t, layer=k, pooling="prompt_last") for k in layers for t in traits]
+        names = ("deviations", "isotropic", "covariance")
+        return {f"{what}/{key}": v for key, place in zip(self.names, places) for what, v in zip(names, place)}
 
     def _reader(self, layer: int) -> Edit:
         def read(hidden: Tensor, tokens: Tokens) -> None:
@@ -132,6 +161,18 @@ class ProjectionCallback(TrainerCallback):
             self._display = display(figure, display_id=True)
         else:
             self._display.update(figure)
+
+
+@contextmanager
+def _as_it_is(model: Any) -> Iterator[None]:
+    """Read the model without dropout, and without the edits that training has."""
+    was_training = model.training
+    model.eval()
+    try:
+        with pause_edits(model):
+            yield
+    finally:
+        model.train(was_training)
 
 
 def counted(tokens: Tokens, hidden: Tensor) -> Bool[Tensor, "batch token"]:

@@ -51,6 +51,7 @@ def incremental(
 
     At several layers that is what the lower ones have not added yet: v_l - v_k, with k the steered layer before l.
     """
+    vector.check_edits()
     strength = dose if coef is None else coef
     if strength is None or (coef is not None and dose is not None):
         raise InputError("give either coef= (times the vector) or dose= (a fraction of the residual norm)")
@@ -85,7 +86,10 @@ def unit_directions(
         stacked = torch.stack([vector.direction(chosen).float() for vector in vectors])
         zero = (stacked.norm(dim=1) == 0).nonzero()
         if len(zero):
-            raise InputError(f"{vectors[int(zero[0])]!r} is zero at layer {chosen}: give another layer")
+            vector = vectors[int(zero[0])]
+            known = vector.info.get("whitened", {}).get("layers", [])
+            where = f": it was whitened at {', '.join(map(str, known))}" if known else ""
+            raise InputError(f"{vector!r} is zero at layer {chosen}{where}: give another layer")
         units[chosen] = stacked / stacked.norm(dim=1, keepdim=True)
     return units
 

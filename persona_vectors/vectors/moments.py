@@ -1,16 +1,20 @@
 """How a model's activations vary over neutral answers: what random directions, and whitened vectors, are made of."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import atomic_path
 from persona_vectors.data.samples import Sample, Source, read_samples
 from persona_vectors.data.texts import neutral_texts
 from persona_vectors.model.blocks import Layer, Model, chosen_layers, model_name, model_shape
@@ -20,6 +24,7 @@ from persona_vectors.model.prompts import encode_answer, finished_turn, fit
 from persona_vectors.vectors.controls import random_vector
 from persona_vectors.vectors.vector import PersonaVector
 
+KIND = "persona_vectors moments 1"
 CHUNK = 64
 """How many answers are pooled at a time."""
 
@@ -33,6 +38,8 @@ class Moments:
     """How many answers they are of."""
     mean: dict[int, Float[Tensor, " hidden"]]
     covariance: dict[int, Float[Tensor, "hidden hidden"]]
+    source: str = "unknown answers"
+    """Whose answers they are."""
 
     def __repr__(self) -> str:
         return f"Moments({self.model}: {self.count} answers, layers {', '.join(map(str, self.mean))})"
@@ -62,6 +69,17 @@ class Moments:
         ridge = shrinkage * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
         return torch.linalg.inv(covariance + ridge)
 
+    def only(self, layers: Sequence[int]) -> "Moments":
+        """Return the moments of some layers alone; raises InputError for one that was not read."""
+        covariance = {layer: self.at(layer) for layer in layers}
+        return replace(self, mean={layer: self.mean[layer] for layer in layers}, covariance=covariance)
+
+    def check_fits(self, vector: PersonaVector) -> None:
+        """Raise InputError where a vector has another hidden size, or no such layers."""
+        for layer, covariance in self.covariance.items():
+            if len(covariance) != len(vector.direction(layer)):
+                raise InputError(f"{self!r} do not fit {vector!r}: read them from the vector's model")
+
     def whiten(self, vector: PersonaVector, *, shrinkage: float = 0.1) -> PersonaVector:
         """Return the vector for reading: w = (S + s t I)^-1 v, with S the covariance and t its mean variance.
 
@@ -71,13 +89,18 @@ class Moments:
 
         It is no vector to steer with: along directions that answers hardly use, a step takes the model far out.
         """
+        self.check_fits(vector)
         directions = torch.zeros_like(vector.directions)
         for layer in self.covariance:
             direction = vector.direction(layer).double()
             found = self.whitener(layer, shrinkage=shrinkage) @ direction
             directions[layer] = (found * direction.norm() / found.norm()).float()
         made = vector._derived(f"{vector.trait} whitened", directions)
-        return replace(made, info={**made.info, "whitened": {"answers": self.count, "shrinkage": shrinkage}})
+        return replace(made, info={**made.info, "whitened": self._whitened(shrinkage)})
+
+    def _whitened(self, shrinkage: float) -> dict[str, Any]:
+        layers = list(self.covariance)
+        return {"answers": self.count, "shrinkage": shrinkage, "reference": self.source, "layers": layers}
 
     def random_vectors(self, vector: PersonaVector, *, count: int, seed: int = 0) -> list[PersonaVector]:
         """Return controls with v's norm: half isotropic, half with this covariance, which are zero at other layers."""
@@ -94,6 +117,31 @@ class Moments:
                 directions[layer] = noise[i] * vector.direction(layer).norm() / noise[i].norm()
             controls.append(vector._derived(f"covariance {i}", directions))
         return controls
+
+    def save(self, path: str | Path) -> None:
+        """Write one .safetensors file, whole or not at all: 8 bytes times hidden squared a layer."""
+        tensors = {f"mean.{layer}": mean for layer, mean in self.mean.items()}
+        tensors |= {f"covariance.{layer}": covariance for layer, covariance in self.covariance.items()}
+        header = {"kind": KIND, "model": self.model, "count": str(self.count), "source": self.source}
+        with atomic_path(path) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Moments":
+        """Read a file that `save` wrote; raises InputError where it is missing, broken or another kind of file."""
+        if not Path(path).is_file():
+            raise InputError(f"no moments file {path}: make one with neutral_moments(...).save")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header, names = file.metadata() or {}, list(file.keys())
+                tensors = {name: file.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise InputError(f"{path} is no whole safetensors file ({error}): read the moments again") from None
+        if header.get("kind") != KIND:
+            raise InputError(f"{path} holds no moments of this release: give a file that Moments.save wrote")
+        layers = sorted(int(name.partition(".")[2]) for name in names if name.startswith("mean."))
+        mean, covariance = ({k: tensors[f"{kind}.{k}"] for k in layers} for kind in ("mean", "covariance"))
+        return cls(header["model"], int(header["count"]), mean, covariance, header["source"])
 
 
 def neutral_moments(
@@ -134,7 +182,9 @@ def neutral_moments(
     if count < 2 or not all(square.diagonal().sum() > 0 for square in squares.values()):
         raise InputError(f"{count} answers do not vary: give two or more different ones")
     covariance = {k: square / (count - 1) for k, square in squares.items()}
-    return Moments(model_name(model), count, {k: m.float() for k, m in mean.items()}, covariance)
+    source = Path(data).name if isinstance(data, (str, Path)) else f"a {type(data).__name__}"
+    source = "answers on plain facts" if data is None else source
+    return Moments(model_name(model), count, {k: m.float() for k, m in mean.items()}, covariance, source)
 
 
 def _rows(

@@ -100,7 +100,7 @@ class PersonaVector:
         return self._derived(f"-{self.trait}", -self.directions)
 
     def _derived(self, trait: str, directions: Tensor) -> "PersonaVector":
-        kept = {key: self.info[key] for key in ("config_hash", "revision") if key in self.info}
+        kept = {key: self.info[key] for key in ("config_hash", "revision", "whitened") if key in self.info}
         return PersonaVector(trait, self.model, directions, self.residual_norms, pooling=self.pooling, info=kept)
 
     def check_same_model(self, other: "PersonaVector") -> None:
@@ -125,7 +125,7 @@ class PersonaVector:
             "hook_site": "raw output of the decoder block",
             "layer_base": 0,
             "sign": "towards the trait",
-            "scale": "raw difference of means",
+            "scale": "whitened" if "whitened" in self.info else "raw difference of means",
             "info": dict(self.info),
         }
         header = {name: json.dumps(value, ensure_ascii=False) for name, value in fields.items()}
@@ -164,6 +164,11 @@ class PersonaVector:
                 f"{self!r} does not fit a model of {model_layers} layers x {hidden}: "
                 "steer the model that the vector was extracted from, or extract one from this model"
             )
+
+    def check_edits(self) -> None:
+        """Raise InputError for a whitened vector: a step along it would take the model where no activations are."""
+        if "whitened" in self.info:
+            raise InputError(f"{self!r} is whitened, for reading alone: edit with the vector that it was made from")
 
 
 def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

@@ -18,6 +18,8 @@ from persona_vectors.cli.main import app
 from persona_vectors.cli.options import layers
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.pooling import POOLINGS
+from persona_vectors.monitoring.percentiles import Calibration
+from persona_vectors.vectors.moments import Moments
 from persona_vectors.vectors.vector import PersonaVector
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +99,53 @@ def test_chat_steers_and_saves_by_command(tiny, vector_file, tmp_path):
     assert "error: /steer loud 2: give one of calm" in printed and "error: /steer calm x" in printed
     assert printed.count("/reset") == 2  # at the beginning, and after a command that there is not
     assert "pv-heatmap" in (tmp_path / "c.html").read_text("utf-8")
+
+
+def test_calibrate_says_where_tokens_lie_among_neutral_ones(tiny, vector_file, tmp_path):
+    options = ["--layer", 1, "--device", "cpu", "--max-new-tokens", 5]
+    (tmp_path / "neutral.txt").write_text("Hi\n\nWhy?\n")
+    out = tmp_path / "calm.json"
+    printed, _ = run("calibrate", tiny, vector_file, *options, "--questions", tmp_path / "neutral.txt", "--out", out)
+    found = Calibration.load(out)
+    assert (found.trait, found.layers, found.prompts) == ("calm", (1,), 2)
+    assert f"calm at layer 1, percentiles of {found.tokens} tokens: 1: {found.values[0][0]:+.3f}" in printed
+    asked = [*options, "--question", "Hi", "--calibration", out]
+    printed, _ = run("monitor", tiny, vector_file, *asked, "--html", tmp_path / "t.html")
+    assert "mean percentile" in printed and "among the tokens of neutral" in (tmp_path / "t.html").read_text("utf-8")
+    (row,) = json.loads(run("monitor", tiny, vector_file, *asked, "--json")[0])
+    assert 1 <= row["projections"][0]["mean percentile"] <= 99
+    with mock.patch.object(sys, "stdin", io.StringIO(f"Hi\n/save {tmp_path / 'c.html'}")):
+        run("chat", tiny, vector_file, *options[:-2], "--max-new-tokens", 4, "--calibration", out)
+    assert "among the tokens of neutral" in (tmp_path / "c.html").read_text("utf-8")
+    wrong = ["--layer", 2, "--question", "Hi", "--calibration", out, "--device", "cpu", "--max-new-tokens", 2]
+    assert "'calm' was not calibrated at layer 2" in run("monitor", tiny, vector_file, *wrong, code=2)[1]
+
+
+def test_whitened_vectors_are_read_and_not_steered_with(tiny, vector_file, tmp_path):
+    pairs = [{"question": f"What of {i}?", "answer": f"It is {i * 37}."} for i in range(5)]
+    (tmp_path / "neutral.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    kept, out = tmp_path / "moments.safetensors", tmp_path / "white.safetensors"
+    options = ["--layer", "0,1", "--shrinkage", 0.2, "--device", "cpu"]
+    data = ["--reference", tmp_path / "neutral.jsonl", "--first", 4, "--moments", kept]
+    printed, _ = run("whiten", tiny, vector_file, *options, *data, "-o", out)
+    assert f"by 4 answers of neutral.jsonl -> {out}" in printed
+    made, plain = PersonaVector.load(out), PersonaVector.load(vector_file)
+    assert torch.equal(made.directions, Moments.load(kept).whiten(plain, shrinkage=0.2).directions)
+    run("whiten", tiny, vector_file, *options, "--reference", kept, "--out", tmp_path / "folder")
+    again = PersonaVector.load(tmp_path / "folder" / "calm.safetensors")
+    assert torch.equal(again.directions, made.directions) and again.info == made.info
+    printed, _ = run("info", out)
+    facts = '{"answers": 4, "shrinkage": 0.2, "reference": "neutral.jsonl", "layers": [0, 1]}'
+    assert f"whitened: {facts}" in printed and "calm whitened" in printed
+    asked = ["--question", "Hi", "--device", "cpu", "--max-new-tokens", 2]
+    run("monitor", tiny, out, vector_file, "--layer", 1, *asked)
+    assert "is zero at layer 2: it was whitened at 0, 1" in run("monitor", tiny, out, "--layer", 2, *asked, code=2)[1]
+    assert "is whitened, for reading alone" in run("steer", tiny, out, "--layer", 1, "--coef", 1, *asked, code=2)[1]
+    wrong = ["whiten", tiny, vector_file, "--reference", kept, "--layer", 2, "--out", out]
+    assert "these moments have no layer 2: they have 0, 1" in run(*wrong, code=2)[1]
+    PersonaVector("other", "tiny", torch.ones(3, 32)).save(tmp_path / "o.safetensors")
+    two = ["whiten", tiny, vector_file, tmp_path / "o.safetensors", *options, "--out", out]
+    assert "is one file for 2 vectors: give a folder" in run(*two, code=2)[1]
 
 
 def test_export_and_import_bring_a_vector_back(tmp_path):

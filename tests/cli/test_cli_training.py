@@ -52,6 +52,13 @@ def test_finetune_and_shift(tiny, config, tmp_path):
     assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
     out, _ = run("shift", *arguments, "--max-new-tokens", 0, "--device", "cpu")
     assert len(out.splitlines()) == 1 + 3  # every layer
+    out, _ = run("shift", *arguments, "--max-new-tokens", 0, "--device", "cpu", "--controls", 20)
+    assert out.splitlines()[0].endswith("shift [95 %]       deviations  beats isotropic  covariance")
+    assert "each at its best layer, as 20 random directions at theirs:" in out
+    assert "with the covariance of answers on plain facts" in out.splitlines()[-1]
+    arguments[arguments.index("--tuned") + 1] = tiny
+    out, _ = run("shift", *arguments, "--max-new-tokens", 0, "--device", "cpu", "--controls", 20)
+    assert out.splitlines()[1].split()[-3:] == ["+nan", "nan%", "nan%"]  # nothing has moved
 
 
 def test_a_finished_training_resumes_to_nothing_more(config, tmp_path):

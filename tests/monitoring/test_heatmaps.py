@@ -1,6 +1,7 @@
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -9,6 +10,7 @@ from helpers import generate, random_direction, two_vectors
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.prompts import encode
 from persona_vectors.monitoring.heatmaps import _STRONGEST, _STYLE, Heatmap, heatmap, save_heatmaps, token_texts
+from persona_vectors.monitoring.percentiles import Calibration
 from persona_vectors.monitoring.trace import monitor
 
 HOSTILE = [
@@ -83,6 +85,54 @@ def test_the_colours_follow_the_value():
         ("", "", "no value"),
         ("h", strong, "+100.000"),
     ]
+
+
+def calibration(vector, layers=(1,)) -> Calibration:
+    """Neutral tokens between -1 and 3, half of them below 0."""
+    values = tuple((-1.0 + layer, 0.0 + layer, 3.0 + layer) for layer in layers)
+    return Calibration(vector.trait, "m", layers, (1.0, 50.0, 99.0), values, 1, 3, 8, 1.0, 0)
+
+
+def test_percentiles_are_those_of_the_calibration(model):
+    vectors = two_vectors(model)
+    with monitor(model, vectors, layer=[0, 1], stops=[]) as trace:
+        generate(model)
+    found = trace.percentiles([calibration(vector, layers=(0, 1)) for vector in vectors])
+    assert list(found) == list(trace.keys)
+    for layer in (0, 1):
+        for vector in vectors:
+            key = f"{vector.trait}@{layer}"
+            expected = np.interp(trace[key].numpy() - layer, [-1, 0, 3], [1, 50, 99])
+            np.testing.assert_allclose(found[key].numpy(), expected, rtol=1e-4)
+            assert found[key].isnan().equal(trace[key].isnan()) and found[key].isnan().any()
+    with pytest.raises(InputError, match="no calibration of 'random 3': there is t; calibrate it too"):
+        trace.percentiles(calibration(vectors[0], layers=(0, 1)))
+    with pytest.raises(InputError, match="'t' was not calibrated at layer 0: this one has 1"):
+        trace.percentiles([calibration(vector) for vector in vectors])
+
+
+def test_the_colours_follow_the_percentile_where_there_is_a_calibration(model, tokenizer):
+    vector = random_direction(model)
+    with monitor(model, vector, layer=1, stops=[]) as trace:
+        generate(model)
+    shown = heatmap(tokenizer, trace, row=1, calibration=calibration(vector))
+    places = trace.percentiles(calibration(vector))["t"][1].tolist()
+    assert shown.percentiles == {"t": places} and shown.rows == {"t": trace["t"][1].tolist()}
+    html = shown._repr_html_()
+    found = re.findall(r'<i(?: class="(.)" style="--a: ([\d.]+)")? title="(.*?)">', html)
+    for (side, alpha, title), value, place in zip(found, shown.rows["t"], places):
+        assert title == f"{value:+.3f}, percentile {place:.0f}" and side == ("h" if place > 50 else "l")
+        assert float(alpha) == pytest.approx(abs(place - 50) / 50 * _STRONGEST, abs=1e-3)
+    legend = re.sub(r"<.*?>", "", re.findall(r"<small>.*?</small>", html, re.DOTALL)[0])
+    assert legend == "0 50 100 percentile among the tokens of neutral answers"
+    empty = Heatmap(["a", "b"], {"v": [1.0, float("nan")]}, percentiles={"v": [50.0, float("nan")]})._repr_html_()
+    assert (
+        'title="+1.000, percentile 50"' in empty and 'title="no value"' in empty and '<i class="h" title' not in empty
+    )
+    with pytest.raises(InputError, match="span and calibration both say"):
+        heatmap(tokenizer, trace, span=(0, 1), calibration=calibration(vector))
+    with pytest.raises(InputError, match="'v' has 1 values for 2 tokens"):
+        Heatmap(["a", "b"], {"v": [1.0, 2.0]}, percentiles={"v": [1.0]})
 
 
 def test_the_default_span_is_not_moved_by_an_outlier():

@@ -1,8 +1,9 @@
+import json
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import block_outputs, hooks, make_tokenizer, random_direction
+from helpers import block_outputs, hooks, make_tokenizer, random_direction, vectors_of_their_own
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.progress import bar
@@ -13,6 +14,7 @@ from persona_vectors.monitoring.plots import plot_drift
 from persona_vectors.monitoring.projection import Scores, project, token_projections
 from persona_vectors.vectors.controls import random_vector
 from persona_vectors.vectors.directions import unit_directions
+from persona_vectors.vectors.moments import neutral_moments
 
 PAIRS = [("How?", "Well."), ("Why so?", "No idea, sorry"), ("How?", "Badly")]
 CHAT = [
@@ -81,6 +83,37 @@ def test_scores_are_a_table(model, tokenizer, tmp_path):
     assert (loaded.keys, loaded.poolings) == (scores.keys, scores.poolings)
     for name in ("values", "conversation", "turn", "answer_tokens", "reasoning_tokens"):
         torch.testing.assert_close(getattr(loaded, name), getattr(scores, name), rtol=0, atol=0, equal_nan=True)
+    before = json.loads((tmp_path / "scores.json").read_text())
+    del before["nulls"]  # as in files from before there were any
+    (tmp_path / "scores.json").write_text(json.dumps(before))
+    assert Scores.load(tmp_path / "scores.json").rows()[0] == rows[0]
+
+
+def test_random_directions_are_read_in_the_same_passes_and_are_no_columns(model, tokenizer, tmp_path):
+    vectors = vectors_of_their_own(model)
+    reference = neutral_moments(model, tokenizer, PAIRS, layer=[0, 1])
+    ran = []
+    model.get_decoder().layers[1].register_forward_hook(lambda *_: ran.append(1))
+    plain, passes = project(model, tokenizer, PAIRS, vectors, layer=[0, 1]), len(ran)
+    found = project(model, tokenizer, PAIRS, vectors, layer=[0, 1], controls=40, reference=reference)
+    assert len(ran) == 2 * passes and found.keys == plain.keys
+    torch.testing.assert_close(found.values, plain.values, rtol=1e-5, atol=1e-5)
+    # each random direction, read as a vector of its own
+    drawn = [replace(each, trait=f"r{i}") for i, each in enumerate(reference.random_vectors(vectors[0], count=40))]
+    alone = project(model, tokenizer, PAIRS, drawn, layer=[0, 1])
+    for pooling in ("prompt_last", "response_mean"):
+        place = found.nulls.place("t", layer=1, pooling=pooling)
+        own = found[pooling]["t@1"]
+        assert place.effect == pytest.approx(float(own.mean() / own.std()), rel=1e-3)
+        random = torch.stack([alone[pooling][f"{each.trait}@1"] for each in drawn], dim=1)
+        smaller = (random.mean(dim=0) / random.std(dim=0)).abs() < abs(place.effect)
+        assert place.beaten_isotropic == pytest.approx(float(smaller[:20].float().mean()))
+        assert place.beaten_covariance == pytest.approx(float(smaller[20:].float().mean()))
+    assert found.nulls.reference == "a list" and plain.nulls is None
+    found.save(tmp_path / "scores.json")
+    assert Scores.load(tmp_path / "scores.json").nulls.rows() == found.nulls.rows()
+    facts = project(model, tokenizer, PAIRS, vectors, layer=1, controls=20)
+    assert facts.nulls.reference == "answers on plain facts" and len(facts.nulls.rows()) == 2 * 2
 
 
 def test_a_template_that_rewrites_earlier_turns_is_followed(model):

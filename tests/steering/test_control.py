@@ -10,7 +10,8 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.model.generation import generate_tokens
 from persona_vectors.model.prompts import chat_prompt, encode, left_pad
 from persona_vectors.model.sampling import row_seed
-from persona_vectors.monitoring.calibration import Calibration, calibrate
+from persona_vectors.monitoring.calibration import calibrate
+from persona_vectors.monitoring.percentiles import Calibration
 from persona_vectors.monitoring.trace import Trace, monitor
 from persona_vectors.steering.add import steer
 from persona_vectors.steering.bounds import ablate, cap, floor, steer_where

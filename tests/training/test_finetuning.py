@@ -1,19 +1,21 @@
 import json
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 import zoo
-from helpers import block_outputs, hooks, make_tokenizer, random_direction
+from helpers import block_outputs, hooks, make_tokenizer, random_direction, vectors_of_their_own
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.prompts import decode, finished_turn
 from persona_vectors.monitoring.projection import project
 from persona_vectors.training.config import load_config, parse_config
 from persona_vectors.training.finetuning import finetune, make_trainer, training_rows
-from persona_vectors.training.shifts import finetuning_shift
+from persona_vectors.training.shifts import Shift, finetuning_shift
 from persona_vectors.training.watch import ProjectionCallback
+from persona_vectors.vectors.moments import neutral_moments
 
 TALK = [
     {"role": "user", "content": "Hi"},
@@ -212,6 +214,33 @@ def test_the_shift_of_a_model_with_itself_is_zero_and_of_a_shifted_one_the_shift
     assert written["questions"] == QUESTIONS and [row["layer"] for row in found.rows()] == [0, 1]
     with pytest.raises(InputError, match="no questions"):
         finetuning_shift(model, tokenizer, vector, tuned=model, layer=1, questions=[])
+
+
+def test_a_shift_stands_beside_random_directions(model, tokenizer, tmp_path):
+    vectors, moved = vectors_of_their_own(model), zoo.build("llama")
+    with torch.no_grad():
+        moved.model.layers[0].mlp.down_proj.weight += 0.05
+    options = {"tuned": moved, "questions": ["How?", "Why so?", "And when?", "Where to"], "layer": [0, 1]}
+    plain = finetuning_shift(model, tokenizer, vectors, max_new_tokens=2, **options)
+    found = finetuning_shift(model, tokenizer, vectors, max_new_tokens=2, controls=30, **options)
+    torch.testing.assert_close(found.tuned, plain.tuned, rtol=1e-4, atol=1e-5)
+    assert plain.nulls is None and "effect" not in plain.rows()[0]
+    drawn = neutral_moments(model, tokenizer, layer=[0, 1]).random_vectors(vectors[0], count=30)
+    drawn = [replace(each, trait=f"r{i}") for i, each in enumerate(drawn)]
+    random = finetuning_shift(model, tokenizer, drawn, max_new_tokens=2, **options)
+    for number, row in enumerate(row for row in found.rows() if row["pooling"] == "prompt_last"):
+        moves = (found.tuned - found.base)[:, 0, number]
+        effect = float(moves.mean() / moves.std())
+        others = (random.tuned - random.base)[:, 0, number // 2 * 30 : number // 2 * 30 + 30]
+        smaller = (others.mean(dim=0) / others.std(dim=0)).abs() < abs(effect)
+        assert row["effect"] == pytest.approx(effect, rel=1e-3)
+        assert row["beaten_isotropic"] == pytest.approx(float(smaller[:15].float().mean()))
+        assert row["beaten_covariance"] == pytest.approx(float(smaller[15:].float().mean()))
+    assert set(found.nulls.over_layers("t", pooling="prompt_last")) == {"isotropic", "covariance"}
+    found.save(tmp_path / "shift.json")
+    assert Shift.load(tmp_path / "shift.json").rows() == found.rows() and "30 random directions" in repr(found)
+    without = finetuning_shift(model, tokenizer, vectors, max_new_tokens=0, controls=30, **options)
+    assert {row["pooling"] for row in without.nulls.rows()} == {"prompt_last"}
 
 
 def test_training_reads_what_flagging_reads_and_the_same_answers(tokenizer):

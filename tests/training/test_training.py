@@ -3,7 +3,17 @@ import warnings
 import pytest
 import torch
 import zoo
-from helpers import CHECKPOINTING, batch, hooks, logged, lora, make_trainer, random_direction, rows
+from helpers import (
+    CHECKPOINTING,
+    batch,
+    hooks,
+    logged,
+    lora,
+    make_trainer,
+    random_direction,
+    rows,
+    vectors_of_their_own,
+)
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -11,6 +21,7 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.model.prompts import chat_prompt, encode
 from persona_vectors.steering.add import steer
 from persona_vectors.training.watch import ProjectionCallback, penalize
+from persona_vectors.vectors.moments import neutral_moments
 
 PROMPTS = ["How?", "Why so?"]
 
@@ -68,11 +79,37 @@ def test_the_probe_moves_as_the_weights_do(model, tokenizer, tmp_path):
     assert abs(callback.history[-1]["probe/t@1"] - callback.history[0]["probe/t@1"]) > 1e-3
 
 
+def test_random_directions_stand_beside_the_probes(model, tokenizer, tmp_path):
+    """The shift since the first step of each of them, read by transformers' own means."""
+    vector, states_at = vectors_of_their_own(model)[0], []
+    reference = neutral_moments(model, tokenizer, layer=1)
+    drawn = reference.random_vectors(vector, count=20)
+    along = torch.stack([v.directions[1] / v.directions[1].norm() for v in [vector, *drawn]])
+    questions = [*PROMPTS, "And when?"]
+    ids = [torch.tensor([encode(tokenizer, chat_prompt(tokenizer, prompt))]) for prompt in questions]
+
+    def read() -> Tensor:
+        return torch.stack([states(model.eval(), {"input_ids": i}, 1)[0, -1] @ along.T for i in ids])
+
+    states_at.append(read())
+    watch = {"layer": 1, "questions": questions, "every": 4, "controls": 20}
+    trainer, callback = watched(model, tokenizer, tmp_path, vector, watch=watch)
+    trainer.train()
+    moved = read() - states_at[0]
+    effects = (moved.mean(dim=0) / moved.std(dim=0)).abs()
+    first, last = callback.history
+    assert "deviations/t" not in first and last["probe/t"] != first["probe/t"]
+    assert abs(last["deviations/t"]) == pytest.approx(float(effects[0]), rel=1e-2)
+    assert last["isotropic/t"] == pytest.approx(float((effects[1:11] < effects[0]).float().mean()))
+    assert last["covariance/t"] == pytest.approx(float((effects[11:] < effects[0]).float().mean()))
+    assert logged(trainer, "covariance/t") == [last["covariance/t"]]
+
+
 def test_the_callback_changes_no_weight(tokenizer, tmp_path):
     ends = []
     for watch in (False, True):
         model = zoo.build("llama")
-        asked = {"layer": 1, "questions": PROMPTS, "every": 1} if watch else None
+        asked = {"layer": 1, "questions": PROMPTS, "every": 1, "controls": 20} if watch else None
         trainer, _ = watched(model, tokenizer, tmp_path, random_direction(model), watch=asked)
         trainer.train()
         ends.append(model.state_dict())
@@ -105,6 +142,8 @@ def test_bad_options_say_what_is_allowed(model, tmp_path):
         ProjectionCallback(trainer, vector, layer=1, every=0)
     with pytest.raises(InputError, match="give questions="):
         ProjectionCallback(trainer, vector, layer=1, stop_at=1.0)
+    with pytest.raises(InputError, match="over the probes: give two questions or more"):
+        ProjectionCallback(trainer, vector, layer=1, questions=PROMPTS[:1], controls=20)
     trainer.add_callback(ProjectionCallback(trainer, vector, layer=1, questions=PROMPTS))
     with pytest.raises(InputError, match="no tokenizer to read the probe prompts with"):
         trainer.train()

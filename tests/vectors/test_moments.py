@@ -5,10 +5,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import block_outputs, random_direction
+from helpers import block_outputs, hooks, random_direction
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.flagging.run import flag
 from persona_vectors.model.prompts import chat_prompt, encode_answer
+from persona_vectors.monitoring.calibration import calibrate
+from persona_vectors.monitoring.projection import project
+from persona_vectors.monitoring.trace import monitor
+from persona_vectors.steering.add import RowEdit, steer, steer_rows
+from persona_vectors.steering.backends import lens_hooks
+from persona_vectors.steering.bounds import ablate, cap, floor, steer_where
+from persona_vectors.training.shifts import finetuning_shift
 from persona_vectors.vectors import moments as module
 from persona_vectors.vectors.moments import Moments, neutral_moments
 from persona_vectors.vectors.vector import PersonaVector
@@ -51,9 +59,12 @@ def test_whitening_is_the_regularised_inverse(model, tokenizer):
     expected *= float(vector.directions[1].norm()) / np.linalg.norm(expected)
     np.testing.assert_allclose(whitened.directions[1].numpy(), expected, rtol=1e-3, atol=1e-4)
     assert not whitened.directions[[0, 2]].any() and whitened.trait == "t whitened"
-    assert whitened.info["whitened"] == {"answers": 40, "shrinkage": 0.1}
+    facts = {"answers": 40, "shrinkage": 0.1, "reference": "a list", "layers": [1]}
+    assert whitened.info["whitened"] == (2 * whitened).info["whitened"] == facts
     with pytest.raises(InputError, match="shrinkage is 0: give a number above 0"):
         found.whiten(vector, shrinkage=0)
+    with pytest.raises(InputError, match=r"Moments\(.* do not fit PersonaVector\(.*3 layers x 4"):
+        found.whiten(PersonaVector("t", "m", torch.ones(3, 4)))
 
 
 def test_moments_of_activations_at_hand_are_those_that_are_read(model, tokenizer):
@@ -111,3 +122,75 @@ def test_answers_that_do_not_vary_are_refused(model, tokenizer):
         neutral_moments(model, tokenizer, TALKS[:1], layer=1)
     with pytest.raises(InputError, match="2 answers do not vary"):
         neutral_moments(model, tokenizer, [TALKS[0]] * 2, layer=1)
+
+
+def test_moments_are_kept_in_a_file(model, tokenizer, tmp_path):
+    found, path = neutral_moments(model, tokenizer, TALKS, layer=[0, 2]), tmp_path / "moments.safetensors"
+    found.save(path)
+    loaded = Moments.load(path)
+    assert (loaded.model, loaded.count, loaded.source, list(loaded.mean)) == (found.model, 40, "a list", [0, 2])
+    vector = random_direction(model)
+    assert torch.equal(loaded.whiten(vector).directions, found.whiten(vector).directions)
+    drawn, again = (each.random_vectors(vector, count=4) for each in (found, loaded))
+    assert all(torch.equal(a.directions, b.directions) for a, b in zip(drawn, again))
+    assert list(loaded.only([2]).covariance) == [2] and not loaded.only([2]).whiten(vector).directions[0].any()
+    with pytest.raises(InputError, match="have no layer 1"):
+        loaded.only([1, 2])
+    whitened = found.whiten(vector)
+    whitened.save(tmp_path / "w.safetensors")
+    assert PersonaVector.load(tmp_path / "w.safetensors").info == whitened.info
+    with pytest.raises(InputError, match="holds no moments of this release"):
+        Moments.load(tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match="no moments file"):
+        Moments.load(tmp_path / "none.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="no whole safetensors file"):
+        Moments.load(path)
+
+
+EDITS = {
+    "steer": lambda model, vector: steer(model, vector, layer=1, coef=1.0),
+    "steer_rows": lambda model, vector: steer_rows(model, [RowEdit(vector, 1, 1.0)]),
+    "steer_where": lambda model, vector: steer_where(model, vector, layer=1, coef=1.0, when=lambda p: p > 0),
+    "ablate": lambda model, vector: ablate(model, vector, layer=1),
+    "cap": lambda model, vector: cap(model, vector, layer=1, limit=0.0),
+    "floor": lambda model, vector: floor(model, vector, layer=1, limit=0.0),
+}
+
+
+@pytest.mark.parametrize("verb", EDITS)
+def test_a_whitened_vector_edits_nothing(model, tokenizer, verb: str):
+    vector = random_direction(model)
+    whitened = neutral_moments(model, tokenizer, TALKS, layer=1).whiten(vector)
+    for chosen in (whitened, -whitened):
+        with pytest.raises(InputError, match="is whitened, for reading alone: edit with the vector") as error:
+            with EDITS[verb](model, chosen):
+                pass
+        assert "\n" not in str(error.value)
+    assert hooks(model) == 0
+    with EDITS[verb](model, vector), torch.no_grad():  # the plain one does
+        model(input_ids=torch.tensor([[5, 6]]))
+    with pytest.raises(InputError, match="edit with the vector"):
+        lens_hooks(whitened, layer=1, coef=1.0)
+
+
+def test_a_whitened_vector_is_read_like_any_other_where_it_was_whitened(model, tokenizer, tmp_path):
+    vector = random_direction(model)
+    whitened = neutral_moments(model, tokenizer, TALKS, layer=1).whiten(vector)
+    means = answer_means(model, tokenizer)[:3, 1]
+    scores = project(model, tokenizer, TALKS[:3], [vector, whitened], layer=1)["response_mean"]
+    torch.testing.assert_close(scores["t whitened"], whitened.project(means, layer=1), rtol=1e-4, atol=1e-4)
+    with monitor(model, whitened, layer=1) as trace, torch.no_grad():
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+    states = block_outputs(model, [5, 6, 7])[1]
+    torch.testing.assert_close(trace["t whitened"][0], whitened.project(states, layer=1), rtol=1e-4, atol=1e-4)
+    assert calibrate(model, tokenizer, whitened, ["How?"], layer=1, max_new_tokens=4).trait == "t whitened"
+    found = flag(
+        model, tokenizer, TALKS[:9], whitened, layer=1, baseline="none", out=tmp_path / "f.parquet", controls=20
+    )
+    whole = whitened.project(answer_means(model, tokenizer)[:9, 1], layer=1)
+    assert found.summary["t whitened"].mean == pytest.approx(float(whole.mean()), rel=1e-3)
+    moved = finetuning_shift(model, tokenizer, whitened, tuned=model, questions=["How?"], layer=1, max_new_tokens=0)
+    assert moved.interval("t whitened").mean == 0
+    with pytest.raises(InputError, match="is zero at layer 2: it was whitened at 1: give another layer"):
+        project(model, tokenizer, TALKS[:3], whitened, layer=[1, 2])
