@@ -74,8 +74,8 @@ def main(
     measure_base(study, seeds)
     chosen = list(MIXTURES)[: 2 if quick else None]
     predicted = {name: predict(study, paths[name]) for name in chosen}
-    coefs = (-2.0,) if quick else (-5.0, -2.0)
-    runs = make_runs(study, chosen, seeds, min(seeds, intervention_seeds), where, coefs)
+    coefs, weights = ((-2.0,), (0.001,)) if quick else ((-5.0, -2.0), (0.001, 0.01))
+    runs = make_runs(study, chosen, seeds, min(seeds, intervention_seeds), where, coefs, weights)
     for run in tqdm(runs[number - 1 :: shares], desc="training runs", unit="run"):
         study.run(run.name, paths[run.data], run.seed, run.edit)
     if shares == 1:

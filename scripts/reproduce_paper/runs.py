@@ -35,14 +35,20 @@ class Run:
 
 
 def make_runs(
-    study: Study, mixtures: Sequence[str], seeds: int, intervention_seeds: int, where: int, coefs: Sequence[float]
+    study: Study,
+    mixtures: Sequence[str],
+    seeds: int,
+    intervention_seeds: int,
+    where: int,
+    coefs: Sequence[float],
+    weights: Sequence[float],
 ) -> list[Run]:
     """Return the runs of each mixture and seed, and each intervention's on the negative set, at the layer `where`."""
     runs: list[Run] = []
     for name in mixtures:
         for seed in range(seeds):
             runs.append(Run(PLAIN if name == "negative" else f"set {name}", name, seed, lambda _: nullcontext()))
-    for name, edit in interventions(study, where, coefs).items():
+    for name, edit in interventions(study, where, coefs, weights).items():
         for seed in range(intervention_seeds):
             runs.append(Run(name, "negative", seed, lambda t, e=edit: e(t, study.vector)))
         for i, control in enumerate(study.controls):
@@ -52,7 +58,7 @@ def make_runs(
 
 
 def interventions(
-    study: Study, where: int, coefs: Sequence[float]
+    study: Study, where: int, coefs: Sequence[float], weights: Sequence[float]
 ) -> dict[str, Callable[[Any, PersonaVector], AbstractContextManager[None]]]:
     """Return what is done in training with a vector, by name."""
     options: dict[str, Any] = {"layer": where, "during": "training"}
@@ -66,6 +72,6 @@ def interventions(
     for coef in coefs:
         found[f"preventative {coef:g}"] = lambda _, v, c=coef: steer(study.model, v, coef=c, **options)
     found["CAFT"] = lambda _, v: ablate(study.model, v, **options)
-    for weight in (0.001, 0.01):
+    for weight in weights:
         found[f"penalty {weight:g}"] = lambda t, v, w=weight: penalty(t, v, w)
     return found
