@@ -1,10 +1,11 @@
-"""Writing files: whole or not at all, or appended to by one run at a time."""
+"""Writing files: whole or not at all, or appended to by one run at a time; and what Parquet needs."""
 
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -57,3 +58,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def import_pyarrow() -> tuple[Any, Any]:
+    """Return the modules pyarrow and pyarrow.parquet; raises InputError where they are not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError("this needs the pyarrow package: pip install 'persona-vectors-toolkit[data]'") from None
+    return pyarrow, pyarrow.parquet

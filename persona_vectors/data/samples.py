@@ -9,6 +9,8 @@ from typing import Any
 
 from persona_vectors.data.checks import check_text
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import import_pyarrow
+from persona_vectors.data.labels import read_label
 
 Source = str | Path | Iterable[Any]
 """A .jsonl, .json, .csv, .tsv or .parquet file, a dataset saved to disk, a Hub id ("name" or "name:config"), or an
@@ -30,6 +32,8 @@ class Sample:
     answer: str
     turn: int = 0
     """Which of its conversation's answers it is, from 0."""
+    label: bool | None = None
+    """What its record says in the column that `labels` names."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Talk:
     answers: tuple[int, ...]
     """The places of the assistant's turns that follow something and have no `weight` of 0."""
     where: str
+    label: bool | None = None
 
     def chosen(self, turns: str) -> tuple[int, ...]:
         """Return the places of "all" answers, or of the "last"."""
@@ -51,32 +56,37 @@ class Talk:
 
 
 def read_samples(
-    source: Source, *, columns: tuple[str, str] | None = None, split: str = "train", turns: str = "last"
+    source: Source,
+    *,
+    columns: tuple[str, str] | None = None,
+    split: str = "train",
+    turns: str = "last",
+    labels: str | None = None,
 ) -> Iterator[Sample | InputError]:
     """Yield a record's answers, the last or "all", or an InputError that says where and why it has none.
 
     The records are those of `read_talks`; never holds them all.
     """
-    for talk in read_talks(source, columns=columns, split=split):
+    for talk in read_talks(source, columns=columns, split=split, labels=labels):
         if isinstance(talk, InputError):
             yield talk
             continue
         for place in talk.chosen(turns):
             answer = talk.messages[place]["content"]
-            yield Sample(talk.row, talk.id, talk.messages[:place], answer, talk.answers.index(place))
+            yield Sample(talk.row, talk.id, talk.messages[:place], answer, talk.answers.index(place), talk.label)
 
 
 def read_talks(
-    source: Source, *, columns: tuple[str, str] | None = None, split: str = "train"
+    source: Source, *, columns: tuple[str, str] | None = None, split: str = "train", labels: str | None = None
 ) -> Iterator[Talk | InputError]:
     """Yield each record's conversation, or an InputError that says where and why it is none; never holds them all.
 
     A record holds `messages`, `prompt` and `completion` (texts, or lists of messages), `question` and `answer`, or the
     two named in `columns`; records may differ. A prompt that is a text is the user's turn; where the second of two
     lists repeats the first, it is the whole conversation. In an iterable a record may also be a list of messages, or a
-    pair of texts.
+    pair of texts. The column `labels` holds a truth value, or nothing.
 
-    Raises InputError where the source cannot be read at all.
+    Raises InputError where the source cannot be read at all, and for a label that is no truth value.
     """
     for row, (where, record) in enumerate(read_records(source, split=split)):
         try:
@@ -91,7 +101,8 @@ def read_talks(
             yield InputError(f"{where}: {error}")
         else:
             own = record.get("id") if isinstance(record, dict) else None
-            yield Talk(row, str(row if own is None else own), tuple(messages), tuple(answers), where)
+            label = None if labels is None else read_label(record, labels, where)
+            yield Talk(row, str(row if own is None else own), tuple(messages), tuple(answers), where, label)
 
 
 def read_records(source: Source, *, split: str = "train") -> Iterator[tuple[str, Any]]:
@@ -189,16 +200,6 @@ def _hugging_face(source: str | Path, split: str) -> Iterable[Any]:
         ) from None
 
 
-def import_pyarrow() -> tuple[Any, Any]:
-    """Return the modules pyarrow and pyarrow.parquet; raises InputError where they are not installed."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise InputError("this needs the pyarrow package: pip install 'persona-vectors-toolkit[data]'") from None
-    return pyarrow, pyarrow.parquet
-
-
 def _conversation(record: Any, columns: tuple[str, str] | None) -> tuple[list[dict[str, str]], set[int]]:
     """Return a record's messages, and the places of those that it does not train on."""
     if isinstance(record, (list, tuple)):
@@ -208,8 +209,7 @@ def _conversation(record: Any, columns: tuple[str, str] | None) -> tuple[list[di
         raise InputError(f"it is {type(record).__name__}, not an object: give {_FORMS}")
     if columns is None and record.get("messages") is not None:
         return _messages(record["messages"]), _unweighted(record["messages"])
-    pairs = [columns] if columns else [("prompt", "completion"), ("question", "answer")]
-    for first, second in pairs:
+    for first, second in [columns] if columns else [("prompt", "completion"), ("question", "answer")]:
         if first in record and second in record:
             before, after = _messages(record[first], "user"), _messages(record[second], "assistant")
             if isinstance(record[second], (list, tuple)) and after[: len(before)] == before:

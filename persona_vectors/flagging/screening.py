@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.data.files import atomic_path
-from persona_vectors.data.samples import Sample, Source, import_pyarrow, read_samples
+from persona_vectors.data.files import atomic_path, import_pyarrow
+from persona_vectors.data.samples import Sample, Source, read_samples
 from persona_vectors.evaluation.judge import Answer, Judge, score
 from persona_vectors.flagging.parts import read_header
 

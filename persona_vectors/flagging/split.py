@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.data.files import atomic_path
-from persona_vectors.data.samples import import_pyarrow, is_array, read_records
+from persona_vectors.data.files import atomic_path, import_pyarrow
+from persona_vectors.data.samples import is_array, read_records
 from persona_vectors.flagging.parts import flag_batches, read_header
 
 

@@ -59,7 +59,7 @@ def answer_prompts(
         read, begin = batch.read.last.values, batch.read.last.prompt_width
         for line, (i, (ids, _)) in enumerate(zip(chosen, batch.answers)):
             answers[i], values[i] = ids, read[:, line, [begin + place for place in kept[line]]].mean(dim=1)
-    columns = {"key": todo["key"], "answer_ids": answers, "values": values.tolist()}
+    columns = {"key": todo["key"], "answer_ids": answers, "values": values.numpy()}
     write_table(part(folder, "answers", number), columns)
 
 
@@ -86,7 +86,7 @@ def project_rows(
     table = read_table(part(folder, "rows", number))
     rows = list(zip(table["prompt_ids"], table["answer_ids"]))
     read = answer_means(model, rows, _kept(tokenizer, rows, skip_reasoning), units, batch_tokens)
-    write_table(part(folder, "values", number), dict(zip(("projection", "prompt_last"), (v.tolist() for v in read))))
+    write_table(part(folder, "values", number), dict(zip(("projection", "prompt_last"), (v.numpy() for v in read))))
 
 
 def _kept(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], skip_reasoning: bool) -> list[list[int]]:
