@@ -76,10 +76,8 @@ class LabelledRows:
 
     def _append(self, name: str, rows: dict[str, Any], which: np.ndarray) -> None:
         prompts = np.array([int(text, 16) for text in rows["prompt_hash"]], np.uint64)
-        columns, found = (
-            rows | {"length": rows["answer_tokens"], "prompt": prompts},
-            np.zeros(len(which), self.types[name]),
-        )
+        columns = rows | {"length": rows["answer_tokens"], "prompt": prompts}
+        found = np.zeros(len(which), self.types[name])
         for column in found.dtype.names or ():
             found[column] = np.asarray(columns[column])[which]
         with self.paths[name].open("ab") as file:

@@ -24,7 +24,8 @@ class Flags:
     path: Path
     settings: dict[str, Any]
     counts: dict[str, int]
-    """samples, truncated, empty, empty_baselines, and skipped (records that are no samples)."""
+    """samples, truncated, empty, empty_baselines, and skipped (records that are no samples); with `labels` also
+    labelled, and labelled_true."""
     summary: dict[str, Summary]
     best: dict[str, dict[str, Best]] = field(default_factory=dict)
     """With several layers and random directions, each vector's best layer by "effect", its mean difference in standard
