@@ -16,7 +16,7 @@ _RUN = """
 import gc, json, sys, threading, time
 from pathlib import Path
 import persona_vectors as pv
-from persona_vectors.data.samples import import_pyarrow
+from persona_vectors.data.files import import_pyarrow
 from transformers.utils import logging
 def resident():
     lines = Path("/proc/self/status").read_text().splitlines()

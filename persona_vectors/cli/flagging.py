@@ -56,6 +56,7 @@ def flag(
     threshold: Annotated[float | None, typer.Option(help="flag from this difference on")] = None,
     percentile: Annotated[float | None, typer.Option(help="or from this percentile (with --reference: 95)")] = None,
     controls: Annotated[int, typer.Option(help="random directions to read beside the vectors; 0: none", min=0)] = 100,
+    labels: Annotated[str | None, typer.Option(help="a column of truth values: how well the vectors tell them")] = None,
     judge: Annotated[str | None, typer.Option(help=f"add a judge's score too: {JUDGES}")] = None,
     trait: Annotated[str | None, typer.Option(help="the trait that it judges, a shipped one or a JSON file")] = None,
     cache: Annotated[Path | None, typer.Option(help="where baselines are kept (default: the user's cache)")] = None,
@@ -82,7 +83,7 @@ def flag(
     options: dict[str, Any] = {"out": out, "baseline": baseline, "answers": answers, **reading}
     options |= {"on_error": on_error, "turns": turns}
     options |= {"max_length": max_length, "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
-    options |= {"skip_reasoning": skip_reasoning, "controls": controls}
+    options |= {"skip_reasoning": skip_reasoning, "controls": controls, "labels": labels}
     options |= {"reference": reference, "threshold": threshold, "percentile": percentile}
     found = run.flag(loaded, tokenizer, data, loaded_vectors, layer=where, cache=cache, workers=workers, **options)
     echo_table(found.rows(), as_json=as_json, text=lambda: repr(found))
@@ -128,6 +129,7 @@ def split(
 def compare(
     flags: Annotated[Path, typer.Argument(metavar="FLAGS", help="a file that flag wrote")],
     other: Annotated[Path, typer.Argument(metavar="FLAGS", help="another one")],
+    effects: Annotated[Path | None, typer.Option(help="what contrast --json wrote; names idle vectors")] = None,
     as_json: Json = False,
 ) -> None:
     """Say which of two flagged datasets will move each trait more, where random directions cannot say so as well.
@@ -136,6 +138,6 @@ def compare(
     """
     from persona_vectors.flagging.compare import compare_datasets
 
-    found = compare_datasets(flags, other)
+    found = compare_datasets(flags, other, effects=effects)
     rows = [{"vector": key} | row for key, each in found.items() for row in each.rows()]
     echo_table(rows, as_json=as_json, text=lambda: "\n".join(f"{key}: {each}" for key, each in found.items()))

@@ -11,6 +11,7 @@ from typing import Any
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import import_pyarrow
 from persona_vectors.data.formats import Message, conversation
+from persona_vectors.data.labels import read_label
 from persona_vectors.data.packed import data_suffix, open_data
 
 Source = str | Path | Iterable[Any]
@@ -32,6 +33,8 @@ class Sample:
     answer: str
     turn: int = 0
     """Which of its conversation's answers it is, from 0."""
+    label: bool | None = None
+    """What its record says in the column that `labels` names."""
     calls: tuple[dict[str, Any], ...] = ()
     """The tools that the answer calls, after its text."""
 
@@ -52,6 +55,7 @@ class Talk:
     answers: tuple[int, ...]
     """The places of the assistant's turns that follow something and have no `weight` of 0."""
     where: str
+    label: bool | None = None
 
     def chosen(self, turns: str) -> tuple[int, ...]:
         """Return the places of "all" answers, or of the "last"."""
@@ -61,24 +65,29 @@ class Talk:
 
 
 def read_samples(
-    source: Source, *, columns: tuple[str, str] | None = None, split: str = "train", turns: str = "last"
+    source: Source,
+    *,
+    columns: tuple[str, str] | None = None,
+    split: str = "train",
+    turns: str = "last",
+    labels: str | None = None,
 ) -> Iterator[Sample | InputError]:
     """Yield a record's answers, the last or "all", or an InputError that says where and why it has none.
 
     The records are those of `read_talks`; never holds them all.
     """
-    for talk in read_talks(source, columns=columns, split=split):
+    for talk in read_talks(source, columns=columns, split=split, labels=labels):
         if isinstance(talk, InputError):
             yield talk
             continue
         for place in talk.chosen(turns):
             answer, turn = talk.messages[place], talk.answers.index(place)
-            calls = tuple(answer.get("tool_calls", ()))
-            yield Sample(talk.row, talk.id, talk.messages[:place], answer["content"], turn, calls=calls)
+            calls, before = tuple(answer.get("tool_calls", ())), talk.messages[:place]
+            yield Sample(talk.row, talk.id, before, answer["content"], turn, talk.label, calls=calls)
 
 
 def read_talks(
-    source: Source, *, columns: tuple[str, str] | None = None, split: str = "train"
+    source: Source, *, columns: tuple[str, str] | None = None, split: str = "train", labels: str | None = None
 ) -> Iterator[Talk | InputError]:
     """Yield each record's conversation, or an InputError that says where and why it is none; never holds them all.
 
@@ -87,9 +96,9 @@ def read_talks(
     named in `columns`, of which one that is named twice holds the whole conversation, as a side of preference data may.
     Records may differ. A prompt that is a text is the user's turn; where the second of two lists repeats the first, it
     is the whole conversation. `tools` and `system` belong to any of them. In an iterable a record may also be a list
-    of messages, or a pair of texts.
+    of messages, or a pair of texts. The column `labels` holds a truth value, or nothing.
 
-    Raises InputError where the source cannot be read at all.
+    Raises InputError where the source cannot be read at all, and for a label that is no truth value.
     """
     for row, (where, record) in enumerate(read_records(source, split=split)):
         try:
@@ -104,7 +113,8 @@ def read_talks(
             yield InputError(f"{where}: {error}")
         else:
             own = record.get("id") if isinstance(record, dict) else None
-            yield Talk(row, str(row if own is None else own), tuple(messages), tuple(answers), where)
+            label = None if labels is None else read_label(record, labels, where)
+            yield Talk(row, str(row if own is None else own), tuple(messages), tuple(answers), where, label)
 
 
 def read_records(source: Source, *, split: str = "train") -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,8 @@
 """Which of two flagged datasets will move a trait more, where random directions cannot say so as well."""
 
+import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,8 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import import_pyarrow
 from persona_vectors.data.intervals import Interval
-from persona_vectors.data.samples import import_pyarrow
+from persona_vectors.evaluation.contrast import ContrastEffect
+from persona_vectors.flagging.nulls import KEPT
 from persona_vectors.flagging.parts import read_header
 from persona_vectors.vectors.nulls import halves
 
@@ -19,8 +23,8 @@ CHANCE = 0.02
 
 A vector carries more of what answers differ by than a random direction does: with .05, every eighth pair of datasets of
 different sources, without any trait, got a verdict."""
-KEPT = 20_000
-"""The most rows of a file whose random directions are read, drawn at random."""
+Effects = str | Path | Sequence[Mapping[str, Any]]
+"""Rows of `contrast_effect`, or a file of them."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Comparison:
     enough: int | None = None
     """How many samples of each give this verdict in 95 % of 200 random subsamples; None: no number up to the smaller
     dataset's, or no verdict."""
+    moves: bool | None = None
+    """Whether `contrast` found that the vector moves its trait; None: no evidence was given."""
 
     @property
     def chance(self) -> tuple[float, float]:
@@ -68,7 +74,7 @@ class Comparison:
         shares = self.chance if self.null else (None, None)
         row |= {"effect": self.effect, "chance_isotropic": shares[0], "chance_covariance": shares[1]}
         row |= {"reference": self.reference, "length": self.length, "alike": list(self.alike)}
-        return [row | {"verdict": self.verdict, "enough": self.enough}]
+        return [row | {"verdict": self.verdict, "enough": self.enough, "moves": self.moves}]
 
     def __str__(self) -> str:
         text = (
@@ -86,7 +92,8 @@ class Comparison:
             text += f"no verdict, {max(self.chance):.0%} of random directions tell these two datasets apart as well"
         apart = not self.gap.low <= 0 <= self.gap.high
         text += f"; {', '.join(self.alike)} tells them apart as well" if self.alike and apart else ""
-        return text + f"; by length alone {self.length:.2f}"
+        text += f"; by length alone {self.length:.2f}"
+        return text + ("; contrast found no effect of this vector on this model" if self.moves is False else "")
 
 
 class _Read(NamedTuple):
@@ -101,7 +108,9 @@ class _Read(NamedTuple):
     lengths: np.ndarray
 
 
-def compare_datasets(flags: str | Path, other: str | Path, *, seed: int = 0) -> dict[str, Comparison]:
+def compare_datasets(
+    flags: str | Path, other: str | Path, *, effects: Effects | None = None, seed: int = 0
+) -> dict[str, Comparison]:
     """Compare two flags files, vector by vector, with 95 % intervals clustered by prompt.
 
     Two datasets differ in topic, length and form too, and almost any direction tells them apart. A verdict is given
@@ -125,14 +134,29 @@ def compare_datasets(flags: str | Path, other: str | Path, *, seed: int = 0) -> 
         found = _compared(sides[0], sides[1], settings.get("controls_reference"))
         enough = _enough(sides, found, np.random.default_rng(seed)) if found.verdict else None
         compared[key] = found, enough
-    effects = {key: abs(found.effect) for key, (found, _) in compared.items()}
+    sizes, moving = {key: abs(found.effect) for key, (found, _) in compared.items()}, _moving(effects)
     result = {}
     for key, (found, enough) in compared.items():
         at = key.partition("@")[2]
-        others = {name: effect for name, effect in effects.items() if name != key and name.partition("@")[2] == at}
-        alike = tuple(name for name, effect in others.items() if effect >= effects[key])
-        result[key] = Comparison(**{**vars(found), "alike": alike, "enough": enough})
+        others = {name: effect for name, effect in sizes.items() if name != key and name.partition("@")[2] == at}
+        alike = tuple(name for name, effect in others.items() if effect >= sizes[key])
+        moves = moving.get(key.partition("@")[0])
+        result[key] = Comparison(**{**vars(found), "alike": alike, "enough": enough, "moves": moves})
     return result
+
+
+def _moving(effects: Effects | None) -> dict[str, bool]:
+    """Return which traits' vectors `contrast` found to work, of those that it was run for."""
+    rows: Any = effects or []
+    if isinstance(effects, str | Path):
+        try:
+            rows = json.loads(Path(effects).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read {effects} ({error}): give what contrast --json wrote") from None
+        rows = rows if isinstance(rows, list) else ContrastEffect.load(effects).rows()
+    if not all(isinstance(row, Mapping) and "trait" in row and isinstance(row.get("works"), bool) for row in rows):
+        raise InputError("effects are no rows of contrast_effect: give a trait and whether it works in each")
+    return {row["trait"]: row["works"] for row in rows}
 
 
 def _read(path: Path, key: str, controls: str | None, seed: int) -> _Read:

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.checks import check_settings
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import import_pyarrow
 from persona_vectors.data.progress import bar
-from persona_vectors.data.samples import Source, import_pyarrow, read_samples
+from persona_vectors.data.samples import Source, read_samples
 from persona_vectors.flagging.checks import check
 from persona_vectors.flagging.merge import merge
 from persona_vectors.flagging.parts import Flags, is_flags, part, read_header, read_json, write_json
@@ -58,6 +59,7 @@ class Job:
     threshold: float | None
     percentile: float | None
     controls: int
+    labels: str | None
     cache: str | Path | None
     batch_tokens: int | None
     chunk: int
@@ -122,6 +124,7 @@ class Job:
             "split": self.split,
             "turns": self.turns,
             "on_error": self.on_error,
+            "labels": self.labels,
             "max_length": self.limit,
             "batch_tokens": self.batch_tokens or batch_tokens_for(self.model),
             "chunk": self.chunk,
@@ -145,7 +148,7 @@ class Job:
         if self.out.exists():
             header = read_header(self.out)
             check_settings(self.out, header["settings"], {**self.settings, **self.judged})
-            check_digest(self.read(self.data), header["digest"], self.out)
+            check_digest(self.read(self.data, self.labels), header["digest"], self.out)
             return Flags.load(self.out)
         if self.folder.exists():
             check_settings(self.folder, read_json(self.folder / "settings.json"), self.settings)
@@ -164,8 +167,8 @@ class Job:
         names = ("vectors", "layers", "skip_reasoning", "controls", "controls_reference")
         return _hash([self.settings[name] for name in names])
 
-    def read(self, source: Source) -> Any:
-        return read_samples(source, columns=self.columns, split=self.split, turns=self.turns)
+    def read(self, source: Source, labels: str | None = None) -> Any:
+        return read_samples(source, columns=self.columns, split=self.split, turns=self.turns, labels=labels)
 
     def ranked(self) -> Path | None:
         """Return the flags file that percentiles are taken among, made first where neutral samples were given."""
@@ -174,7 +177,8 @@ class Job:
         path = self.reference
         if not is_flags(path):
             own = Path(f"{self.out}.reference.parquet")
-            plain: dict[str, Any] = {"reference": None, "threshold": None, "percentile": None, "controls": 0}
+            plain: dict[str, Any] = {"reference": None, "threshold": None, "percentile": None}
+            plain |= {"controls": 0, "labels": None}
             path = replace(self, data=path, out=own, **plain).flags().path
         path = Path(str(path))
         theirs = read_header(path)["settings"]
@@ -192,7 +196,7 @@ class Job:
         try:
             return make_plan(
                 self.tokenizer,
-                self.read(self.data),
+                self.read(self.data, self.labels),
                 self.folder,
                 stop=self.on_error == "stop",
                 limit=self.limit,
@@ -202,6 +206,7 @@ class Job:
                 namespace=_hash([self.settings[n] for n in ("weights", "dtype", "config_hash", "max_new_tokens")]),
                 reading=self.reading,
                 chunk=self.chunk,
+                labels=self.labels,
             )
         except InputError:
             if not (self.folder / "plan.json").exists():  # nothing has been computed yet

@@ -1,7 +1,6 @@
 """The last step of a flagging run: parts become one Parquet file with percentiles and flags."""
 
 import json
-import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -11,14 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from persona_vectors.data.files import atomic_path
-from persona_vectors.data.samples import import_pyarrow
-from persona_vectors.flagging.parts import FORMAT, HEADER, Flags, Summary, flag_batches, part, read_table
+from persona_vectors.data.files import atomic_path, import_pyarrow
+from persona_vectors.flagging.columns import Column
+from persona_vectors.flagging.labelled import LabelledRows
+from persona_vectors.flagging.nulls import best_layer
+from persona_vectors.flagging.parts import FORMAT, HEADER, Flags, fixed, flag_batches, part, read_table
+from persona_vectors.flagging.results import Best, Summary
 from persona_vectors.flagging.store import Baselines
 from persona_vectors.vectors.directions import vector_keys
-from persona_vectors.vectors.nulls import Spread, beaten, halves
+from persona_vectors.vectors.nulls import Spread
 
 _PLAIN = ("row", "turn", "id", "prompt_hash", "prompt_tokens", "answer_tokens", "baseline_tokens", "truncated")
+_LABELS = ("label", "sentiment")
 
 
 def merge(
@@ -40,39 +43,68 @@ def merge(
         def parts() -> Iterator[dict[str, Any]]:
             return (_part_rows(folder, n, baseline, reading, known, places, randoms) for n in range(plan["chunks"]))
 
-        own = [_Column(folder / f"sorted-{i}.f32") for i in range(len(keys))]
-        totals["empty_baselines"] = 0
+        own = [Column(folder / f"sorted-{i}.f32") for i in range(len(keys))]
         spreads = {name: Spread() for name in randoms}
+        told = None
+        if settings["labels"]:
+            told = LabelledRows(folder, len(keys), randoms, controls, totals["labelled"])
+        totals["empty_baselines"] = 0
         for rows in parts():
             for name, spread in spreads.items():
                 spread.add(rows[name])
             for column, values in zip(own, rows["difference"].T):
                 column.add(values)
+            if told:
+                told.add(rows)
             lacks = np.isnan(rows["baseline"]).any(axis=1) & ~np.isnan(rows["projection"]).any(axis=1)
             totals["empty_baselines"] += int(lacks.sum()) if baseline not in ("none", "prompt_last") else 0
         ranks = own if reference is None else _reference_columns(folder, reference, keys)
         for column in {*own, *ranks}:
             column.sort()
         limits = [_limit(column, settings["threshold"], settings["percentile"]) for column in ranks]
-        flagged = np.zeros(len(keys), int)
-        for rows in parts():
-            for i, limit in enumerate(limits):
-                flagged[i] += 0 if limit is None else int((rows["difference"][:, i] >= limit).sum())
-        nulls = [spreads[f"controls@{layer}"] for layer in settings["layers"] for _ in settings["vectors"]]
-        summary = {key: own[i].summary(limits[i], int(flagged[i]), nulls[i]) for i, key in enumerate(keys)}
+        effects = {name: spread.effects for name, spread in spreads.items()}
+        summary, best = _results(keys, settings, own, limits, effects, told)
         header = {"format": FORMAT, "settings": settings, "digest": plan["digest"], "counts": totals}
         header["summary"] = {key: asdict(found) for key, found in summary.items()}
+        header["best"] = {trait: {name: asdict(one) for name, one in scores.items()} for trait, scores in best.items()}
         metadata = {HEADER: json.dumps(header).encode()}
-        schema = pa.schema(_fields(pa, keys, randoms, controls), metadata=metadata)
+        schema = pa.schema(_fields(pa, keys, randoms, controls, labels=told is not None), metadata=metadata)
         with atomic_path(out) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
             for rows in parts():
                 columns = _columns(rows, keys, ranks, limits)
-                columns |= {name: list(rows[name]) for name in schema.names if name in randoms}
+                columns |= {name: fixed(rows[name]) for name in schema.names if name in randoms}
+                columns |= {name: rows[name] for name in _LABELS if told}
                 writer.write_table(pa.table(columns, schema=schema))
             if not plan["chunks"]:
                 writer.write_table(schema.empty_table())
     shutil.rmtree(folder)
-    return Flags(out, settings, totals, summary)
+    return Flags(out, settings, totals, summary, best)
+
+
+def _results(
+    keys: Sequence[str],
+    settings: dict[str, Any],
+    own: Sequence[Column],
+    limits: Sequence[float | None],
+    effects: dict[str, np.ndarray],
+    told: LabelledRows | None,
+) -> tuple[dict[str, Summary], dict[str, dict[str, Best]]]:
+    """Return each key's summary, and each vector's best layers; `effects` are those of a layer's random directions."""
+    layers, traits = settings["layers"], list(settings["vectors"])
+    names = [f"controls@{layer}" for layer in layers for _ in traits]
+    areas = {name: told.random(name) for name in effects} if told else {}
+    found = [column.summary(limit, effects[name]) for column, limit, name in zip(own, limits, names)]
+    if told:
+        labelled = told.summaries([areas[name] for name in names])
+        found = [replace(one, labelled=label) for one, label in zip(found, labelled)]
+    best: dict[str, dict[str, Best]] = {}
+    for i, trait in enumerate(traits if len(layers) > 1 and settings["controls"] else []):
+        mine = range(i, len(keys), len(traits))
+        scores = {"effect": best_layer([own[k].effect for k in mine], effects, layers, 0.0)}
+        if told:
+            scores["auroc"] = best_layer([labelled[k].auroc.mean for k in mine], areas, layers, 0.5)
+        best[trait] = {name: one for name, one in scores.items() if one is not None}
+    return dict(zip(keys, found)), best
 
 
 def _places(vectors: int, controls: int, layers: Sequence[int]) -> tuple[list[int], dict[str, slice]]:
@@ -83,13 +115,15 @@ def _places(vectors: int, controls: int, layers: Sequence[int]) -> tuple[list[in
     return places, {name: slice(first + vectors, first + width) for name, first in blocks.items()}
 
 
-def _fields(pa: Any, keys: Sequence[str], randoms: Iterable[str], controls: int) -> list[Any]:
+def _fields(pa: Any, keys: Sequence[str], randoms: Iterable[str], controls: int, *, labels: bool) -> list[Any]:
     types = dict.fromkeys(_PLAIN, pa.int32()) | {"row": pa.int64(), "truncated": pa.bool_()}
     types |= {"id": pa.string(), "prompt_hash": pa.string()}
     for key in keys:
         types |= {f"{key}_{name}": pa.float32() for name in ("projection", "baseline", "difference", "percentile")}
         types[f"{key}_flagged"] = pa.bool_()
     types["flagged"] = pa.bool_()
+    if labels:
+        types |= {"label": pa.bool_(), "sentiment": pa.float32()}
     if controls:
         types |= dict.fromkeys(randoms, pa.list_(pa.float32(), controls))
     return [pa.field(name, kind) for name, kind in types.items()]
@@ -119,14 +153,14 @@ def _values(
     rows: dict[str, Any], read: dict[str, Any], baseline: str, reading: str, known: Baselines
 ) -> dict[str, np.ndarray]:
     """Return projections, baselines and differences, [row, all that was read]; the rows are told their tokens."""
-    whole = {"projection": np.array(read["projection"], np.float32).reshape(len(rows["row"]), -1)}
+    whole = {"projection": read["projection"]}
     for name in ("prompt", "answer"):
         rows[f"{name}_tokens"] = [len(ids) for ids in rows[f"{name}_ids"]]
     rows["baseline_tokens"] = [None] * len(rows["row"])
     if baseline == "none":
         return whole | {"baseline": np.full_like(whole["projection"], np.nan), "difference": whole["projection"]}
     if baseline == "prompt_last":
-        whole["baseline"] = np.array(read["prompt_last"], np.float32).reshape(len(rows["row"]), -1)
+        whole["baseline"] = read["prompt_last"]
     else:
         found = [known.find(key, reading) for key in rows["key"]]
         assert all(item is not None for item in found)
@@ -135,7 +169,7 @@ def _values(
     return whole | {"difference": whole["projection"] - whole["baseline"]}
 
 
-def _columns(rows: dict[str, Any], keys: Sequence[str], ranks: "Sequence[_Column]", limits: Sequence) -> dict[str, Any]:
+def _columns(rows: dict[str, Any], keys: Sequence[str], ranks: Sequence[Column], limits: Sequence) -> dict[str, Any]:
     columns = {name: rows[name] for name in _PLAIN}
     either: list[bool | None] = [None] * len(rows["row"])
     for i, key in enumerate(keys):
@@ -154,67 +188,14 @@ def _nullable(values: np.ndarray) -> Any:
     return import_pyarrow()[0].array(values, mask=np.isnan(values))
 
 
-class _Column:
-    """Differences of one vector: running sums in memory, the values in a file that is sorted in place."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.count, self.sum, self.squares = path, 0, 0.0, 0.0
-        path.unlink(missing_ok=True)
-        path.touch()
-
-    def add(self, values: np.ndarray) -> None:
-        wide = values[~np.isnan(values)].astype(np.float64)
-        before = self.sum / self.count if self.count else 0.0
-        self.count += len(wide)
-        self.sum += float(wide.sum())
-        after = self.sum / self.count if self.count else 0.0
-        # the sum of squared deviations, updated by whole parts: exact where a sum of squares would cancel
-        self.squares += float(((wide - after) ** 2).sum()) + (self.count - len(wide)) * (after - before) ** 2
-        with self.path.open("ab") as file:
-            file.write(wide.astype(np.float32).tobytes())
-
-    def sort(self) -> None:
-        if self.count:
-            values = np.memmap(self.path, np.float32, mode="r+")
-            values.sort()
-            values.flush()
-        self.values = np.memmap(self.path, np.float32, mode="r") if self.count else np.zeros(0, np.float32)
-
-    def percentiles(self, values: np.ndarray) -> np.ndarray:
-        """Return the share of the column below each value, ties counted half, in percent."""
-        if not self.count:
-            return np.full(len(values), np.nan, np.float32)
-        below, upto = (np.searchsorted(self.values, values, side=side) for side in ("left", "right"))
-        return np.where(np.isnan(values), np.nan, 50 * (below + upto) / self.count).astype(np.float32)
-
-    def at(self, percentile: float) -> float:
-        place = percentile / 100 * (self.count - 1)
-        low, high = self.values[math.floor(place)], self.values[math.ceil(place)]
-        return float(low + (high - low) * (place - math.floor(place)))
-
-    def summary(self, threshold: float | None, flagged: int, null: "Spread") -> Summary:
-        mean = self.sum / self.count if self.count else math.nan
-        deviation = math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else math.nan
-        enough = None
-        if mean and not math.isnan(deviation):
-            enough = max(2, math.ceil((1.96 * deviation / mean) ** 2))
-        error = deviation / math.sqrt(self.count) if self.count else math.nan
-        found, effects = Summary(mean, error, self.count, enough, threshold, flagged), null.effects
-        if not len(effects) or not deviation:
-            return found
-        shares = beaten(mean / deviation, effects)
-        band = max(float(np.quantile(np.abs(half), 0.95)) for half in halves(effects))
-        return replace(found, beaten_isotropic=shares[0], beaten_covariance=shares[1], null=band * deviation)
-
-
-def _limit(column: _Column, threshold: float | None, percentile: float | None) -> float | None:
+def _limit(column: Column, threshold: float | None, percentile: float | None) -> float | None:
     if percentile is None:
         return threshold
     return column.at(percentile) if column.count else None
 
 
-def _reference_columns(folder: Path, reference: Path, keys: Sequence[str]) -> list[_Column]:
-    columns = [_Column(folder / f"reference-{i}.f32") for i in range(len(keys))]
+def _reference_columns(folder: Path, reference: Path, keys: Sequence[str]) -> list[Column]:
+    columns = [Column(folder / f"reference-{i}.f32") for i in range(len(keys))]
     for batch in flag_batches(reference, [f"{key}_difference" for key in keys]):
         for column, key in zip(columns, keys):
             column.add(np.array(batch[f"{key}_difference"], np.float32))

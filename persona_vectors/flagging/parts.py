@@ -2,38 +2,19 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from pydantic import TypeAdapter
+
 from persona_vectors.data.errors import InputError
-from persona_vectors.data.files import atomic_path
-from persona_vectors.data.samples import import_pyarrow
+from persona_vectors.data.files import atomic_path, import_pyarrow
+from persona_vectors.flagging.results import Best, Summary
 
 FORMAT = 1
 HEADER = b"persona_vectors_flags"
-
-
-@dataclass(frozen=True)
-class Summary:
-    """One vector's projection difference over a dataset (paper, section 6)."""
-
-    mean: float
-    standard_error: float
-    samples: int
-    """How many samples have a difference: those with an empty answer have none."""
-    enough: int | None
-    """How many samples it takes for the mean's 95 % interval to leave out zero; None where no number does."""
-    threshold: float | None
-    """The difference from which a sample is flagged."""
-    flagged: int
-    beaten_isotropic: float | None = None
-    """The share of isotropic random directions whose mean difference, in standard deviations, is nearer to zero."""
-    beaten_covariance: float | None = None
-    """The same of those with the covariance of neutral answers."""
-    null: float | None = None
-    """How far from zero the means of 95 % of random directions lie, of the kind that lies further: their effects
-    in standard deviations, times the vector's."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +24,12 @@ class Flags:
     path: Path
     settings: dict[str, Any]
     counts: dict[str, int]
-    """samples, truncated, empty, empty_baselines, and skipped (records that are no samples)."""
+    """samples, truncated, empty, empty_baselines, and skipped (records that are no samples); with `labels` also
+    labelled, and labelled_true."""
     summary: dict[str, Summary]
+    best: dict[str, dict[str, Best]] = field(default_factory=dict)
+    """With several layers and random directions, each vector's best layer by "effect", its mean difference in standard
+    deviations, and by "auroc" where there are labels."""
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in self.counts.items())
@@ -60,11 +45,20 @@ class Flags:
                     f"directions and {found.beaten_covariance:.0%} with the covariance of "
                     f"{self.settings['controls_reference']}"
                 )
-        return "\n".join(lines)
+            lines += [f"    labels: {found.labelled}"] if found.labelled else []
+        return "\n".join([*lines, *[f"  {line}" for line in self.best_lines()]])
+
+    def best_lines(self) -> list[str]:
+        """Return a line for each vector's best layer, by effect and by AUROC."""
+        lines = []
+        for trait, scores in self.best.items():
+            for name, one in scores.items():
+                lines.append(f"{trait}: {name} {one.value:{'+.2f' if name == 'effect' else '.2f'}} {one}")
+        return lines
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row a vector: its summary over the dataset."""
-        return [{"vector": key, **asdict(found)} for key, found in self.summary.items()]
+        return [{"vector": key, **found.columns()} for key, found in self.summary.items()]
 
     def to_pandas(self) -> Any:
         """Return the samples, a row each, as a pandas DataFrame; see `flag` for the columns."""
@@ -78,8 +72,9 @@ class Flags:
     def load(cls, path: str | Path) -> "Flags":
         """Read what a finished flags file says of itself; raises InputError where it is none of ours."""
         header = read_header(Path(path))
-        summary = {key: Summary(**found) for key, found in header["summary"].items()}
-        return cls(Path(path), header["settings"], header["counts"], summary)
+        summary = TypeAdapter(dict[str, Summary]).validate_python(header["summary"])
+        best = TypeAdapter(dict[str, dict[str, Best]]).validate_python(header.get("best", {}))
+        return cls(Path(path), header["settings"], header["counts"], summary, best)
 
 
 def is_flags(source: Any) -> bool:
@@ -112,16 +107,28 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_table(path: Path, columns: dict[str, Any]) -> None:
-    """Write a part, whole or not at all."""
+    """Write a part, whole or not at all; arrays [row, width] as lists of a fixed size."""
     pa, parquet = import_pyarrow()
+    columns = {name: fixed(values) if isinstance(values, np.ndarray) else values for name, values in columns.items()}
     with atomic_path(path) as temporary:
         parquet.write_table(pa.table(columns), temporary)
 
 
+def fixed(values: np.ndarray) -> Any:
+    """Return an array [row, width] as Arrow's lists of a fixed size."""
+    pa, _ = import_pyarrow()
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), pa.float32()), values.shape[1])
+
+
 def read_table(path: Path) -> dict[str, Any]:
-    """Return a part's columns as lists; fixed-size lists as arrays [row, width]."""
-    _, parquet = import_pyarrow()
-    return parquet.read_table(path).to_pydict()
+    """Return a part's columns as lists; lists of a fixed size as arrays [row, width]."""
+    pa, parquet = import_pyarrow()
+    table, found = parquet.read_table(path).combine_chunks(), {}
+    for name, kind in zip(table.schema.names, table.schema.types):
+        wide = pa.types.is_fixed_size_list(kind)
+        values = table.column(name).combine_chunks()
+        found[name] = values.flatten().to_numpy().reshape(-1, kind.list_size) if wide else values.to_pylist()
+    return found
 
 
 def part(folder: Path, kind: str, number: int) -> Path:

@@ -15,9 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.progress import bar
 from persona_vectors.data.samples import Sample, Source
+from persona_vectors.evaluation.judges import SentimentJudge
 from persona_vectors.flagging.parts import part, read_json, write_json, write_table
 from persona_vectors.flagging.store import Baselines
 from persona_vectors.model.prompts import encode_answer, finished_turn, fit
+
+SENTIMENT_OF = 1000
+"""How many characters of an answer VADER reads: its time grows with their square."""
 
 
 def source_name(source: Source) -> str:
@@ -40,6 +44,7 @@ def make_plan(
     namespace: str,
     reading: str,
     chunk: int,
+    labels: str | None,
 ) -> dict[str, Any]:
     """Write `folder`'s parts, "rows" and the "prompts" that lack a base answer; returns how many, counts and a digest.
 
@@ -55,7 +60,7 @@ def make_plan(
     rows, prompts = _Parts(folder, "rows", chunk), _Parts(folder, "prompts", chunk)
     (folder / "baselines.sqlite").unlink(missing_ok=True)
     given = None if answers is None else _Given(folder / "given.sqlite", answers)
-    reader = _Reader(tokenizer, limit, new_tokens, given, namespace, stop)
+    reader = _Reader(tokenizer, limit, new_tokens, given, namespace, stop, labels)
     with closing(Baselines(folder / "baselines.sqlite")) as here, closing(Baselines(cache)) as kept:
         for sample in bar(samples, desc="reading samples", unit="sample"):
             seen.update(repr(sample).encode())
@@ -74,6 +79,7 @@ def make_plan(
         rows.write()
         prompts.write()
         here.database.commit()
+    reader.check_labels()
     plan = {"chunks": rows.number, "groups": prompts.number, "counts": reader.counts, "digest": seen.hexdigest()}
     write_json(known, plan)
     return plan
@@ -89,9 +95,13 @@ class _Reader:
     given: "_Given | None"
     namespace: str
     stop: bool
+    labels: str | None
 
     def __post_init__(self) -> None:
         self.counts = {"samples": 0, "truncated": 0, "empty": 0, "skipped": 0}
+        if self.labels:
+            self.counts |= {"labelled": 0, "labelled_true": 0}
+            self.sentiment = SentimentJudge()
 
     def read(self, sample: Sample | InputError) -> dict[str, Any] | None:
         """Return a sample's row, with its given base answer as `base`; None for what is no sample and is left out."""
@@ -114,6 +124,11 @@ class _Reader:
         cut = (len(prompt), len(answer)) != (len(whole[0]), len(whole[1]))
         for name, seen in (("samples", True), ("truncated", cut), ("empty", not answer)):
             self.counts[name] += seen
+        told = {}
+        if self.labels:
+            self.counts["labelled"] += sample.label is not None
+            self.counts["labelled_true"] += sample.label is True
+            told = {"label": sample.label, "sentiment": self.sentiment.compound(sample.answer[:SENTIMENT_OF])}
         name = hashlib.sha256(np.array(prompt, np.int32).tobytes()).hexdigest()
         own = base is not None and hashlib.sha256(repr(base).encode()).hexdigest()
         return {
@@ -126,7 +141,17 @@ class _Reader:
             "answer_ids": answer,
             "truncated": cut,
             "base": base,
+            **told,
         }
+
+    def check_labels(self) -> None:
+        """Raise InputError where the labels are all alike, or there are none."""
+        if self.labels and not 0 < self.counts["labelled_true"] < self.counts["labelled"]:
+            true = self.counts["labelled_true"]
+            raise InputError(
+                f"labels={self.labels!r} says true of {true} samples and false of {self.counts['labelled'] - true}: "
+                "name a column that says both"
+            )
 
 
 def check_digest(samples: Iterable[Sample | InputError], wanted: str, where: Path) -> None:

@@ -90,6 +90,8 @@ def render(flags: Flags, rows: Sequence[dict[str, Any]], out: str | Path) -> Non
         settings=flags.settings,
         counts=flags.counts,
         summary={key: asdict(found) for key, found in flags.summary.items()},
+        labelled={key: str(found.labelled) for key, found in flags.summary.items() if found.labelled},
+        best=flags.best_lines(),
         histograms=[_histogram(flags, key) for key in keys],
         sets=list(dict.fromkeys(name for row in rows for name in row["set"].split(", "))),
         rows=list(rows),

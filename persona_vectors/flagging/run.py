@@ -37,6 +37,7 @@ def flag(
     threshold: float | None = None,
     percentile: float | None = None,
     controls: int = 100,
+    labels: str | None = None,
     cache: str | Path | None = None,
     batch_tokens: int | None = None,
     chunk: int = 256,
@@ -57,7 +58,10 @@ def flag(
     difference, or from `percentile` on, 95 where there is a `reference`. With several layers: `trait@layer`.
 
     `controls` random directions are read in the same passes: half isotropic, half with the covariance of the mean
-    activations of `reference`, else of 16 answers on plain facts. The summary says how many the vector surpasses.
+    activations of `reference`, else of 16 answers on plain facts. The summary says how many the vector surpasses,
+    with several layers also at their best ones. `labels` names a column with a truth value for each record, or null:
+    how well each vector tells the true samples from the false ones (AUROC, clustered by prompt, and within prompts)
+    then stands beside those directions, the answer's length and VADER's sentiment of its first 1,000 characters.
 
     A killed run goes on from `out`.parts, `chunk` samples at a time. `workers` > 1 are Ray actors with a model each.
     Raises InputError for what does not fit, and for an `out` that was made with other settings.
@@ -65,6 +69,7 @@ def flag(
     reading = {"columns": columns, "split": split, "turns": turns, "on_error": on_error, "max_length": max_length}
     scoring = {"baseline": baseline, "answers": answers, "max_new_tokens": max_new_tokens}
     ranking = {"reference": reference, "threshold": threshold, "percentile": percentile, "controls": controls}
+    ranking |= {"labels": labels}
     running = {"cache": cache, "batch_tokens": batch_tokens, "chunk": chunk, "workers": workers}
     options: dict[str, Any] = {**reading, **scoring, "skip_reasoning": skip_reasoning, **ranking, **running}
     with writing(out):

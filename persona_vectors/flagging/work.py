@@ -14,8 +14,8 @@ from persona_vectors.flagging.store import Baselines
 from persona_vectors.model.blocks import Model
 from persona_vectors.model.generation import CACHED, generate_batches, stop_tokens
 from persona_vectors.model.passes import Row
+from persona_vectors.model.pooling import pool
 from persona_vectors.model.prompts import outside_reasoning
-from persona_vectors.monitoring.projection import token_projections
 from persona_vectors.monitoring.trace import monitor
 from persona_vectors.vectors.directions import unit_directions
 from persona_vectors.vectors.vector import PersonaVector
@@ -59,7 +59,7 @@ def answer_prompts(
         read, begin = batch.read.last.values, batch.read.last.prompt_width
         for line, (i, (ids, _)) in enumerate(zip(chosen, batch.answers)):
             answers[i], values[i] = ids, read[:, line, [begin + place for place in kept[line]]].mean(dim=1)
-    columns = {"key": todo["key"], "answer_ids": answers, "values": values.tolist()}
+    columns = {"key": todo["key"], "answer_ids": answers, "values": values.numpy()}
     write_table(part(folder, "answers", number), columns)
 
 
@@ -86,7 +86,7 @@ def project_rows(
     table = read_table(part(folder, "rows", number))
     rows = list(zip(table["prompt_ids"], table["answer_ids"]))
     read = answer_means(model, rows, _kept(tokenizer, rows, skip_reasoning), units, batch_tokens)
-    write_table(part(folder, "values", number), dict(zip(("projection", "prompt_last"), (v.tolist() for v in read))))
+    write_table(part(folder, "values", number), dict(zip(("projection", "prompt_last"), (v.numpy() for v in read))))
 
 
 def _kept(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], skip_reasoning: bool) -> list[list[int]]:
@@ -97,8 +97,15 @@ def _kept(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], skip_reasonin
 def answer_means(
     model: Model, rows: Sequence[Row], kept: Sequence[Sequence[int]], units: dict[int, Tensor], batch_tokens: int
 ) -> tuple[Float[Tensor, "row key"], Float[Tensor, "row key"]]:
-    """Return the mean over the tokens kept of each answer, nan for none, and the values at each prompt's last token."""
-    tokens = token_projections(model, rows, units, batch_tokens=batch_tokens)
-    ends = [len(prompt) for prompt, _ in rows]
-    means = [values[[end + i for i in chosen]].mean(dim=0) for values, end, chosen in zip(tokens, ends, kept)]
-    return torch.stack(means), torch.stack([values[end - 1] for values, end in zip(tokens, ends)])
+    """Return the mean over the tokens kept of each answer, nan for none, and the values at each prompt's last token.
+
+    Activations are averaged before they are projected: what hundreds of random directions cost does not grow with the
+    tokens.
+    """
+    poolings, layers = ("response_mean", "prompt_last"), list(units)
+    pooled = pool(model, rows, poolings=poolings, kept=kept, layer=layers, batch_tokens=batch_tokens).means
+    means, last = (
+        torch.cat([pooled[:, place, k] @ units[layer].T for k, layer in enumerate(layers)], dim=1) for place in (0, 1)
+    )
+    means[[not chosen for chosen in kept]] = torch.nan
+    return means, last

@@ -23,6 +23,7 @@ from persona_vectors.model.passes import Row
 from persona_vectors.model.prompts import batch_tokens_for, length_batches
 from persona_vectors.monitoring.trace import monitor
 from persona_vectors.vectors.directions import unit_directions
+from persona_vectors.vectors.moments import neutral_moments
 
 
 def flagging(
@@ -33,6 +34,7 @@ def flagging(
     new_tokens: Annotated[int, typer.Option(help="length of a generated baseline", min=1)] = 64,
     layer: Annotated[int | None, typer.Option(help="[default: the middle one]")] = None,
     workers: Annotated[bool, typer.Option(help="also time two Ray actors against one, a thread each")] = False,
+    controls: Annotated[bool, typer.Option(help="only time runs with 100 random directions and none")] = False,
     rounds: Rounds = 3,
     out: Out = None,
 ) -> None:
@@ -45,6 +47,9 @@ def flagging(
     prompts = make_prompts(tokenizer, 8, vocabulary)
     rows = make_rows([prompts[i % 8] for i in range(samples)], 1, answer_tokens, vocabulary)
     print(f"{samples} samples, layer {middle}; medians of {rounds} rounds, ratios taken within a round\n")
+    if controls:
+        found["controls"] = time_controls(model, tokenizer, rows, middle, rounds)
+        return save(found, out)
     methods = flagging_methods(model, tokenizer, rows, new_tokens, batch_tokens_for(model), middle)
     run_rounds(methods, rounds, model.device)
     found["flagging"] = report_flagging(methods)
@@ -120,6 +125,38 @@ def report_flagging(methods: Sequence[Method]) -> list[dict[str, Any]]:
     ]
     show(lines)
     return [line | {"seconds": m.seconds} for line, m in zip(lines, methods)]
+
+
+def time_controls(model: Model, tokenizer: Any, rows: Sequence[Row], layer: int, rounds: int) -> dict[str, Any]:
+    """Time whole runs with 100 random directions and with none, one after the other in every round.
+
+    What they cost once, whatever the number of samples, is timed by itself: their covariance, from 16 answers. On the
+    CPU it is this process's time that counts, which others on the machine do not stretch.
+    """
+    clock = time.process_time if model.device.type == "cpu" else time.perf_counter
+    vector, seconds = any_vector(model), {0: list[float](), 100: list[float](), "once": list[float]()}
+    data = [{"question": f"Question {i}?", "answer": tokenizer.decode(row[1])} for i, row in enumerate(rows)]
+    todo: list[int | str] = [0, 100, "once"]
+
+    def run(what: int | str) -> float:
+        start = clock()
+        if isinstance(what, str):
+            neutral_moments(model, tokenizer, layer=layer).random_vectors(vector, count=100)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                options: dict[str, Any] = {"baseline": "prompt_last", "out": f"{folder}/f.parquet", "controls": what}
+                flag(model, tokenizer, data, vector, layer=layer, **options)
+        return clock() - start
+
+    run("once")  # first calls are slow
+    for number in range(rounds):
+        for what in todo if number % 2 == 0 else reversed(todo):
+            seconds[what].append(run(what))
+    triples = list(zip(seconds[0], seconds[100], seconds["once"]))
+    whole, each = median([b / a for a, b, _ in triples]), median([(b - c) / a for a, b, c in triples])
+    print(f"flag without random directions: {median(seconds[0]):.2f} s; with 100 of them {whole:.3f} times that,")
+    print(f"of which {median(seconds['once']):.2f} s once for their covariance: {each:.3f} times without it")
+    return {"seconds": {str(what): times for what, times in seconds.items()}, "ratio": whole, "ratio_each": each}
 
 
 def time_workers(model: Model, tokenizer: Any, rows: Sequence[Row], layer: int) -> dict[str, float]:

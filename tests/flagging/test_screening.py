@@ -10,7 +10,9 @@ from helpers import random_direction, write
 
 import persona_vectors as pv
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.intervals import Interval
 from persona_vectors.data.packed import open_data
+from persona_vectors.evaluation.contrast import ContrastEffect
 from persona_vectors.flagging.compare import compare_datasets
 from persona_vectors.flagging.screening import add_scores
 from persona_vectors.flagging.split import split_dataset
@@ -176,3 +178,26 @@ def test_other_settings_are_not_compared(model, tokenizer, tmp_path):
     run(model, tokenizer, RECORDS, tmp_path / "b.parquet", baseline="none")
     with pytest.raises(InputError, match="flag both with the same settings"):
         compare_datasets(tmp_path / "a.parquet", tmp_path / "b.parquet")
+
+
+def test_vectors_that_contrast_found_idle_are_named(model, tokenizer, tmp_path):
+    paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    for path in paths:
+        run(model, tokenizer, RECORDS, path, controls=0)
+    words = "; contrast found no effect of this vector on this model"
+    inside, one = Interval(-0.1, -0.3, 0.1), Interval(0.5, 0.3, 0.7)
+    for effect, random, moves in [(one, (0.1, 0.2), True), (one, (0.1, 0.6), False), (inside, (-0.4, -0.2), False)]:
+        found = ContrastEffect("t", 1, 0.1, 1.0, effect, inside, random, (-0.5, -0.2), None, (9.0, 9.0))
+        found.save(tmp_path / "saved.json")
+        (tmp_path / "printed.json").write_text(json.dumps(found.rows()))
+        for effects in (found.rows(), tmp_path / "saved.json", str(tmp_path / "printed.json")):
+            compared = compare_datasets(*paths, effects=effects)["t"]
+            assert compared.moves is moves and str(compared).endswith(words) is not moves
+            assert compared.rows()[0]["moves"] is moves
+    for effects in (None, [{"trait": "another", "works": False}]):
+        compared = compare_datasets(*paths, effects=effects)["t"]
+        assert compared.moves is None and "contrast" not in str(compared)
+    with pytest.raises(InputError, match="effects are no rows of contrast_effect: give a trait and whether it works"):
+        compare_datasets(*paths, effects=[{"trait": "t"}])
+    with pytest.raises(InputError, match=r"cannot read .*none.json .*: give what contrast --json wrote"):
+        compare_datasets(*paths, effects=tmp_path / "none.json")
