@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
+from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -53,10 +55,10 @@ def _separation(
     numbers = torch.arange(int(question.max()) + 1)
     folds = min(FOLDS, len(numbers))
     along = [direction(numbers % folds != fold) for fold in range(folds)]
-    own = (question % folds).tolist()
-    projections = torch.stack(
-        [torch.stack([(side * along[fold]).sum(dim=1) for side in pair]) for pair, fold in zip(pairs(), own)]
-    ).numpy()
+    projections = np.empty((len(question), 2, len(along[0])), np.float32)
+    for line, pair, fold in zip(projections, pairs(), (question % folds).tolist()):
+        for place, side in enumerate(pair):
+            line[place] = einsum(side, along[fold], "layer hidden, layer hidden -> layer").numpy()
     areas = []
     for fold in range(folds):
         pos, neg = projections[(question % folds == fold).numpy()].swapaxes(0, 1)
