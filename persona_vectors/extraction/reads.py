@@ -25,6 +25,7 @@ class Reads:
     def __init__(self, file: Any) -> None:
         self.file = file
         self._places: dict[Any, int] = {}
+        self._count = 0
         self._shape: tuple[int, ...] = ()
 
     def add(self, answers: Sequence[Rollout], pooled: Pooled) -> None:
@@ -33,7 +34,8 @@ class Reads:
         Raises InputError where the file cannot be written.
         """
         self._shape = tuple(pooled.means.shape[1:])
-        self._places |= {_key(answer): len(self._places) + i for i, answer in enumerate(answers)}
+        self._places |= {_key(answer): self._count + i for i, answer in enumerate(answers)}
+        self._count += len(answers)
         try:
             self.file.seek(0, 2)
             for means, norms in zip(pooled.means, pooled.norms):
@@ -79,4 +81,5 @@ def no_reads() -> Iterator[Reads]:
 
 
 def _key(answer: Rollout) -> tuple[Any, ...]:
-    return answer.side, *answer.key
+    """Return what an answer's activations depend on."""
+    return answer.prompt_ids, answer.answer_ids, answer.outside_reasoning

@@ -25,8 +25,8 @@ SMALL = {"samples": 2, "max_new_tokens": 3, "batch_tokens": 400, "min_pairs": 2}
 
 
 def answers(side: str, count: int) -> list[Rollout]:
-    shared = {"side": side, "pair": 0, "prompt": "", "answer": "a", "prompt_ids": (1,), "answer_ids": (2,)}
-    return [Rollout(question=f"q{i % 6}", sample=i, **shared) for i in range(count)]
+    shared = {"side": side, "pair": 0, "prompt": "", "answer": "a", "prompt_ids": (int(side == "pos"),)}
+    return [Rollout(question=f"q{i % 6}", sample=i, answer_ids=(i,), **shared) for i in range(count)]
 
 
 def measure(reads: Reads, both: list[Rollout], pooling: int) -> dict[str, Tensor]:
@@ -68,6 +68,9 @@ def test_the_statistics_are_those_of_all_answers_at_once(monkeypatch, part: int)
             expected = plain_evidence(means[:40, pooling], means[40:, pooling], torch.arange(40) % 6)
             for name, value in zip(("directions", "split_half_cosine", "separation"), expected, strict=True):
                 torch.testing.assert_close(found[name], value)
+        reads.add([both[5], both[5]], Pooled(means[[5, 5]] + 1, means[[5, 5]].norm(dim=-1).mean(dim=1)))
+        reads.add([both[6]], Pooled(means[6:7] + 2, torch.zeros(1, 7)))
+        assert reads.mean(both[6], 1).equal(means[6, 1] + 2) and reads.mean(both[5], 0).equal(means[5, 0] + 1)
         assert reads.norm(both[5]).equal(means[5].norm(dim=-1).mean(dim=0))
 
 
