@@ -1,8 +1,9 @@
 """Evaluation: answers of a plain, steered or prompted model, scored, with intervals clustered by question."""
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +13,8 @@ from persona_vectors.data.intervals import Interval, mean_interval
 from persona_vectors.data.progress import bar
 from persona_vectors.data.tables import Table
 from persona_vectors.data.traits import Trait
-from persona_vectors.evaluation.judge import Answer, Judge, judge_name
+from persona_vectors.evaluation.beside import score_batches
+from persona_vectors.evaluation.judge import Answer, Judge, is_remote, judge_name
 from persona_vectors.evaluation.judges import score_both
 from persona_vectors.model.blocks import Model
 from persona_vectors.model.generation import generate_batches
@@ -61,14 +63,11 @@ def answer_batches(
         yield [(i, decode(tokenizer, tokens)) for i, (tokens, _) in zip(batch.rows, batch.answers)]
 
 
-def _in_order(batches: Iterator[list[tuple[int, str]]], count: int, desc: str) -> list[str]:
-    answers = [""] * count
+def _shown(batches: Iterator[list[tuple[int, str]]], count: int, desc: str) -> Iterator[list[tuple[int, str]]]:
     with bar(desc=desc, unit="answer", total=count) as done:
         for batch in batches:
-            for i, answer in batch:
-                answers[i] = answer
+            yield batch
             done.update(len(batch))
-    return answers
 
 
 def steered_answers(
@@ -88,7 +87,8 @@ def steered_answers(
     asks = [Ask(question, edit=RowEdit(vector, layer, coef)) for coef in coefs for question in questions]
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     batches = answer_batches(model, tokenizer, asks, seed=seed, batch_tokens=batch_tokens, **options)
-    answers = _in_order(batches, len(asks), f"{vector.trait}: steered answers")
+    found = dict(chain(*_shown(batches, len(asks), f"{vector.trait}: steered answers")))
+    answers = [found[i] for i in range(len(asks))]
     return [answers[i : i + len(questions)] for i in range(0, len(asks), len(questions))]
 
 
@@ -154,10 +154,20 @@ def evaluate(
     asks = [Ask(question, system) for question in asked for _ in range(samples)]
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     batches = answer_batches(model, tokenizer, asks, seed=seed, batch_tokens=batch_tokens, **options)
-    answers = _in_order(batches, len(asks), f"{trait.name}: answers")
-    to_judge = [Answer(ask.question, answer) for ask, answer in zip(asks, answers)]
-    both = score_both(model, tokenizer, judge, to_judge, trait.eval_prompt)
-    scored = tuple(Scored(*item[:2], *scores) for item, scores in zip(to_judge, both))
+    shown: Iterable[list[tuple[int, str]]] = _shown(batches, len(asks), f"{trait.name}: answers")
+    remote = is_remote(judge)
+    found: dict[int, Scored] = {}
+
+    def scores_of(batch: list[tuple[int, str]]) -> list[Scored]:
+        answers = [Answer(asks[i].question, answer) for i, answer in batch]
+        both = score_both(model, tokenizer, judge, answers, trait.eval_prompt)
+        return [Scored(*answer[:2], *scores) for answer, scores in zip(answers, both)]
+
+    def keep(batch: list[tuple[int, str]], scores: list[Scored]) -> None:
+        found.update(zip((i for i, _ in batch), scores))
+
+    score_batches(shown if remote else [list(chain(*shown))], scores_of, keep, remote=remote)
+    scored = tuple(found[i] for i in range(len(asks)))
     check_abstentions(judge, [answer.score for answer in scored])
     by_question = [scored[i : i + samples] for i in range(0, len(scored), samples)]
     return Evaluation(

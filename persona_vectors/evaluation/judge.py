@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 from persona_vectors.data.errors import InputError
@@ -33,18 +34,20 @@ Judge = Callable[[str, str, str], float | None]
 """Scores (question, answer, rubric) from 0 to 100, the rubric having the slots {question} and {answer}; None abstains.
 
 A judge may also have `batch(answers, rubric)`, a list of scores for a list of `Answer`s, and `reads_rubric = False`
-where it does not look at the rubric, so that it cannot judge coherence.
+where it does not look at the rubric, so that it cannot judge coherence. One that uses no model on this machine may say
+`remote = True`: it is then called in threads, several at once, while the next answers are generated.
 """
 
 
 def score(judge: Judge, answers: Sequence[Answer], rubric: str, *, model: Model | None = None) -> list[float | None]:
     """Return the judge's score for each answer, all at once where it can.
 
-    Steering is suspended meanwhile: that of `model`, which gave the answers, or all of it.
+    Steering is suspended meanwhile: that of `model`, which gave the answers, or all of it; a remote judge needs no such
+    thing.
 
     Raises InputError where a score is not a number from 0 to 100 or None.
     """
-    with pause_edits(model):
+    with nullcontext() if is_remote(judge) else pause_edits(model):
         batch = getattr(judge, "batch", None)
         one_by_one = () if batch else bar(answers, desc="judging", unit="answer")
         scores = batch(answers, rubric) if batch else [judge(a.question, a.answer, rubric) for a in one_by_one]
@@ -54,6 +57,11 @@ def score(judge: Judge, answers: Sequence[Answer], rubric: str, *, model: Model 
         if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 100):
             raise InputError(f"the judge returned {value!r}: return a number from 0 to 100, or None to abstain")
     return [None if value is None else float(value) for value in scores]
+
+
+def is_remote(judge: Judge | None) -> bool:
+    """Say whether a judge scores all by itself, elsewhere: where it reads no rubric a model here judges coherence."""
+    return bool(getattr(judge, "remote", False) and getattr(judge, "reads_rubric", True))
 
 
 def judge_name(judge: Judge | None) -> str:

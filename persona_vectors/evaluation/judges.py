@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -10,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.traits import Trait
-from persona_vectors.evaluation.judge import COHERENCE_RUBRIC, Answer, Judge, fill, score
+from persona_vectors.evaluation.beside import in_background
+from persona_vectors.evaluation.judge import COHERENCE_RUBRIC, Answer, Judge, fill, is_remote, score
 from persona_vectors.evaluation.logprobs import answer_logprobs
 from persona_vectors.model.blocks import Model
 from persona_vectors.model.passes import forward_passes, own_tokens, read_pass
@@ -157,7 +159,13 @@ class LocalJudge:
 def score_both(
     model: Model, tokenizer: PreTrainedTokenizerBase, judge: Judge, answers: Sequence[Answer], rubric: str
 ) -> list[tuple[float | None, float | None]]:
-    """Return each answer's trait score and coherence; a perplexity gate stands in where the judge reads no rubric."""
+    """Return each answer's trait score and coherence; a perplexity gate stands in where the judge reads no rubric.
+
+    A remote judge is asked for both at the same time.
+    """
+    if is_remote(judge):
+        coherence = in_background(partial(score, judge, answers, COHERENCE_RUBRIC))
+        return list(zip(score(judge, answers, rubric), coherence.result()))
     coherence_judge = judge if getattr(judge, "reads_rubric", True) else PerplexityJudge(model, tokenizer)
     scores = score(judge, answers, rubric, model=model)
     return list(zip(scores, score(coherence_judge, answers, COHERENCE_RUBRIC, model=model)))

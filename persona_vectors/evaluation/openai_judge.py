@@ -5,8 +5,10 @@ import json
 import math
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -52,19 +54,22 @@ class OpenAIJudge:
     by the mean of `samples`, or three, sampled numbers. An answer that the server will not read (a content filter, too
     long) is not scored, and the others are.
 
-    Requests run `concurrency` at a time; each is sent at most `attempts` times (see `openai_client.ask`). Every reply
-    is kept in the file `cache`, keyed by the address and the whole request, so a run that broke off goes on.
+    Requests run `concurrency` at a time, whatever threads they come from; each is sent at most `attempts` times (see
+    `openai_client.ask`). Every reply is kept in the file `cache`, keyed by the address and the whole request, so a run
+    that broke off goes on.
     `usage` counts requests and tokens.
 
     The key is read from OPENAI_API_KEY, and the address from OPENAI_BASE_URL where `base_url` is not given.
     """
+
+    remote = True
 
     def __init__(
         self,
         model: str,
         *,
         base_url: str | None = None,
-        concurrency: int = 16,
+        concurrency: int = 64,
         attempts: int = 8,
         timeout: float = 60.0,
         min_mass: float = 0.25,
@@ -78,25 +83,25 @@ class OpenAIJudge:
         self.usage = Usage()
         self._cache = Ledger(cache or cache_dir() / "judge.jsonl")
         self._lock = threading.Lock()
-        self._stopped = threading.Event()
         self._reasons = False
+        self._todo: SimpleQueue[tuple[int, str, SimpleQueue, threading.Event]] = SimpleQueue()
+        self._slots = threading.Semaphore(concurrency)
 
     def __call__(self, question: str, answer: str, rubric: str) -> float | None:
         return self.batch([Answer(question, answer)], rubric)[0]
 
     def batch(self, answers: Sequence[Answer], rubric: str) -> list[float | None]:
-        """Score answers, `concurrency` requests at a time.
+        """Score answers; other threads may have theirs scored at the same time.
 
         Raises InputError where one of them fails for good; the others are kept, and no new ones are sent. Interrupted,
         it waits for none.
         """
-        self._stopped.clear()
-        todo: SimpleQueue[tuple[int, str]] = SimpleQueue()
         done: SimpleQueue[tuple[int, float | BaseException | None]] = SimpleQueue()
+        stopped = threading.Event()
         for place, item in enumerate(answers):
-            todo.put((place, fill(rubric, item.question, item.answer)))
+            self._todo.put((place, fill(rubric, item.question, item.answer), done, stopped))
         for _ in range(min(self.concurrency, len(answers))):  # daemons: a program that is interrupted waits for none
-            threading.Thread(target=self._work, args=(todo, done, self._stopped), daemon=True).start()
+            threading.Thread(target=self._work, daemon=True).start()
         scores: list[float | None] = [None] * len(answers)
         try:
             for _ in bar(answers, desc=self.name, unit="answer"):
@@ -105,46 +110,51 @@ class OpenAIJudge:
                     raise found
                 scores[place] = found
         finally:
-            self._stopped.set()
-            self._stopped = threading.Event()
+            stopped.set()
         return scores
 
-    def _work(self, todo: Any, done: Any, stopped: threading.Event) -> None:
-        while not stopped.is_set():
+    def _work(self) -> None:
+        while not self._todo.empty() and self._slots.acquire(blocking=False):
             try:
-                place, prompt = todo.get(block=False)
-            except Empty:
-                return
-            try:
-                done.put((place, self._score(prompt)))
-            except BaseException as error:
-                done.put((place, error))
+                self._answer_all()
+            finally:
+                self._slots.release()  # and look once more: what came meanwhile may have found no slot
 
-    def _score(self, prompt: str) -> float | None:
+    def _answer_all(self) -> None:
+        with suppress(Empty):
+            while True:
+                place, prompt, done, stopped = self._todo.get(block=False)
+                try:
+                    done.put((place, None if stopped.is_set() else self._score(prompt, stopped)))
+                except BaseException as error:
+                    done.put((place, error))
+
+    def _score(self, prompt: str, stopped: threading.Event) -> float | None:
+        reply = partial(self._reply, prompt, stopped)
         while True:
             try:
-                return self._sampled(prompt) if self.samples or self._reasons else self._expected(prompt)
+                return self._sampled(reply) if self.samples or self._reasons else self._expected(reply)
             except _Reasons:  # raised for requests as to a model that does not
                 self._reasons = True
 
-    def _expected(self, prompt: str) -> float | None:
+    def _expected(self, reply: Callable[[dict[str, Any]], dict[str, Any]]) -> float | None:
         options = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20, "seed": 0}
         chances: dict[int, float] = {}
-        for token, logprob in self._reply(prompt, options)["top"]:
+        for token, logprob in reply(options)["top"]:
             if token.isascii() and token.isdigit() and int(token) <= 100:
                 chances[int(token)] = chances.get(int(token), 0.0) + math.exp(logprob)
         mass = sum(chances.values())
         return sum(number * p for number, p in chances.items()) / mass if mass >= self.min_mass else None
 
-    def _sampled(self, prompt: str) -> float | None:
+    def _sampled(self, reply: Callable[[dict[str, Any]], dict[str, Any]]) -> float | None:
         how = {"max_completion_tokens": THOUGHT} if self._reasons else {"max_tokens": 8, "temperature": 1}
         count = self.samples or 3
-        texts = [self._reply(prompt, {**how, "seed": i}) for i in range(count)]
+        texts = [reply({**how, "seed": i}) for i in range(count)]
         found = [re.fullmatch(r"\D{0,20}?(\d{1,3})\D*", text.get("text", "")) for text in texts]
         numbers = [int(match[1]) for match in found if match and int(match[1]) <= 100]
         return sum(numbers) / len(numbers) if 2 * len(numbers) >= count else None
 
-    def _reply(self, prompt: str, options: dict[str, Any]) -> dict[str, Any]:
+    def _reply(self, prompt: str, stopped: threading.Event, options: dict[str, Any]) -> dict[str, Any]:
         """Return the cached or fetched reply to one request: "top" [token, logprob], "text", "refused"."""
         request = {"model": self.model, "messages": [{"role": "user", "content": prompt}], **options}
         address = str(self.client.base_url)
@@ -161,7 +171,7 @@ class OpenAIJudge:
                 lambda reply: read_reply(reply, logprobs="logprobs" in request),
                 attempts=self.attempts,
                 on_retry=self._count_retry,
-                stopped=self._stopped,
+                stopped=stopped,
             )
         except Refused as error:
             entry = self._refusal(str(error), request)

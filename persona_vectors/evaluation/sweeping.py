@@ -1,7 +1,7 @@
 """Sweeps: which layer and strength to steer at, chosen on one set of questions and reported on another."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,8 @@ from persona_vectors.data.ledger import Ledger
 from persona_vectors.data.progress import bar
 from persona_vectors.data.traits import Trait
 from persona_vectors.evaluation.answers import Ask, answer_batches, check_abstentions, check_given, number
-from persona_vectors.evaluation.judge import Answer, Judge, judge_name
+from persona_vectors.evaluation.beside import score_batches
+from persona_vectors.evaluation.judge import Answer, Judge, is_remote, judge_name
 from persona_vectors.evaluation.judges import score_both
 from persona_vectors.evaluation.likelihood import neutral_perplexity
 from persona_vectors.evaluation.points import PLAIN, PROMPTED, Case, Point, Sweep, choose
@@ -159,21 +160,25 @@ class _Runner:
         unjudged = [i for i in sorted(known) if "score" not in self.ledger.found[keys[i]]]
         seed = int(hash_of([stage, self.seed]), 16) % 2**31
         batches = answer_batches(self.model, self.tokenizer, asks, seed=seed, skip=known, **options)
-        with bar(total=len(asks), initial=len(known), desc=f"{self.trait.name}: {stage}", unit="answer") as done:
-            self._judge(unjudged, asks, keys)
+
+        def drawn() -> Iterator[list[int]]:
+            if unjudged:
+                yield unjudged
             for batch in batches:
                 self.ledger.add({"key": keys[i], "stage": stage, **_describe(asks[i]), "answer": a} for i, a in batch)
-                self._judge([i for i, _ in batch], asks, keys)
+                yield [i for i, _ in batch]
                 done.update(len(batch))
 
-    def _judge(self, indices: Sequence[int], asks: Sequence[Ask], keys: Sequence[str]) -> None:
-        answers = [Answer(asks[i].question, self.ledger.found[keys[i]]["answer"], asks[i].pair) for i in indices]
-        if answers:
-            scores = score_both(self.model, self.tokenizer, self.judge, answers, self.trait.eval_prompt)
-            self.ledger.add(
-                {"key": keys[i], "score": score, "coherence": coherence}
-                for i, (score, coherence) in zip(indices, scores)
-            )
+        def scores_of(indices: list[int]) -> list[tuple[float | None, float | None]]:
+            answers = [Answer(asks[i].question, self.ledger.found[keys[i]]["answer"], asks[i].pair) for i in indices]
+            return score_both(self.model, self.tokenizer, self.judge, answers, self.trait.eval_prompt)
+
+        def keep(indices: list[int], scores: list[tuple[float | None, float | None]]) -> None:
+            found = zip(indices, scores)
+            self.ledger.add({"key": keys[i], "score": score, "coherence": coherence} for i, (score, coherence) in found)
+
+        with bar(total=len(asks), initial=len(known), desc=f"{self.trait.name}: {stage}", unit="answer") as done:
+            score_batches(drawn(), scores_of, keep, remote=is_remote(self.judge))
 
     def _key(self, ask: Ask, seed: int) -> str:
         edit = ask.edit

@@ -1,40 +1,32 @@
 """Extraction: rollouts, judged and filtered, become a persona vector (paper, section 2.2)."""
 
 import datetime
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import writing
 from persona_vectors.data.traits import Trait
-from persona_vectors.evaluation.judge import Judge, judge_name
-from persona_vectors.extraction.evidence import mean_difference, separation, split_half_cosine
-from persona_vectors.extraction.filtering import judge_rollouts, pairs, passes, without_reasoning
+from persona_vectors.evaluation.beside import score_batches
+from persona_vectors.evaluation.judge import Judge, is_remote, judge_name
+from persona_vectors.extraction.evidence import evidence
+from persona_vectors.extraction.filtering import judge_rollouts, pairs, without_reasoning
+from persona_vectors.extraction.reads import Reads, no_reads
 from persona_vectors.extraction.rollouts import Rollout, RolloutFile, draw_rollouts, plan
 from persona_vectors.model.blocks import Model, model_name
 from persona_vectors.model.generation import generation_budget, stop_tokens
 from persona_vectors.model.identity import hash_of, identity
-from persona_vectors.model.pooling import POOLINGS, pool, pool_while_generating
+from persona_vectors.model.pooling import POOLINGS, pool_while_generating
 from persona_vectors.model.wrappers import keeps_cache, unwrap
 from persona_vectors.vectors.vector import PersonaVector
 
 MIN_PAIRS = 10
-
-
-@dataclass
-class _Read:
-    """One answer: the mean activation at every layer for each pooling, and the mean residual norm."""
-
-    means: Float[Tensor, "pooling layer hidden"]
-    norm: Float[Tensor, " layer"]
 
 
 def extract(
@@ -90,12 +82,12 @@ def extract(
         stops = stop_tokens(model, tokenizer)
         drawing["during"] = lambda _: pool_while_generating(model, stops=stops, poolings=[pooling])
     limit = None if judge is None else threshold
-    with writing(rollouts):
-        file = RolloutFile(rollouts, settings)
-        reads = _draw(model, tokenizer, trait, judge, tasks, file, limit, drawing)
     info = {key: value for key, value in settings.items() if key not in ("trait", "model", "questions")}
     options: dict[str, Any] = {"poolings": [pooling], "limit": limit, "min_pairs": min_pairs, "info": info}
-    return _difference(model, trait, file.rollouts, reads, **options)[pooling]
+    with writing(rollouts), no_reads() as reads:
+        file = RolloutFile(rollouts, settings)
+        _draw(model, tokenizer, trait, judge, tasks, file, reads, drawing)
+        return _difference(model, trait, file.rollouts, reads, **options)[pooling]
 
 
 def _draw(
@@ -105,21 +97,22 @@ def _draw(
     judge: Judge | None,
     tasks: Sequence[dict[str, Any]],
     file: RolloutFile,
-    limit: float | None,
+    reads: Reads,
     drawing: dict[str, Any],
-) -> dict[int, _Read]:
-    """Add the rollouts that the file lacks, judged; return what was read of those that pass, by their index in it."""
-    reads: dict[int, _Read] = {}
-    for answers, pooled in draw_rollouts(model, tokenizer, tasks, file, **drawing):
-        means, before = pooled() if pooled else None, len(file.rollouts)
-        if file.settings.get("skip_reasoning"):
-            answers = without_reasoning(tokenizer, answers)
-        judged = judge_rollouts(model, tokenizer, trait, judge, answers)
-        file.append(judged)
-        for index, answer in enumerate(judged):
-            if means and passes(answer, limit):
-                reads[before + index] = _Read(means.means[index].clone(), means.norms[index].clone())
-    return reads
+) -> None:
+    """Add the rollouts that the file lacks to it, judged, and to `reads` what was read of them."""
+
+    def drawn() -> Iterator[list[Rollout]]:
+        for answers, pooled in draw_rollouts(model, tokenizer, tasks, file, **drawing):
+            if pooled:
+                reads.add(answers, pooled())
+            del pooled  # with it what it holds, before the next answers are read
+            yield without_reasoning(tokenizer, answers) if file.settings.get("skip_reasoning") else answers
+
+    def judged(answers: list[Rollout]) -> list[Rollout]:
+        return judge_rollouts(model, tokenizer, trait, judge, answers)
+
+    score_batches(drawn(), judged, lambda _, answers: file.append(answers), remote=is_remote(judge))
 
 
 def extract_from(
@@ -179,7 +172,8 @@ def extract_poolings_from(
     }
     limit = None if unfiltered else threshold
     options: dict[str, Any] = {"poolings": poolings, "limit": limit, "min_pairs": min_pairs, "info": info}
-    return _difference(model, trait, list(rollouts), {}, **options)
+    with no_reads() as reads:
+        return _difference(model, trait, list(rollouts), reads, **options)
 
 
 def _checked(model: Model, poolings: Sequence[str]) -> Model:
@@ -196,7 +190,7 @@ def _difference(
     model: Model,
     trait: Trait,
     rollouts: list[Rollout],
-    reads: dict[int, _Read],
+    reads: Reads,
     *,
     poolings: Sequence[str],
     limit: float | None,
@@ -211,36 +205,28 @@ def _difference(
             f"filter at {limit}, {counts['empty']} are empty), and a vector needs {min_pairs}: draw more samples, "
             "change the threshold, or take another judge"
         )
-    todo = sorted({index for pair in kept for index in pair} - set(reads))
-    if todo:
-        rows = [(rollouts[index].prompt_ids, rollouts[index].answer_ids) for index in todo]
-        counted = [rollouts[index].kept for index in todo]
-        pooled = pool(model, rows, poolings=poolings, kept=counted, batch_tokens=info["batch_tokens"])
-        reads = reads | {index: _Read(pooled.means[i], pooled.norms[i]) for i, index in enumerate(todo)}
-    questions = [rollouts[i].question for i, _ in kept]
-    numbers = torch.tensor([sorted(set(questions)).index(question) for question in questions])
+    pos, neg = ([rollouts[pair[side]] for pair in kept] for side in (0, 1))
+    reads.add_missing(model, [*pos, *neg], poolings=poolings, batch_tokens=info["batch_tokens"])
+    questions = sorted({rollout.question for rollout in pos})
     shared: dict[str, Any] = {
         "trait": trait.name,
         "model": model_name(model),
-        "residual_norms": torch.stack([reads[i].norm for pair in kept for i in pair]).double().mean(dim=0).float(),
+        "residual_norms": torch.stack([reads.norm(rollout) for rollout in (*pos, *neg)]).double().mean(dim=0).float(),
         "info": {
             **info,
             **counts,
             "threshold": limit,
-            "questions": len(set(questions)),
+            "questions": len(questions),
             "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
             "date": datetime.date.today().isoformat(),
             "licence": "MIT for the format and the tools; the directions derive from the model, whose licence applies",
         },
     }
-    vectors = {}
-    for place, pooling in enumerate(poolings):
-        pos, neg = (torch.stack([reads[pair[side]].means[place] for pair in kept]) for side in (0, 1))
-        vectors[pooling] = PersonaVector(
-            directions=mean_difference(pos, neg),
-            split_half_cosine=split_half_cosine(pos, neg, numbers),
-            separation=separation(pos, neg, numbers),
-            pooling=pooling,
-            **shared,
-        )
-    return vectors
+    numbers = torch.tensor([questions.index(rollout.question) for rollout in pos])
+
+    def vector(place: int, pooling: str) -> PersonaVector:
+        means = partial(reads.mean, pooling=place)
+        measured: dict[str, Any] = evidence(lambda: zip(map(means, pos), map(means, neg)), numbers)
+        return PersonaVector(pooling=pooling, **measured, **shared)
+
+    return {pooling: vector(place, pooling) for place, pooling in enumerate(poolings)}

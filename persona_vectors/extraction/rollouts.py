@@ -104,6 +104,7 @@ def draw_rollouts(
             answers = zip(batch.rows, batch.answers)
             yield [_rollout(tokenizer, tasks[row], ids, ended) for row, (ids, ended) in answers], batch.read
             shown.update(len(batch.rows))
+            del batch  # and with it what was read of it, before the next one is
 
 
 def _check_known(tasks: Sequence[dict[str, Any]], file: "RolloutFile") -> None:

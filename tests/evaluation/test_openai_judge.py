@@ -8,6 +8,7 @@ import math
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -152,6 +153,17 @@ def test_a_thousand_requests_with_faults_lose_no_item(serve, tmp_path):
     assert score(again, answers, RUBRIC) == found
     assert (again.usage.requests, again.usage.cached) == (0, 1000)
     assert "secret-key" not in (tmp_path / "j.jsonl").read_text()
+
+
+def test_batches_from_several_threads_share_the_concurrency(serve, tmp_path):
+    server = serve(0.1)
+    options = {"base_url": server.url, "concurrency": 5, "attempts": 10, "timeout": 0.5, "cache": tmp_path / "j.jsonl"}
+    judge = OpenAIJudge("m", **options)
+    parts = [[Answer("q", f"a{part},{i}") for i in range(60)] for part in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda part: judge.batch(part, RUBRIC), parts))
+    assert found == [[pytest.approx(expected(fill(RUBRIC, "q", a.answer))) for a in part] for part in parts]
+    assert 1 < server.most <= 5
 
 
 def test_a_server_that_goes_down_is_an_error_within_a_bound_and_loses_nothing(serve, tmp_path):

@@ -13,7 +13,7 @@ from persona_vectors.data.files import writing
 from persona_vectors.data.traits import Trait
 from persona_vectors.extraction import filtering
 from persona_vectors.extraction.difference import extract, extract_from, extract_poolings_from
-from persona_vectors.extraction.evidence import separation, split_half_cosine
+from persona_vectors.extraction.evidence import evidence
 from persona_vectors.extraction.rollouts import Rollout, load_rollouts
 from persona_vectors.model.pooling import POOLINGS
 from persona_vectors.model.prompts import chat_prompt, encode
@@ -148,15 +148,14 @@ def test_a_planted_direction_is_recovered_with_its_evidence():
     noise = torch.randn(2, 200, 2, 50, generator=generator) * 3
     pos, neg = noise[0] + planted, noise[1] - planted
     question = torch.arange(200) % 20
-    half, area = split_half_cosine(pos, neg, question), separation(pos, neg, question)
+    _, half, area = evidence(lambda: zip(pos, neg), question).values()
     assert half[0] > 0.8 and abs(half[1]) < 0.3
     assert area[0] > 0.95 and 0.35 < area[1] < 0.65
 
 
 def test_one_question_gives_no_evidence():
     acts = torch.randn(6, 2, 8)
-    assert split_half_cosine(acts, -acts, torch.zeros(6)) is None
-    assert separation(acts, -acts, torch.zeros(6)) is None
+    assert set(evidence(lambda: zip(acts, -acts), torch.zeros(6, dtype=torch.long))) == {"directions"}
 
 
 @pytest.mark.parametrize(
