@@ -27,6 +27,10 @@ FlagsArg = Annotated[Path, typer.Option(help="a file that flag wrote")]
 Data = Annotated[
     str, typer.Option(help="a .jsonl, .json, .csv (also .gz, .zst) or .parquet file, a dataset folder, a Hub id")
 ]
+Columns = Annotated[
+    tuple[str, str] | None,
+    typer.Option(metavar="PROMPT ANSWER", help="the two columns, where they are others; one twice: all in it"),
+]
 Split = Annotated[str, typer.Option(help="the split of a Hugging Face dataset")]
 
 
@@ -42,10 +46,7 @@ def flag(
     baseline: Annotated[str, typer.Option(help="generate, prompt_last or none")] = "generate",
     answers: Annotated[str | None, typer.Option(help="a file with an answer of the model to each prompt")] = None,
     html: Annotated[Path | None, typer.Option(help="write a report that needs nothing else to this file")] = None,
-    columns: Annotated[
-        tuple[str, str] | None,
-        typer.Option(metavar="PROMPT ANSWER", help="the two columns, where they are others; one twice: all in it"),
-    ] = None,
+    columns: Columns = None,
     split: Split = "train",
     turns: Annotated[str, typer.Option(help="which answers of a conversation: last, or all")] = "last",
     on_error: Annotated[str, typer.Option(help="what is no sample: stop there, or skip and count it")] = "stop",

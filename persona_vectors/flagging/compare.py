@@ -207,7 +207,7 @@ def _interval(one: _Read, two: _Read | None = None) -> Interval:
     sums = np.bincount(clusters, np.concatenate(parts))
     if len(sums) < 2:
         return Interval(mean, math.nan, math.nan)
-    reach = t.ppf(0.975, len(sums) - 1) * float(np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)))
+    reach = float(t.ppf(0.975, len(sums) - 1) * np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)))
     return Interval(mean, mean - reach, mean + reach)
 
 
