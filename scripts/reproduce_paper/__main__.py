@@ -54,7 +54,7 @@ def main(
 ) -> None:
     """Train on every set and seed, with every intervention on the negative set, and write tables and figures."""
     if quick:
-        size, seeds, epochs, tokens, samples, randoms = 16, 1, 1.0, 16, 1, 2
+        size, seeds, epochs, tokens, samples, randoms = 8, 1, 1.0, 12, 1, 2
     if not re.fullmatch(r"[1-9]\d*/[1-9]\d*", share):
         raise InputError(f"share is {share!r}: give one of several, such as 1/8")
     number, shares = map(int, share.split("/"))
