@@ -76,10 +76,11 @@ class ProjectionCallback(TrainerCallback):
         self.history, self._warned = [], False
         tokenizer = given["processing_class"]
         self._rows = [(encode(tokenizer, text), ()) for text in self._texts(tokenizer)]
-        with _as_it_is(model):
-            null: dict[str, Any] = {"controls": self.controls, "reference": self.reference}
-            read, _ = with_nulls(model, tokenizer, self.vectors, layers=list(self.units), **null)
-        self._probed = unit_directions(model, read, self.layer)
+        if self._rows:  # a Trainer has a tokenizer then, which it need not have
+            with _as_it_is(model):
+                null: dict[str, Any] = {"controls": self.controls, "reference": self.reference}
+                read, _ = with_nulls(model, tokenizer, self.vectors, layers=list(self.units), **null)
+            self._probed = unit_directions(model, read, self.layer)
         self._before: Tensor | None = None
         self._log(state, self._probe(model))
 

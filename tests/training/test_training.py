@@ -105,6 +105,12 @@ def test_random_directions_stand_beside_the_probes(model, tokenizer, tmp_path):
     assert logged(trainer, "covariance/t") == [last["covariance/t"]]
 
 
+def test_batches_alone_are_watched_without_a_tokenizer(model, tmp_path):
+    trainer, callback = watched(model, None, tmp_path, random_direction(model), watch={"layer": 1, "every": 2})
+    trainer.train()
+    assert [list(row) for row in callback.history if row["step"]] == [["step", "batch/t"]] * 2
+
+
 def test_the_callback_changes_no_weight(tokenizer, tmp_path):
     ends = []
     for watch in (False, True):
