@@ -196,9 +196,10 @@ def penalize(
     preventative steering. Gradient accumulation averages it over the micro-batches. Reentrant checkpointing keeps no
     gradient for it and is refused.
 
-    Raises InputError for a vector or a layer that does not fit, and RuntimeError as `steer` does.
+    Raises InputError for a whitened vector, and for one or a layer that does not fit, and RuntimeError as `steer` does.
     """
     model = trainer.model
+    vector.check_edits()
     place = one_layer(layer, len(vector.directions))
     unit = unit_directions(model, [vector], place)[place]
     terms: list[Tensor] = []

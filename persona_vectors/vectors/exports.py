@@ -33,12 +33,13 @@ def export_vector(
     of a file at once. For another strength, export `2 * vector`. `hookpoint` is lm-eval's name of a block, its path
     inside `model.base_model`.
 
-    Raises InputError where the format cannot hold the vector; then nothing is written.
+    Raises InputError for a whitened vector, and where the format cannot hold it; then nothing is written.
 
     >>> vector = PersonaVector(trait="calm", model="tiny", directions=torch.eye(2, 4))
     >>> export_vector(vector, out="calm.gguf", format="gguf", layer=1)  # doctest: +SKIP
     ['lost: trait', 'lost: all layers but 1']
     """
+    vector.check_edits()  # other tools would steer with it
     path = Path(out)
     check_format(format)
     if path.suffix != FORMATS[format]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import block_outputs, hooks, random_direction
+from helpers import block_outputs, hooks, make_trainer, random_direction
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.flagging.run import flag
@@ -17,7 +17,9 @@ from persona_vectors.steering.add import RowEdit, steer, steer_rows
 from persona_vectors.steering.backends import lens_hooks
 from persona_vectors.steering.bounds import ablate, cap, floor, steer_where
 from persona_vectors.training.shifts import finetuning_shift
+from persona_vectors.training.watch import penalize
 from persona_vectors.vectors import moments as module
+from persona_vectors.vectors.exports import export_vector
 from persona_vectors.vectors.moments import Moments, neutral_moments
 from persona_vectors.vectors.vector import PersonaVector
 
@@ -172,6 +174,16 @@ def test_a_whitened_vector_edits_nothing(model, tokenizer, verb: str):
         model(input_ids=torch.tensor([[5, 6]]))
     with pytest.raises(InputError, match="edit with the vector"):
         lens_hooks(whitened, layer=1, coef=1.0)
+
+
+def test_a_whitened_vector_is_neither_exported_nor_trained_against(model, tokenizer, tmp_path):
+    whitened = neutral_moments(model, tokenizer, TALKS, layer=1).whiten(random_direction(model))
+    with pytest.raises(InputError, match="is whitened, for reading alone"):
+        export_vector(whitened, out=tmp_path / "v.gguf", format="gguf")
+    with pytest.raises(InputError, match="is whitened, for reading alone"):
+        with penalize(make_trainer(model, tmp_path), whitened, layer=1, weight=1.0):
+            pass
+    assert not (tmp_path / "v.gguf").exists()
 
 
 def test_a_whitened_vector_is_read_like_any_other_where_it_was_whitened(model, tokenizer, tmp_path):
