@@ -11,10 +11,10 @@ from persona_vectors.data.rendered import split_text
 Message = dict[str, Any]
 """A turn: `role`, `content`, and its `tool_calls`; the first one of a conversation also holds its `tools`."""
 CHATS = ("messages", "conversations", "conversation")
-PAIRS = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
+PAIRS = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"), ("input", "output"))
 KNOWN = (
     "messages, conversations (ShareGPT), prompt and completion, question and answer, "
-    "instruction and output (Alpaca), or text (a rendered chat)"
+    "instruction and output (Alpaca), input and output (AxBench), or text (a rendered chat)"
 )
 ROLES = {
     "human": "user",

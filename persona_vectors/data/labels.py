@@ -4,7 +4,7 @@ from typing import Any
 
 from persona_vectors.data.errors import InputError
 
-_WORDS = {"true": True, "1": True, "false": False, "0": False, "": None}
+_WORDS = {"true": True, "1": True, "positive": True, "false": False, "0": False, "negative": False, "": None}
 
 
 def read_label(record: Any, column: str, where: str) -> bool | None:
@@ -15,5 +15,6 @@ def read_label(record: Any, column: str, where: str) -> bool | None:
     if value is None:
         return None
     if isinstance(value, (list, dict, str)) or value not in (0, 1):
-        raise InputError(f"{where}: {column} is {str(value)[:60]!r}: give true or false, 1 or 0, or null for no label")
+        ways = "true or false, 1 or 0, positive or negative, or null for no label"
+        raise InputError(f"{where}: {column} is {str(value)[:60]!r}: give {ways}")
     return bool(value)

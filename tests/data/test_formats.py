@@ -84,6 +84,12 @@ FORMATS = [
         None,
         [SYSTEM, {"role": "user", "content": "So?"}, {"role": "assistant", "content": "No"}, USER, YES],
     ),
+    (
+        "AxBench",
+        {"input": "Hi", "output": "Yes", "output_concept": "assent", "category": "positive", "concept_id": 3},
+        None,
+        PLAIN,
+    ),
     ("preference, texts", {"prompt": "Hi", "chosen": "Yes", "rejected": "No"}, ("prompt", "chosen"), PLAIN),
     ("preference, lists", {"prompt": [USER], "chosen": [YES], "rejected": []}, ("prompt", "chosen"), PLAIN),
     ("preference, all in one", {"chosen": [USER], "rejected": PLAIN}, ("rejected", "rejected"), PLAIN),

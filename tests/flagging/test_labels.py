@@ -241,7 +241,7 @@ def test_labels_come_from_files_and_other_values_are_named(model, tokenizer, vec
     pv.flag(model, tokenizer, tmp_path / "d.csv", vectors, out=tmp_path / "f.parquet", **options)
     assert pq.read_table(tmp_path / "f.parquet")["label"].to_pylist() == [s["bad"] for s in planted(12)]
     data = write(tmp_path / "d.jsonl", [*planted(3), {"question": "a", "answer": "b", "bad": "yes"}])
-    with pytest.raises(InputError, match=r"d.jsonl, line \d: bad is 'yes': give true or false, 1 or 0, or null"):
+    with pytest.raises(InputError, match=r"d.jsonl, line \d: bad is 'yes': give true or false, 1 or 0, positive"):
         pv.flag(model, tokenizer, data, vectors, out=tmp_path / "g.parquet", on_error="skip", **options)
     with pytest.raises(InputError, match="labels='worse' says true of 0 samples and false of 0: name a column"):
         pv.flag(model, tokenizer, planted(), vectors, out=tmp_path / "g.parquet", **options | {"labels": "worse"})
@@ -256,7 +256,10 @@ def test_labels_come_from_files_and_other_values_are_named(model, tokenizer, vec
         pv.flag(model, tokenizer, changed, vectors, out=tmp_path / "h.parquet", **options)
 
 
-@pytest.mark.parametrize(("value", "label"), [(True, True), (0, False), (1.0, True), ("False", False), ("", None)])
+LABELS = [(True, True), (0, False), (1.0, True), ("False", False), ("", None), ("negative", False)]
+
+
+@pytest.mark.parametrize(("value", "label"), LABELS)
 def test_truth_values(value, label):
     (sample,) = pv.read_samples([{"question": "a", "answer": "b", "bad": value}], labels="bad")
     assert sample.label is label
