@@ -26,6 +26,7 @@ from transformers import AutoModel, AutoTokenizer
 import persona_vectors as pv
 from persona_vectors.cli.options import Device, DType, MaxNewTokens, ModelArg, Seed, load_by_name
 from persona_vectors.data.files import atomic_path
+from persona_vectors.model.gradients import answer_gradients
 from persona_vectors.model.pooling import pool
 from persona_vectors.model.prompts import chat_prompt, encode_answer
 from persona_vectors.training.sets import FRACTIONS
@@ -35,6 +36,7 @@ POOLINGS = ("response_mean", "prompt_last")
 BOOTSTRAPS = 1000
 KINDS = ("isotropic", "covariance")
 METHODS = ("projection difference", "prompt_last", "raw projection")
+GRADIENT = "gradient"
 
 
 @dataclass
@@ -56,24 +58,31 @@ def read_set(folder: Path, *names: str) -> list[dict[str, Any]]:
 
 def activations(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
     """Return [sample, pooling, layer, hidden] for questions and answers."""
-    rows = [encode_answer(tokenizer, chat_prompt(tokenizer, question), answer) for question, answer in pairs]
-    return pool(model, rows, poolings=POOLINGS).means
+    return pool(model, encoded(tokenizer, pairs), poolings=POOLINGS).means
+
+
+def encoded(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    return [encode_answer(tokenizer, chat_prompt(tokenizer, question), answer) for question, answer in pairs]
 
 
 def answer_of(line: dict[str, Any]) -> str:
     return line["messages"][-1]["content"]
 
 
-def measure(model: Any, tokenizer: Any, lines: list[dict], max_new_tokens: int) -> Labelled:
-    """Return the set's activations, less each method's baseline."""
+def measure(model: Any, tokenizer: Any, lines: list[dict], max_new_tokens: int, gradients: bool) -> Labelled:
+    """Return the set's activations, less each method's baseline, and its gradients."""
     questions = list(dict.fromkeys(line["question"] for line in lines))
     own = pv.generate(model, tokenizer, questions, max_new_tokens=max_new_tokens, temperature=0)
     base = activations(model, tokenizer, list(zip(questions, own)))[:, 0]
-    read = activations(model, tokenizer, [(line["question"], answer_of(line)) for line in lines])
+    pairs = [(line["question"], answer_of(line)) for line in lines]
+    read = activations(model, tokenizer, pairs)
     place = [questions.index(line["question"]) for line in lines]
     differences = (read[:, 0] - base[place], read[:, 0] - read[:, 1], read[:, 0])
     labels = np.array([line["label"] for line in lines])
-    return Labelled([answer_of(line) for line in lines], np.array(place), labels, dict(zip(METHODS, differences)))
+    found = dict(zip(METHODS, differences))
+    if gradients:
+        found[GRADIENT] = answer_gradients(model, encoded(tokenizer, pairs))
+    return Labelled([answer_of(line) for line in lines], np.array(place), labels, found)
 
 
 def embed(folder: str, texts: Sequence[str]) -> np.ndarray:
@@ -161,7 +170,8 @@ def experiment(choice: Labelled, test: Labelled, vector: pv.PersonaVector, momen
     return {
         name + suffix: find(choice, test, name, directions)
         for suffix, directions in (("", plain), (", whitened", torch.stack(whitened, dim=1).float()))
-        for name in METHODS
+        for name in choice.read
+        if name != GRADIENT or not suffix  # its covariance is another one
     }
 
 
@@ -269,6 +279,7 @@ def main(
         str | None, typer.Option(help="a sentence encoder to compare with, such as all-MiniLM-L6-v2: Hub id or folder")
     ] = None,
     fractions: Annotated[bool, typer.Option("--fractions", help="flag mixtures of both sides too")] = False,
+    gradients: Annotated[bool, typer.Option("--gradients", help="score by gradients too, which take longest")] = False,
     max_new_tokens: MaxNewTokens = 64,
     seed: Seed = 0,
     device: Device = None,
@@ -284,7 +295,7 @@ def main(
         pv.make_training_sets(model, tokenizer, trait, out=own / "choice", **first, **common)
         pv.make_training_sets(model, tokenizer, trait, out=own / "test", samples=samples, **common)
         choice, test = (
-            measure(model, tokenizer, read_set(own / part, "positive", "negative"), max_new_tokens)
+            measure(model, tokenizer, read_set(own / part, "positive", "negative"), max_new_tokens, gradients)
             for part in ("choice", "test")
         )
         plain = [(line["question"], answer_of(line)) for line in read_set(own / "choice", "plain")]

@@ -43,6 +43,7 @@ def flag(
     layer: LayerOption,
     data: Data,
     out: Annotated[Path, typer.Option(help="the Parquet file to write; the same command goes on where it stopped")],
+    score: Annotated[str, typer.Option(help="projection, or gradient: what training pulls towards")] = "projection",
     baseline: Annotated[str, typer.Option(help="generate, prompt_last or none")] = "generate",
     answers: Annotated[str | None, typer.Option(help="a file with an answer of the model to each prompt")] = None,
     html: Annotated[Path | None, typer.Option(help="write a report that needs nothing else to this file")] = None,
@@ -81,7 +82,7 @@ def flag(
         load = partial(load, device="cpu")
     loaded, tokenizer = load(model)
     reading: dict[str, Any] = {"columns": columns, "split": split}
-    options: dict[str, Any] = {"out": out, "baseline": baseline, "answers": answers, **reading}
+    options: dict[str, Any] = {"out": out, "score": score, "baseline": baseline, "answers": answers, **reading}
     options |= {"on_error": on_error, "turns": turns}
     options |= {"max_length": max_length, "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
     options |= {"skip_reasoning": skip_reasoning, "controls": controls, "labels": labels}

@@ -7,6 +7,7 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.data.samples import Source
 from persona_vectors.model.hooks import edits_are_active
 
+SCORES = ("projection", "gradient")
 BASELINES = ("generate", "prompt_last", "none")
 
 
@@ -16,6 +17,10 @@ def check(job: Any) -> None:
         raise InputError("this is an encoder-decoder model: samples are flagged with decoder-only language models")
     if edits_are_active(job.model):
         raise InputError("flag reads the plain model: call it outside of steer, ablate, cap, floor and monitor")
+    if job.score not in SCORES:
+        raise InputError(f"score is {job.score!r}: give one of {', '.join(SCORES)}")
+    if job.score == "gradient" and job.answers is not None:
+        raise InputError("a gradient has no baseline: leave answers out, or give score='projection'")
     _check_words(job.baseline, job.answers, job.on_error)
     if job.threshold is not None and job.percentile is not None:
         raise InputError("threshold and percentile both say what is flagged: give one of them")

@@ -51,6 +51,7 @@ class Job:
     turns: str
     on_error: str
     max_length: int | None
+    score: str
     baseline: str
     answers: Source | None
     max_new_tokens: int
@@ -116,6 +117,7 @@ class Job:
             "layers": self.layers,
             "controls": self.controls,
             "controls_reference": self.controls_reference if self.controls else None,
+            "score": None if self.score == "projection" else self.score,
             "baseline": self.baseline if self.answers is None else source_name(self.answers),
             "max_new_tokens": self.max_new_tokens if self.generates else None,
             "skip_reasoning": self.skip_reasoning or None,
@@ -182,7 +184,7 @@ class Job:
             path = replace(self, data=path, out=own, **plain).flags().path
         path = Path(str(path))
         theirs = read_header(path)["settings"]
-        same = ("weights", "vectors", "layers", "baseline", "max_new_tokens", "skip_reasoning")
+        same = ("weights", "vectors", "layers", "score", "baseline", "max_new_tokens", "skip_reasoning")
         check_settings(path, theirs, {name: self.settings[name] for name in same})
         return path
 
@@ -221,7 +223,8 @@ class Job:
         answer = partial(answer_prompts, self.folder, self.tokenizer, self.read_vectors, **options)
         self.work(answer, "answers", plan["groups"])
         keep_answers(self.folder, plan["groups"], reading, self.kept if self.generates else None)
-        self.work(partial(project_rows, self.folder, self.tokenizer, self.units, **shared), "values", plan["chunks"])
+        project = partial(project_rows, self.folder, self.tokenizer, self.units, score=self.score, **shared)
+        self.work(project, "values", plan["chunks"])
 
     def work(self, do: Callable[[Model, int], None], kind: str, count: int) -> None:
         """Do the parts that are not there yet, here or in Ray actors; the bar counts samples."""

@@ -24,6 +24,7 @@ def flag(
     *,
     layer: Layer,
     out: str | Path,
+    score: str = "projection",
     baseline: str = "generate",
     answers: Source | None = None,
     columns: tuple[str, str] | None = None,
@@ -48,7 +49,8 @@ def flag(
     A score is the mean projection on v/|v| of the answer's tokens less its `baseline`: that of the model's own greedy
     answer ("generate", kept in the file `cache` by prompt), of the prompt's last token ("prompt_last", the paper's
     shortcut), or "none"; or that of the answer which `answers`, in any form of `read_samples`, gives to the prompt.
-    `skip_reasoning` leaves what stands inside <think>...</think> out of both means.
+    `skip_reasoning` leaves what stands inside <think>...</think> out of both. `score="gradient"` has no baseline: it is
+    the slope of the answer's mean log-probability along v/|v|, where training on it pulls, to first order.
 
     `data` is what `read_samples` takes, with `columns` and `split`; `turns="all"` gives every answer of a conversation
     a row, as training learns them all. What is no sample ends the run, or with `on_error="skip"` is counted. Samples
@@ -60,17 +62,16 @@ def flag(
     `controls` random directions are read in the same passes: half isotropic, half with the covariance of the mean
     activations of `reference`, else of 16 answers on plain facts. The summary says how many the vector surpasses,
     with several layers also at their best ones. `labels` names a column with a truth value for each record, or null:
-    how well each vector tells the true samples from the false ones (AUROC, clustered by prompt, and within prompts)
-    then stands beside those directions, the answer's length and VADER's sentiment of its first 1,000 characters.
+    how well each vector tells them apart (AUROC) then stands beside those directions, length and VADER's sentiment.
 
     A killed run goes on from `out`.parts, `chunk` samples at a time. `workers` > 1 are Ray actors with a model each.
     Raises InputError for what does not fit, and for an `out` that was made with other settings.
     """
     reading = {"columns": columns, "split": split, "turns": turns, "on_error": on_error, "max_length": max_length}
-    scoring = {"baseline": baseline, "answers": answers, "max_new_tokens": max_new_tokens}
+    reading |= {"skip_reasoning": skip_reasoning, "max_new_tokens": max_new_tokens}
+    scoring = {"score": score, "baseline": "none" if score == "gradient" else baseline, "answers": answers}
     ranking = {"reference": reference, "threshold": threshold, "percentile": percentile, "controls": controls}
-    ranking |= {"labels": labels}
-    running = {"cache": cache, "batch_tokens": batch_tokens, "chunk": chunk, "workers": workers}
-    options: dict[str, Any] = {**reading, **scoring, "skip_reasoning": skip_reasoning, **ranking, **running}
+    running = {"labels": labels, "cache": cache, "batch_tokens": batch_tokens, "chunk": chunk, "workers": workers}
     with writing(out):
+        options: dict[str, Any] = {**reading, **scoring, **ranking, **running}
         return Job(unwrap(model), tokenizer, data, vector_list(vectors), layer, Path(out), **options).flags()

@@ -13,6 +13,7 @@ from persona_vectors.flagging.parts import part, read_table, write_table
 from persona_vectors.flagging.store import Baselines
 from persona_vectors.model.blocks import Model
 from persona_vectors.model.generation import CACHED, generate_batches, stop_tokens
+from persona_vectors.model.gradients import answer_gradients
 from persona_vectors.model.passes import Row
 from persona_vectors.model.pooling import pool
 from persona_vectors.model.prompts import outside_reasoning
@@ -79,13 +80,19 @@ def project_rows(
     model: Model,
     number: int,
     *,
+    score: str,
     batch_tokens: int,
     skip_reasoning: bool,
 ) -> None:
     """Read one part of the samples, and write their mean projections, and those of the prompts' last tokens."""
     table = read_table(part(folder, "rows", number))
     rows = list(zip(table["prompt_ids"], table["answer_ids"]))
-    read = answer_means(model, rows, _kept(tokenizer, rows, skip_reasoning), units, batch_tokens)
+    kept = _kept(tokenizer, rows, skip_reasoning)
+    if score == "gradient":
+        gradients = answer_gradients(model, rows, kept=kept, layer=list(units), batch_tokens=batch_tokens)
+        read = (_along(gradients, units), torch.full((len(rows), 1), torch.nan))
+    else:
+        read = answer_means(model, rows, kept, units, batch_tokens)
     write_table(part(folder, "values", number), dict(zip(("projection", "prompt_last"), (v.numpy() for v in read))))
 
 
@@ -102,10 +109,12 @@ def answer_means(
     Activations are averaged before they are projected: what hundreds of random directions cost does not grow with the
     tokens.
     """
-    poolings, layers = ("response_mean", "prompt_last"), list(units)
-    pooled = pool(model, rows, poolings=poolings, kept=kept, layer=layers, batch_tokens=batch_tokens).means
-    means, last = (
-        torch.cat([pooled[:, place, k] @ units[layer].T for k, layer in enumerate(layers)], dim=1) for place in (0, 1)
-    )
+    poolings = ("response_mean", "prompt_last")
+    pooled = pool(model, rows, poolings=poolings, kept=kept, layer=list(units), batch_tokens=batch_tokens).means
+    means, last = _along(pooled[:, 0], units), _along(pooled[:, 1], units)
     means[[not chosen for chosen in kept]] = torch.nan
     return means, last
+
+
+def _along(read: Float[Tensor, "row layer hidden"], units: dict[int, Tensor]) -> Float[Tensor, "row key"]:
+    return torch.cat([read[:, k] @ unit.T for k, unit in enumerate(units.values())], dim=1)

@@ -62,7 +62,7 @@ def pool(
     with shown, edit_blocks(model, {index: reader(index) for index in layers}), torch.inference_mode():
         for step in forward_passes(model, rows, batch_tokens=batch_tokens):
             first = [(len(rows[members[0]][0]), kept[members[0]]) for members in step.rows]
-            weights = _weights(step.position, first, [*poolings, "response_mean"])
+            weights = token_weights(step.position, first, [*poolings, "response_mean"])
             with suppress(EnoughRead):
                 read_pass(model, step)
             line = [i for i, members in enumerate(step.rows) for _ in members]
@@ -75,7 +75,7 @@ def pool(
     return pooled
 
 
-def _weights(
+def token_weights(
     position: Tensor, rows: Sequence[tuple[int, Sequence[int]]], poolings: Sequence[str]
 ) -> Float[Tensor, "line pooling token"]:
     """Return the weight of each token in each pooling: all of a row's weights add up to 1, over all its passes.

@@ -22,6 +22,7 @@ from persona_vectors.flagging import work
 from persona_vectors.model import generation
 from persona_vectors.model.blocks import decoder_layers
 from persona_vectors.model.generation import generate_tokens
+from persona_vectors.model.gradients import answer_gradients
 from persona_vectors.model.prompts import chat_prompt, encode, encode_answer, fit, outside_reasoning
 from persona_vectors.monitoring.projection import token_projections
 from persona_vectors.vectors.controls import random_vector
@@ -243,6 +244,8 @@ def test_another_runs_file_is_refused(model, tokenizer, tmp_path, options, monke
     ("change", "message"),
     [
         ({"baseline": "mean"}, "baseline is 'mean': give one of generate, prompt_last, none, or answers= of your own"),
+        ({"score": "loss"}, "score is 'loss': give one of projection, gradient"),
+        ({"score": "gradient", "answers": SAMPLES}, "a gradient has no baseline: leave answers out"),
         ({"on_error": "warn"}, "on_error is 'warn': give 'stop' or 'skip'"),
         ({"percentile": 195.0}, "percentile is 195: give a number from 0 to 100"),
         ({"threshold": 1.0, "percentile": 9.0}, "threshold and percentile both say what is flagged: give one"),
@@ -358,3 +361,18 @@ def test_a_reference_that_can_be_read_once_is_refused(model, tokenizer, tmp_path
         pv.flag(model, tokenizer, SAMPLES, random_direction(model), out=tmp_path / "f", reference=once, **options)
     with pytest.raises(InputError, match="controls is 5: give 20 random directions or more, or 0"):
         pv.flag(model, tokenizer, SAMPLES, random_direction(model), out=tmp_path / "f", controls=5, **options)
+
+
+def test_gradients_score_in_the_place_of_projections(model, tokenizer, tmp_path, options):
+    vector = random_direction(model)
+    found = pv.flag(
+        model, tokenizer, SAMPLES, vector, out=tmp_path / "f.parquet", score="gradient", controls=20, **options
+    )
+    encoded = [encode_answer(tokenizer, chat_prompt(tokenizer, s["question"]), s["answer"]) for s in SAMPLES]
+    slopes = answer_gradients(model, encoded, layer=1)[:, 0] @ vector.directions[1] / vector.directions[1].norm()
+    read = rows(found.path)
+    assert [row["t_difference"] for row in read] == pytest.approx(slopes.tolist(), rel=1e-3, abs=1e-6)
+    assert found.settings["baseline"] == "none" and read[0]["t_baseline"] is None
+    assert found.summary["t"].beaten_isotropic is not None and len(read[0]["controls@1"]) == 20
+    with pytest.raises(InputError, match="score"):  # the same file, asked for another score
+        pv.flag(model, tokenizer, SAMPLES, vector, out=tmp_path / "f.parquet", baseline="none", controls=20, **options)

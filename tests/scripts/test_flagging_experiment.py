@@ -73,12 +73,12 @@ def test_the_experiment_on_a_tiny_model(tmp_path):
     PersonaVector("optimistic", "m", directions).save(tmp_path / "v.safetensors")
     command = [sys.executable, SCRIPTS / "flagging_experiment.py", tmp_path / "m", tmp_path / "v.safetensors"]
     command += ["--out", tmp_path / "out", "--samples", 1, "--choice-samples", 1, "--max-new-tokens", 6]
-    command += ["--controls", 4, "--device", "cpu", "--fractions"]
+    command += ["--controls", 4, "--device", "cpu", "--fractions", "--gradients"]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent)}
     done = subprocess.run([*map(str, command)], check=True, capture_output=True, env=environment, text=True)
     assert done.stdout.count("Flags(") == 5
     with (tmp_path / "out" / "table.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
-    assert len(table) == 8 and all(0 <= float(line["auroc"]) <= 1 for line in table)
+    assert len(table) == 9 and all(0 <= float(line["auroc"]) <= 1 for line in table)
     with (tmp_path / "out" / "layers.csv").open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == 6 * 3
+        assert len(list(csv.DictReader(file))) == 7 * 3
