@@ -17,6 +17,10 @@ def check(job: Any) -> None:
     if edits_are_active(job.model):
         raise InputError("flag reads the plain model: call it outside of steer, ablate, cap, floor and monitor")
     _check_words(job.baseline, job.answers, job.on_error)
+    if job.generate is not None and not job.generates:
+        raise InputError(
+            "generate gives the answers of baseline='generate', and another one is asked for: leave it out"
+        )
     if job.threshold is not None and job.percentile is not None:
         raise InputError("threshold and percentile both say what is flagged: give one of them")
     if job.percentile is not None and not 0 <= job.percentile <= 100:

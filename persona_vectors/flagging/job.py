@@ -18,6 +18,8 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import import_pyarrow
 from persona_vectors.data.progress import bar
 from persona_vectors.data.samples import Source, read_samples
+from persona_vectors.evaluation.judge import judge_name
+from persona_vectors.evaluation.served import Generate
 from persona_vectors.flagging.checks import check
 from persona_vectors.flagging.merge import merge
 from persona_vectors.flagging.parts import Flags, is_flags, part, read_header, read_json, write_json
@@ -64,6 +66,7 @@ class Job:
     batch_tokens: int | None
     chunk: int
     workers: int
+    generate: Generate | None
 
     @property
     def folder(self) -> Path:
@@ -118,6 +121,7 @@ class Job:
             "controls_reference": self.controls_reference if self.controls else None,
             "baseline": self.baseline if self.answers is None else source_name(self.answers),
             "max_new_tokens": self.max_new_tokens if self.generates else None,
+            "generate": self.generate and judge_name(self.generate),
             "skip_reasoning": self.skip_reasoning or None,
             "data": source_name(self.data),
             "columns": None if self.columns is None else list(self.columns),
@@ -181,9 +185,8 @@ class Job:
             plain |= {"controls": 0, "labels": None}
             path = replace(self, data=path, out=own, **plain).flags().path
         path = Path(str(path))
-        theirs = read_header(path)["settings"]
-        same = ("weights", "vectors", "layers", "baseline", "max_new_tokens", "skip_reasoning")
-        check_settings(path, theirs, {name: self.settings[name] for name in same})
+        same = ("weights", "vectors", "layers", "baseline", "max_new_tokens", "generate", "skip_reasoning")
+        check_settings(path, read_header(path)["settings"], {name: self.settings[name] for name in same})
         return path
 
     @property
@@ -193,6 +196,7 @@ class Job:
     def plan(self) -> dict[str, Any]:
         """Read all samples into the folder's parts."""
         self.kept.parent.mkdir(parents=True, exist_ok=True)
+        names = ("weights", "dtype", "config_hash", "max_new_tokens", "generate")[: 4 + (self.generate is not None)]
         try:
             return make_plan(
                 self.tokenizer,
@@ -203,7 +207,7 @@ class Job:
                 new_tokens=self.max_new_tokens + 1 if self.generates else 0,
                 answers=None if self.answers is None else self.read(self.answers),
                 cache=self.kept,
-                namespace=_hash([self.settings[n] for n in ("weights", "dtype", "config_hash", "max_new_tokens")]),
+                namespace=_hash([self.settings[name] for name in names]),
                 reading=self.reading,
                 chunk=self.chunk,
                 labels=self.labels,
@@ -218,6 +222,7 @@ class Job:
         budget = self.settings["batch_tokens"]
         shared: dict[str, Any] = {"batch_tokens": budget, "skip_reasoning": self.skip_reasoning}
         options: dict[str, Any] = {"layer": self.layers, "max_new_tokens": self.max_new_tokens, **shared}
+        options["generate"] = self.generate
         answer = partial(answer_prompts, self.folder, self.tokenizer, self.read_vectors, **options)
         self.work(answer, "answers", plan["groups"])
         keep_answers(self.folder, plan["groups"], reading, self.kept if self.generates else None)

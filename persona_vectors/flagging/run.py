@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.files import writing
 from persona_vectors.data.samples import Source
+from persona_vectors.evaluation.served import Generate
 from persona_vectors.flagging.job import Job
 from persona_vectors.flagging.parts import Flags
 from persona_vectors.model.blocks import Layer, Model
@@ -42,12 +43,14 @@ def flag(
     batch_tokens: int | None = None,
     chunk: int = 256,
     workers: int = 1,
+    generate: Generate | None = None,
 ) -> Flags:
     """Score every sample of a dataset by its projection difference on each vector, into the Parquet file `out`.
 
     A score is the mean projection on v/|v| of the answer's tokens less its `baseline`: that of the model's own greedy
     answer ("generate", kept in the file `cache` by prompt), of the prompt's last token ("prompt_last", the paper's
     shortcut), or "none"; or that of the answer which `answers`, in any form of `read_samples`, gives to the prompt.
+    With `generate`, say an `OpenAIGenerator`, the greedy answers come from there, and are only read here.
     `skip_reasoning` leaves what stands inside <think>...</think> out of both means.
 
     `data` is what `read_samples` takes, with `columns` and `split`; `turns="all"` gives every answer of a conversation
@@ -67,10 +70,9 @@ def flag(
     Raises InputError for what does not fit, and for an `out` that was made with other settings.
     """
     reading = {"columns": columns, "split": split, "turns": turns, "on_error": on_error, "max_length": max_length}
-    scoring = {"baseline": baseline, "answers": answers, "max_new_tokens": max_new_tokens}
+    scoring = {"baseline": baseline, "answers": answers, "max_new_tokens": max_new_tokens, "generate": generate}
     ranking = {"reference": reference, "threshold": threshold, "percentile": percentile, "controls": controls}
-    ranking |= {"labels": labels}
-    running = {"cache": cache, "batch_tokens": batch_tokens, "chunk": chunk, "workers": workers}
+    running = {"cache": cache, "batch_tokens": batch_tokens, "chunk": chunk, "workers": workers, "labels": labels}
     options: dict[str, Any] = {**reading, **scoring, "skip_reasoning": skip_reasoning, **ranking, **running}
     with writing(out):
         return Job(unwrap(model), tokenizer, data, vector_list(vectors), layer, Path(out), **options).flags()
