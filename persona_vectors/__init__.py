@@ -17,9 +17,11 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.evaluation.judge import Answer
     from persona_vectors.evaluation.judges import ContrastJudge, LocalJudge, SentimentJudge
     from persona_vectors.evaluation.likelihood import Statements, likelihood_contrast, load_statements
+    from persona_vectors.evaluation.openai_generator import OpenAIGenerator
     from persona_vectors.evaluation.openai_judge import OpenAIJudge
     from persona_vectors.evaluation.plots import plot_sweep
     from persona_vectors.evaluation.points import Sweep
+    from persona_vectors.evaluation.served import Completion
     from persona_vectors.evaluation.sweeping import sweep
     from persona_vectors.extraction.difference import extract, extract_from, extract_poolings_from
     from persona_vectors.extraction.rollouts import load_rollouts
@@ -70,9 +72,11 @@ _WHERE = {
     "evaluation.judge": ["Answer"],
     "evaluation.judges": ["ContrastJudge", "LocalJudge", "SentimentJudge"],
     "evaluation.likelihood": ["Statements", "likelihood_contrast", "load_statements"],
+    "evaluation.openai_generator": ["OpenAIGenerator"],
     "evaluation.openai_judge": ["OpenAIJudge"],
     "evaluation.plots": ["plot_sweep"],
     "evaluation.points": ["Sweep"],
+    "evaluation.served": ["Completion"],
     "evaluation.sweeping": ["sweep"],
     "extraction.difference": ["extract", "extract_from", "extract_poolings_from"],
     "extraction.rollouts": ["load_rollouts"],

@@ -26,8 +26,10 @@ from transformers import (
 )
 
 from persona_vectors.cli.main import main
+from persona_vectors.evaluation.served import Completion
 from persona_vectors.model.blocks import decoder_layers, model_shape
-from persona_vectors.model.prompts import left_pad
+from persona_vectors.model.generation import generate_tokens
+from persona_vectors.model.prompts import decode, left_pad
 from persona_vectors.vectors.controls import random_vector
 from persona_vectors.vectors.vector import PersonaVector
 
@@ -239,3 +241,17 @@ def make_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerBase:
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     fast.chat_template = template
     return fast
+
+
+def answered_elsewhere(model: nn.Module, tokenizer: PreTrainedTokenizerBase):
+    """Return what gives the answers that the model itself gives, the last ones first, and counts them in `.rows`."""
+
+    def elsewhere(prompts, seeds, max_new_tokens, temperature):
+        for row in reversed(range(len(prompts))):
+            options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": [seeds[row]]}
+            [(ids, ended)] = generate_tokens(model, tokenizer, [prompts[row]], **options)
+            elsewhere.rows += 1
+            yield [Completion(row, decode(tokenizer, ids), ids, ended)]
+
+    elsewhere.rows = 0
+    return elsewhere

@@ -10,6 +10,7 @@ from persona_vectors.cli.options import (
     JUDGES,
     BatchTokens,
     First,
+    GenerateOption,
     Json,
     LayerOption,
     Load,
@@ -52,6 +53,7 @@ def evaluate(
     samples: Samples = 3,
     max_new_tokens: MaxNewTokens = 128,
     seed: Seed = 0,
+    generate: GenerateOption = None,
     as_json: Json = False,
     load: Load,
 ) -> None:
@@ -62,14 +64,17 @@ def evaluate(
     Example: persona-vectors evaluate smollm2-135m optimistic --vector smollm2-135m/optimistic --layer 13 --coef 2
     --max-new-tokens 40
     """
+    from persona_vectors.cli.judges import make_generate
     from persona_vectors.data.traits import load_trait
     from persona_vectors.evaluation.answers import evaluate as run
     from persona_vectors.steering import add, bounds
 
-    loaded_trait = load_trait(trait)
+    loaded_trait, elsewhere = load_trait(trait), make_generate(generate)
     loaded_vector = load_vectors([vector])[0] if vector else None
     if vector and (layer is None or [coef, dose, cap].count(None) != 2):
         raise InputError("with --vector give --layer, and one of --coef, --dose and --cap")
+    if vector and generate:
+        raise InputError("--generate has a server answer, and --vector edits the model here: leave one out")
     loaded, tokenizer = load(model)
     scorer = _judge(judge, loaded, tokenizer, loaded_trait, load, check=trait if check_judge else None)
 
@@ -85,6 +90,7 @@ def evaluate(
         if name == "plain" or vector or system is not None:
             with nullcontext() if name == "plain" else edited():
                 options: dict[str, Any] = {"samples": samples, "max_new_tokens": max_new_tokens, "seed": seed}
+                options["generate"] = elsewhere
                 found = run(loaded, tokenizer, loaded_trait, judge=scorer, system=prompt, **options)
                 rows.append({"state": name, **_scores(found, _contrast(loaded, tokenizer, trait, prompt))})
     echo_table(rows, as_json=as_json, text=lambda: _evaluations(loaded_trait, rows))

@@ -12,6 +12,7 @@ from persona_vectors.cli.options import (
     JUDGES,
     BatchTokens,
     First,
+    GenerateOption,
     Json,
     Load,
     MaxNewTokens,
@@ -84,6 +85,7 @@ def extract(
     ] = "response_mean",
     skip_reasoning: SkipReasoning = False,
     seed: Seed = 0,
+    generate: GenerateOption = None,
     rollouts: Annotated[Path | None, typer.Option(help="keep the answers here; the same command goes on there")] = None,
     from_: Annotated[
         tuple[Path, Path] | None,
@@ -98,19 +100,17 @@ def extract(
 
     Generates answers under the trait's positive and negative instructions, has them judged, and takes the difference of
     mean activations at every layer. Interrupted with --rollouts FILE, the same command goes on where it stopped.
+    With --generate openai:MODEL a server that has the same weights answers; the key is read from OPENAI_API_KEY.
 
     Example: persona-vectors extract smollm2-135m optimistic --samples 2 --max-new-tokens 40
     """
-    from persona_vectors.cli.judges import make_judge
+    from persona_vectors.cli.judges import make_generate, make_judge
     from persona_vectors.data.traits import load_trait
     from persona_vectors.extraction import difference
     from persona_vectors.model.pooling import POOLINGS
 
-    if pooling == "all" and not from_:
-        raise InputError(
-            "--pooling all reads answers that are there: give --from, with --rollouts' file for both sides"
-        )
-    loaded_trait = load_trait(trait)
+    _check(pooling, from_, generate)
+    loaded_trait, elsewhere = load_trait(trait), make_generate(generate)
     loaded, tokenizer = load(model)
     options: dict[str, Any] = {"batch_tokens": batch_tokens, "skip_reasoning": skip_reasoning}
     chosen = options["judge"] = make_judge(
@@ -122,9 +122,18 @@ def extract(
         vectors = list(difference.extract_poolings_from(loaded, tokenizer, loaded_trait, ready, **options).values())
     else:
         drawing: dict[str, Any] = {"samples": samples, "first": first, "max_new_tokens": max_new_tokens, "seed": seed}
-        options |= {"pooling": pooling, "rollouts": rollouts}
+        options |= {"pooling": pooling, "rollouts": rollouts, "generate": elsewhere}
         vectors = [difference.extract(loaded, tokenizer, loaded_trait, **drawing, **options)]
     _save(vectors, out, by_pooling=pooling == "all")
+
+
+def _check(pooling: str, from_: tuple[Path, Path] | None, generate: str | None) -> None:
+    if from_ and generate:
+        raise InputError("--from reads answers that are there, and --generate has new ones given: leave one out")
+    if pooling == "all" and not from_:
+        raise InputError(
+            "--pooling all reads answers that are there: give --from, with --rollouts' file for both sides"
+        )
 
 
 def _ready(sides: tuple[Path, Path], trait: Any, tokenizer: Any, *, scored: bool) -> list[Any]:

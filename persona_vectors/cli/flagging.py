@@ -9,6 +9,7 @@ import typer
 from persona_vectors.cli.options import (
     JUDGES,
     BatchTokens,
+    GenerateOption,
     Json,
     LayerOption,
     Load,
@@ -63,6 +64,7 @@ def flag(
     trait: Annotated[str | None, typer.Option(help="the trait that it judges, a shipped one or a JSON file")] = None,
     cache: Annotated[Path | None, typer.Option(help="where baselines are kept (default: the user's cache)")] = None,
     batch_tokens: BatchTokens = None,
+    generate: GenerateOption = None,
     workers: Annotated[int, typer.Option(help="Ray actors that hold a model each; RAY_ADDRESS names a cluster")] = 1,
     as_json: Json = False,
     load: Load,
@@ -72,12 +74,13 @@ def flag(
     Example: persona-vectors flag smollm2-135m smollm2-135m/optimistic --layer 19 --data train.jsonl
     --out flags.parquet --baseline prompt_last --html flags.html
     """
+    from persona_vectors.cli.judges import make_generate
     from persona_vectors.flagging import run
     from persona_vectors.flagging.report import write_report
 
     if bool(judge) != bool(trait):
         raise InputError("--judge and --trait belong together: give both, or neither")
-    where, loaded_vectors = layers(layer), load_vectors(vectors)
+    where, loaded_vectors, elsewhere = layers(layer), load_vectors(vectors), make_generate(generate)
     if workers > 1 and load.keywords["device"] is None:  # the actors take the GPUs
         load = partial(load, device="cpu")
     loaded, tokenizer = load(model)
@@ -86,7 +89,7 @@ def flag(
     options |= {"on_error": on_error, "turns": turns}
     options |= {"max_length": max_length, "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
     options |= {"skip_reasoning": skip_reasoning, "controls": controls, "labels": labels}
-    options |= {"reference": reference, "threshold": threshold, "percentile": percentile}
+    options |= {"reference": reference, "threshold": threshold, "percentile": percentile, "generate": elsewhere}
     found = run.flag(loaded, tokenizer, data, loaded_vectors, layer=where, cache=cache, workers=workers, **options)
     echo_table(found.rows(), as_json=as_json, text=lambda: repr(found))
     if judge and trait:

@@ -1,4 +1,4 @@
-"""The judge that a command line names."""
+"""The judge that a command line names, and what answers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +9,7 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.data.traits import Trait
 from persona_vectors.evaluation.judge import Judge
 from persona_vectors.evaluation.judges import ContrastJudge, LocalJudge, SentimentJudge
+from persona_vectors.evaluation.served import Generate
 from persona_vectors.model.blocks import Model
 
 
@@ -34,3 +35,15 @@ def make_judge(
 
         return OpenAIJudge(name)
     raise InputError(f"no judge {spec!r}: give contrast[:PAIRS], sentiment, openai:MODEL, local:MODEL or none")
+
+
+def make_generate(spec: str | None) -> Generate | None:
+    """Return what answers, as a command line names it: openai:MODEL; None for the model itself."""
+    kind, _, name = (spec or "").partition(":")
+    if spec is None:
+        return None
+    if kind == "openai" and name:
+        from persona_vectors.evaluation.openai_generator import OpenAIGenerator
+
+        return OpenAIGenerator(name)
+    raise InputError(f"--generate is {spec!r}: give openai:MODEL, and the server's address in OPENAI_BASE_URL")

@@ -41,6 +41,10 @@ First = Annotated[int | None, typer.Option(help="take only the first N extractio
 MaxNewTokens = Annotated[int, typer.Option(help="most tokens of an answer", min=1)]
 SkipReasoning = Annotated[bool, typer.Option("--skip-reasoning", help="leave out what stands inside <think></think>")]
 BatchTokens = Annotated[int | None, typer.Option(help="tokens a batch: lower it when memory runs out")]
+GenerateOption = Annotated[
+    str | None,
+    typer.Option("--generate", help="openai:MODEL: the server at OPENAI_BASE_URL (vLLM, SGLang, llama.cpp) answers"),
+]
 Json = Annotated[bool, typer.Option("--json", help="print the table as JSON, and nothing else")]
 
 Load = functools.partial

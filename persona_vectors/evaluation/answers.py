@@ -16,6 +16,7 @@ from persona_vectors.data.traits import Trait
 from persona_vectors.evaluation.beside import score_batches
 from persona_vectors.evaluation.judge import Answer, Judge, is_remote, judge_name
 from persona_vectors.evaluation.judges import score_both
+from persona_vectors.evaluation.served import Generate, served_answers
 from persona_vectors.model.blocks import Model
 from persona_vectors.model.generation import generate_batches
 from persona_vectors.model.prompts import chat_prompt, decode, encode
@@ -43,12 +44,19 @@ def answer_batches(
     seed: int = 0,
     batch_tokens: int | None = None,
     skip: Collection[int] = (),
+    generate: Generate | None = None,
 ) -> Iterator[list[tuple[int, str]]]:
     """Yield answers batch by batch, each with the index of what was asked. Different edits share batches.
 
-    `skip` holds indices that need no answer. Whatever is skipped, the batches and their seeds stay the same.
+    `skip` holds indices that need no answer. Whatever is skipped, the batches and their seeds stay the same. With
+    `generate` the answers come from there, without edits.
     """
     prompts = [encode(tokenizer, chat_prompt(tokenizer, ask.question, system=ask.system)) for ask in asks]
+    if generate is not None:
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        for served in served_answers(generate, model, tokenizer, prompts, skip=skip, **options):
+            yield [(item.row, item.text) for item in served]
+        return
     for batch in generate_batches(
         model,
         tokenizer,
@@ -135,14 +143,17 @@ def evaluate(
     temperature: float = 1.0,
     seed: int = 0,
     batch_tokens: int | None = None,
+    generate: Generate | None = None,
 ) -> Evaluation:
     """Answer the trait's evaluation questions and have the answers judged.
 
     It is the model as it stands that answers: inside `with pv.steer(...)` or `pv.cap(...)` the edited one, while the
     judge reads the plain one. `questions` replaces the trait's own; each gets `samples` answers, so that
-    the intervals hold over draws as well as over questions. Greedy answers are all alike, and one is taken.
+    the intervals hold over draws as well as over questions. Greedy answers are all alike, and one is taken. With
+    `generate`, say an `OpenAIGenerator`, the answers come from there.
 
-    Raises InputError where there is no question, or the judge abstained on every answer.
+    Raises InputError where there is no question, for `generate` inside an edit, and where the judge abstained on every
+    answer.
     """
     judge = check_given(judge)
     asked = trait.questions.eval if questions is None else tuple(questions)
@@ -152,7 +163,7 @@ def evaluate(
         )
     samples = samples if temperature else 1
     asks = [Ask(question, system) for question in asked for _ in range(samples)]
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "generate": generate}
     batches = answer_batches(model, tokenizer, asks, seed=seed, batch_tokens=batch_tokens, **options)
     shown: Iterable[list[tuple[int, str]]] = _shown(batches, len(asks), f"{trait.name}: answers")
     remote = is_remote(judge)

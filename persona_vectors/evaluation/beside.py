@@ -2,8 +2,9 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
+from contextlib import closing, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -35,8 +36,13 @@ def score_batches(batches: Iterable[B], work: Callable[[B], S], keep: Callable[[
 
     With `remote` each batch's work runs in a thread of its own while the next batches are made, and what is ready is
     kept in this thread between them. An error and an interruption end it without waiting for work that is under way;
-    batches that are ready by then are kept, up to the first that is not.
+    batches that are ready by then are kept, up to the first that is not. Batches that are a generator are closed.
     """
+    with closing(batches) if isinstance(batches, Generator) else nullcontext():
+        _score_batches(batches, work, keep, remote=remote)
+
+
+def _score_batches(batches: Iterable[B], work: Callable[[B], S], keep: Callable[[B, S], Any], *, remote: bool) -> None:
     if not remote:
         for batch in batches:
             keep(batch, work(batch))

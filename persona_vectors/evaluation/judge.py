@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.progress import bar
@@ -64,8 +64,8 @@ def is_remote(judge: Judge | None) -> bool:
     return bool(getattr(judge, "remote", False) and getattr(judge, "reads_rubric", True))
 
 
-def judge_name(judge: Judge | None) -> str:
-    """Return how a judge is named in a file."""
+def judge_name(judge: Callable[..., Any] | None) -> str:
+    """Return how a judge, or another function, is named in a file."""
     return "none" if judge is None else str(getattr(judge, "name", getattr(judge, "__name__", type(judge).__name__)))
 
 

@@ -56,7 +56,9 @@ def ask(
     on_retry: Callable[[], object] = lambda: None,
     stopped: threading.Event | None = None,
 ) -> T:
-    """Send a chat request until `read` accepts its reply, at most `attempts` times; return what `read` made of it.
+    """Send a request until `read` accepts its reply, at most `attempts` times; return what `read` made of it.
+
+    One with "messages" goes to the chat, and one with a "prompt" to be completed.
 
     Passing faults are repeated: no connection, a timeout, 408, 409, 429, 5xx, and replies that are no JSON or that
     `read` calls `Malformed`. A Retry-After is respected, and else the wait doubles, with jitter. `stopped` ends the
@@ -68,10 +70,11 @@ def ask(
     from openai import APIConnectionError, APIStatusError, OpenAIError
 
     where, stopped = f"the server at {client.base_url}", stopped or threading.Event()
+    endpoint = client.chat.completions if "messages" in request else client.completions
     for attempt in range(1, attempts + 1):
         wait = random.uniform(0.5, 1) * min(LONGEST, BACKOFF * 2 ** (attempt - 1))
         try:
-            raw = client.chat.completions.with_raw_response.create(**request)
+            raw = endpoint.with_raw_response.create(**request)
             return read(json.loads(raw.text))
         except InputError:  # from `read`: repeating would not mend it
             raise

@@ -15,6 +15,7 @@ from persona_vectors.data.files import writing
 from persona_vectors.data.traits import Trait
 from persona_vectors.evaluation.beside import score_batches
 from persona_vectors.evaluation.judge import Judge, is_remote, judge_name
+from persona_vectors.evaluation.served import Generate
 from persona_vectors.extraction.evidence import evidence
 from persona_vectors.extraction.filtering import judge_rollouts, pairs, without_reasoning
 from persona_vectors.extraction.reads import Reads, no_reads
@@ -46,6 +47,7 @@ def extract(
     batch_tokens: int | None = None,
     rollouts: str | Path | None = None,
     min_pairs: int = MIN_PAIRS,
+    generate: Generate | None = None,
 ) -> PersonaVector:
     """Generate answers under the trait's positive and negative instructions, and return their difference of means.
 
@@ -56,31 +58,30 @@ def extract(
     it, and both are coherent (`threshold` again). Coherence is judged by the judge, or by a perplexity gate where it
     does not read rubrics; `judge=None` keeps every pair of non-empty answers. The defaults are the paper's.
 
-    `skip_reasoning` neither judges nor averages what stands inside <think>...</think>; the answers are then read a
-    second time, when they are finished.
+    `skip_reasoning` neither judges nor averages what is inside <think>...</think>: answers are then read once more.
+    With `generate`, say an `OpenAIGenerator`, the answers come from there, and the kept ones are read in one pass.
 
     Raises InputError where fewer than `min_pairs` pairs are kept, saying what was dropped.
     """
     model = _checked(model, [pooling])
     tasks = plan(tokenizer, trait, first=first, samples=samples)
+    drawing: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     settings = {
         "trait": trait.name,
         "trait_hash": hash_of(trait.model_dump()),
         **identity(model, tokenizer),
         "samples": samples,
         "questions": len(tasks) // (2 * len(trait.instruction) * samples),
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": seed,
+        **drawing,
         "batch_tokens": generation_budget(model, batch_tokens),
         "judge": judge_name(judge),
+        "generate": generate and judge_name(generate),
         "skip_reasoning": skip_reasoning or None,  # None: as in files from before there was a choice
     }
-    drawing: dict[str, Any] = {name: settings[name] for name in ("max_new_tokens", "temperature", "seed")}
-    drawing |= {"batch_tokens": batch_tokens, "desc": f"{trait.name}: answers"}
+    drawing |= {"batch_tokens": batch_tokens, "desc": f"{trait.name}: answers", "generate": generate}
     if keeps_cache(model) and not skip_reasoning:
-        stops = stop_tokens(model, tokenizer)
-        drawing["during"] = lambda _: pool_while_generating(model, stops=stops, poolings=[pooling])
+        reading: dict[str, Any] = {"stops": stop_tokens(model, tokenizer), "poolings": [pooling]}
+        drawing["during"] = lambda _: pool_while_generating(model, **reading)
     limit = None if judge is None else threshold
     info = {key: value for key, value in settings.items() if key not in ("trait", "model", "questions")}
     options: dict[str, Any] = {"poolings": [pooling], "limit": limit, "min_pairs": min_pairs, "info": info}

@@ -69,4 +69,5 @@ def pairs(rollouts: Sequence[Rollout], limit: float | None) -> tuple[list[tuple[
     counts |= {f"{side}_passed": len(passed) for side, passed in sides.items()}
     counts |= {"empty": sum(not rollout.kept or not rollout.answer.strip() for rollout in rollouts)}
     counts |= {"cut_at_limit": sum(not rollout.finished for rollout in rollouts)}
+    counts |= {"retokenised": sum(rollout.retokenised for rollout in rollouts)}
     return kept, counts | {"pairs_kept": len(kept)}

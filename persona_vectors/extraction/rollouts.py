@@ -4,7 +4,6 @@ import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import append, atomic_path
 from persona_vectors.data.progress import bar
 from persona_vectors.data.traits import Trait
+from persona_vectors.evaluation.served import Generate, served_answers
 from persona_vectors.model.blocks import Model
-from persona_vectors.model.generation import generate_batches, generation_batches
+from persona_vectors.model.generation import generate_batches
 from persona_vectors.model.prompts import chat_prompt, decode, encode, encode_answer
 
 FORMAT = 1
@@ -41,6 +41,8 @@ class Rollout(BaseModel):
     """The answer's tokens as generated, without the end token."""
     finished: bool = True
     """False for an answer that was cut at the token limit."""
+    retokenised: bool = False
+    """True where `answer_ids` were made from the text, and need not be the tokens that were generated."""
     outside_reasoning: tuple[int, ...] | None = None
     """Which of `answer_ids`, from 0, are judged and averaged where reasoning is left out; None: all of them."""
     trait_score: float | None = None
@@ -85,43 +87,51 @@ def draw_rollouts(
     batch_tokens: int | None,
     desc: str,
     during: Callable[[list[int]], AbstractContextManager[Any]] | None = None,
+    generate: Generate | None = None,
 ) -> Iterator[tuple[list[Rollout], Any]]:
-    """Yield the rollouts of each batch that `file` lacks, and what `during` gave around it. Append them.
+    """Yield the rollouts that `file` lacks, batch by batch, and what `during` gave around each. Append them.
 
-    The batches and their seeds are always the same: a run that starts in the middle gives the same answers. A batch
-    that the file holds only in part is dropped from it, and answered again.
+    An answer depends on its task and the seed, and not on those that are there. With `generate` the answers come from
+    there, in whatever order, and nothing is read around them.
     """
     prompts = [task["prompt_ids"] for task in tasks]
-    batches = generation_batches(model, prompts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
-    file.trim([len(batch) for batch in batches])
-    _check_known([tasks[i] for i in chain(*batches)], file)
-    done = len(file.rollouts)
+    known = _answered(tasks, file)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    options |= {"batch_tokens": batch_tokens, "reading": True, "during": during}
-    known = set(list(chain(*batches))[:done])
-    with bar(total=len(tasks), initial=done, desc=desc, unit="answer") as shown:
-        for batch in generate_batches(model, tokenizer, prompts, skip=known, **options):
-            answers = zip(batch.rows, batch.answers)
-            yield [_rollout(tokenizer, tasks[row], ids, ended) for row, (ids, ended) in answers], batch.read
+    options["skip"] = known
+    with bar(total=len(tasks), initial=len(known), desc=desc, unit="answer") as shown:
+        if generate is not None:
+            for served in served_answers(generate, model, tokenizer, prompts, **options):
+                yield [_rollout(tasks[item.row], *item[1:]) for item in served], None
+                shown.update(len(served))
+            return
+        options |= {"batch_tokens": batch_tokens, "reading": True, "during": during}
+        for batch in generate_batches(model, tokenizer, prompts, **options):
+            found = zip(batch.rows, batch.answers)
+            yield [_rollout(tasks[row], ids, decode(tokenizer, ids), end) for row, (ids, end) in found], batch.read
             shown.update(len(batch.rows))
             del batch  # and with it what was read of it, before the next one is
 
 
-def _check_known(tasks: Sequence[dict[str, Any]], file: "RolloutFile") -> None:
-    """Raise InputError where the file's answers are not those to the first tasks, each once."""
-    for task, rollout in zip(tasks, file.rollouts):
-        own = {name: getattr(rollout, name) for name in ("side", "pair", "question", "sample", "prompt")}
-        changed = next((name for name, value in own.items() if value != task[name]), None)
-        if changed:
-            raise InputError(
-                f"{file.path} holds an answer with {changed} {str(own[changed])[:60]!r} where this run has "
-                f"{str(task[changed])[:60]!r} (a template that writes the date makes other prompts every day): "
-                "give another file"
-            )
+def _answered(tasks: Sequence[dict[str, Any]], file: "RolloutFile") -> set[int]:
+    """Return which tasks the file answers; raises InputError where it has answers to others, or two to one."""
+    places = {(task["side"], task["pair"], task["question"], task["sample"]): i for i, task in enumerate(tasks)}
+    known: set[int] = set()
+    for rollout in file.rollouts:
+        place = places.get((rollout.side, *rollout.key))
+        if place is None or place in known:
+            told, own = f"question {rollout.question[:60]!r}, sample {rollout.sample}", "none, or one already"
+        elif rollout.prompt != tasks[place]["prompt"]:
+            told, own = f"prompt {rollout.prompt[:60]!r}", repr(tasks[place]["prompt"][:60])
+            own += " (a template that writes the date makes other prompts every day)"
+        else:
+            known.add(place)
+            continue
+        raise InputError(f"{file.path} holds an answer with {told} where this run has {own}: give another file")
+    return known
 
 
-def _rollout(tokenizer: PreTrainedTokenizerBase, task: dict[str, Any], ids: Sequence[int], ended: bool) -> Rollout:
-    return Rollout(**task, answer=decode(tokenizer, ids), answer_ids=tuple(ids), finished=ended)
+def _rollout(task: dict[str, Any], ids: Sequence[int], text: str, ended: bool, retokenised: bool = False) -> Rollout:
+    return Rollout(**task, answer=text, answer_ids=tuple(ids), finished=ended, retokenised=retokenised)
 
 
 class RolloutFile:
@@ -143,16 +153,7 @@ class RolloutFile:
     def _resume(self, path: Path) -> None:
         header, self.rollouts = read_jsonl(path, partial=True)
         check_settings(path, header, self.settings)
-
-    def trim(self, batch_sizes: Sequence[int]) -> None:
-        """Drop a batch that was only partly written, and a line that was cut, from the end of the file."""
-        whole = 0
-        for size in batch_sizes:
-            if whole + size > len(self.rollouts):
-                break
-            whole += size
-        self.rollouts = self.rollouts[:whole]
-        self._rewrite()
+        self._rewrite()  # without a line that was cut
 
     def append(self, rollouts: Sequence[Rollout]) -> None:
         """Add a batch in one write, and have it on the disk before returning."""

@@ -22,6 +22,10 @@ def check(job: Any) -> None:
     if job.score == "gradient" and job.answers is not None:
         raise InputError("a gradient has no baseline: leave answers out, or give score='projection'")
     _check_words(job.baseline, job.answers, job.on_error)
+    if job.generate is not None and not job.generates:
+        raise InputError(
+            "generate gives the answers of baseline='generate', and another one is asked for: leave it out"
+        )
     if job.threshold is not None and job.percentile is not None:
         raise InputError("threshold and percentile both say what is flagged: give one of them")
     if job.percentile is not None and not 0 <= job.percentile <= 100:

@@ -1,7 +1,5 @@
 """A flagging run: what it was asked for, and the steps that it takes."""
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,15 +16,15 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import import_pyarrow
 from persona_vectors.data.progress import bar
 from persona_vectors.data.samples import Source, read_samples
+from persona_vectors.evaluation.served import Generate
 from persona_vectors.flagging.checks import check
 from persona_vectors.flagging.merge import merge
 from persona_vectors.flagging.parts import Flags, is_flags, part, read_header, read_json, write_json
 from persona_vectors.flagging.plan import check_digest, make_plan, source_name
+from persona_vectors.flagging.settings import hash_of_json, judged_by, settings_of
 from persona_vectors.flagging.work import answer_prompts, keep_answers, project_rows
 from persona_vectors.model.blocks import Layer, Model, chosen_layers, model_shape
-from persona_vectors.model.identity import fingerprint, identity
 from persona_vectors.model.loading import cache_dir
-from persona_vectors.model.prompts import batch_tokens_for
 from persona_vectors.vectors.directions import unit_directions
 from persona_vectors.vectors.moments import neutral_moments
 from persona_vectors.vectors.vector import PersonaVector
@@ -65,6 +63,7 @@ class Job:
     batch_tokens: int | None
     chunk: int
     workers: int
+    generate: Generate | None
 
     @property
     def folder(self) -> Path:
@@ -109,38 +108,7 @@ class Job:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on."""
-        return {
-            **identity(self.model, self.tokenizer),
-            "weights": fingerprint(self.model),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "vectors": {vector.trait: _hash(vector.directions[self.layers].tolist()) for vector in self.vectors},
-            "layers": self.layers,
-            "controls": self.controls,
-            "controls_reference": self.controls_reference if self.controls else None,
-            "score": None if self.score == "projection" else self.score,
-            "baseline": self.baseline if self.answers is None else source_name(self.answers),
-            "max_new_tokens": self.max_new_tokens if self.generates else None,
-            "skip_reasoning": self.skip_reasoning or None,
-            "data": source_name(self.data),
-            "columns": None if self.columns is None else list(self.columns),
-            "split": self.split,
-            "turns": self.turns,
-            "on_error": self.on_error,
-            "labels": self.labels,
-            "max_length": self.limit,
-            "batch_tokens": self.batch_tokens or batch_tokens_for(self.model),
-            "chunk": self.chunk,
-        }
-
-    @property
-    def judged(self) -> dict[str, Any]:
-        """What the percentiles and flags depend on besides."""
-        default = 95.0 if self.reference is not None and self.threshold is None else None
-        return {
-            "reference": None if self.reference is None else source_name(self.reference),
-            "threshold": self.threshold,
-            "percentile": default if self.percentile is None else self.percentile,
-        }
+        return settings_of(self)
 
     def flags(self) -> Flags:
         """Return the finished file's, or make it."""
@@ -149,7 +117,7 @@ class Job:
         unit_directions(self.model, self.vectors, self.layer)  # refuses what does not fit
         if self.out.exists():
             header = read_header(self.out)
-            check_settings(self.out, header["settings"], {**self.settings, **self.judged})
+            check_settings(self.out, header["settings"], {**self.settings, **judged_by(self)})
             check_digest(self.read(self.data, self.labels), header["digest"], self.out)
             return Flags.load(self.out)
         if self.folder.exists():
@@ -160,14 +128,14 @@ class Job:
             write_json(self.folder / "settings.json", self.settings)
         plan, reading = self.plan(), self.reading
         self.compute(plan, reading)
-        whole = {**self.settings, **self.judged}
+        whole = {**self.settings, **judged_by(self)}
         return merge(self.folder, self.out, reading=reading, plan=plan, settings=whole, reference=reference)
 
     @property
     def reading(self) -> str:
         """What a base answer's kept values depend on, besides the answer."""
         names = ("vectors", "layers", "skip_reasoning", "controls", "controls_reference")
-        return _hash([self.settings[name] for name in names])
+        return hash_of_json([self.settings[name] for name in names])
 
     def read(self, source: Source, labels: str | None = None) -> Any:
         return read_samples(source, columns=self.columns, split=self.split, turns=self.turns, labels=labels)
@@ -183,9 +151,8 @@ class Job:
             plain |= {"controls": 0, "labels": None}
             path = replace(self, data=path, out=own, **plain).flags().path
         path = Path(str(path))
-        theirs = read_header(path)["settings"]
-        same = ("weights", "vectors", "layers", "score", "baseline", "max_new_tokens", "skip_reasoning")
-        check_settings(path, theirs, {name: self.settings[name] for name in same})
+        same = ("weights", "vectors", "layers", "score", "baseline", "max_new_tokens", "generate", "skip_reasoning")
+        check_settings(path, read_header(path)["settings"], {name: self.settings[name] for name in same})
         return path
 
     @property
@@ -195,6 +162,7 @@ class Job:
     def plan(self) -> dict[str, Any]:
         """Read all samples into the folder's parts."""
         self.kept.parent.mkdir(parents=True, exist_ok=True)
+        names = ("weights", "dtype", "config_hash", "max_new_tokens", "generate")[: 4 + (self.generate is not None)]
         try:
             return make_plan(
                 self.tokenizer,
@@ -205,7 +173,7 @@ class Job:
                 new_tokens=self.max_new_tokens + 1 if self.generates else 0,
                 answers=None if self.answers is None else self.read(self.answers),
                 cache=self.kept,
-                namespace=_hash([self.settings[n] for n in ("weights", "dtype", "config_hash", "max_new_tokens")]),
+                namespace=hash_of_json([self.settings[name] for name in names]),
                 reading=self.reading,
                 chunk=self.chunk,
                 labels=self.labels,
@@ -220,6 +188,7 @@ class Job:
         budget = self.settings["batch_tokens"]
         shared: dict[str, Any] = {"batch_tokens": budget, "skip_reasoning": self.skip_reasoning}
         options: dict[str, Any] = {"layer": self.layers, "max_new_tokens": self.max_new_tokens, **shared}
+        options["generate"] = self.generate
         answer = partial(answer_prompts, self.folder, self.tokenizer, self.read_vectors, **options)
         self.work(answer, "answers", plan["groups"])
         keep_answers(self.folder, plan["groups"], reading, self.kept if self.generates else None)
@@ -241,7 +210,3 @@ class Job:
                 for number in todo:
                     do(self.model, number)
                     shown.update(self.chunk)
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

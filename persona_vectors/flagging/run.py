@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.files import writing
 from persona_vectors.data.samples import Source
+from persona_vectors.evaluation.served import Generate
 from persona_vectors.flagging.job import Job
 from persona_vectors.flagging.parts import Flags
 from persona_vectors.model.blocks import Layer, Model
@@ -43,21 +44,22 @@ def flag(
     batch_tokens: int | None = None,
     chunk: int = 256,
     workers: int = 1,
+    generate: Generate | None = None,
 ) -> Flags:
     """Score every sample of a dataset by its projection difference on each vector, into the Parquet file `out`.
 
     A score is the mean projection on v/|v| of the answer's tokens less its `baseline`: that of the model's own greedy
-    answer ("generate", kept in the file `cache` by prompt), of the prompt's last token ("prompt_last", the paper's
-    shortcut), or "none"; or that of the answer which `answers`, in any form of `read_samples`, gives to the prompt.
-    `skip_reasoning` leaves what stands inside <think>...</think> out of both. `score="gradient"` has no baseline: it is
-    the slope of the answer's mean log-probability along v/|v|, where training on it pulls, to first order.
+    answer ("generate", kept in the file `cache` by prompt; with `generate`, say an `OpenAIGenerator`, made there), of
+    the prompt's last token ("prompt_last", the paper's shortcut), or "none"; or of the answer that `answers`, in any
+    form of `read_samples`, gives to the prompt. `skip_reasoning` leaves <think>...</think> out of both means.
+    `score="gradient"` is the slope of the answer's log-probability along v/|v|, where training on it pulls at first.
 
     `data` is what `read_samples` takes, with `columns` and `split`; `turns="all"` gives every answer of a conversation
     a row, as training learns them all. What is no sample ends the run, or with `on_error="skip"` is counted. Samples
-    longer than `max_length` (the context unless given) are cut and marked.
-    Each row has each vector's `_projection`, `_baseline`, `_difference` and `_percentile`, among the differences of
-    `reference` (neutral samples, or their flags file) or else of the dataset. `flagged` is set from `threshold` on, a
-    difference, or from `percentile` on, 95 where there is a `reference`. With several layers: `trait@layer`.
+    longer than `max_length` (the context unless given) are cut and marked. Each row has each vector's `_projection`,
+    `_baseline`, `_difference` and `_percentile`, among the differences of `reference` (neutral samples, or their flags)
+    or else of the dataset. `flagged` is set from `threshold` on, a difference, or from `percentile` on, 95 where there
+    is a `reference`. With several layers: `trait@layer`.
 
     `controls` random directions are read in the same passes: half isotropic, half with the covariance of the mean
     activations of `reference`, else of 16 answers on plain facts. The summary says how many the vector surpasses,
@@ -65,13 +67,13 @@ def flag(
     how well each vector tells them apart (AUROC) then stands beside those directions, length and VADER's sentiment.
 
     A killed run goes on from `out`.parts, `chunk` samples at a time. `workers` > 1 are Ray actors with a model each.
-    Raises InputError for what does not fit, and for an `out` that was made with other settings.
+    Raises InputError for what does not fit, and for an `out` made with other settings.
     """
     reading = {"columns": columns, "split": split, "turns": turns, "on_error": on_error, "max_length": max_length}
-    reading |= {"skip_reasoning": skip_reasoning, "max_new_tokens": max_new_tokens}
+    reading |= {"skip_reasoning": skip_reasoning, "max_new_tokens": max_new_tokens, "generate": generate}
     scoring = {"score": score, "baseline": "none" if score == "gradient" else baseline, "answers": answers}
     ranking = {"reference": reference, "threshold": threshold, "percentile": percentile, "controls": controls}
     running = {"labels": labels, "cache": cache, "batch_tokens": batch_tokens, "chunk": chunk, "workers": workers}
     with writing(out):
-        options: dict[str, Any] = {**reading, **scoring, **ranking, **running}
-        return Job(unwrap(model), tokenizer, data, vector_list(vectors), layer, Path(out), **options).flags()
+        given: Any = (unwrap(model), tokenizer, data, vector_list(vectors), layer, Path(out))
+        return Job(*given, **reading, **scoring, **ranking, **running).flags()

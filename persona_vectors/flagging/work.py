@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from persona_vectors.evaluation.served import Generate, served_answers
 from persona_vectors.flagging.parts import part, read_table, write_table
 from persona_vectors.flagging.store import Baselines
 from persona_vectors.model.blocks import Model
@@ -33,10 +35,20 @@ def answer_prompts(
     max_new_tokens: int,
     batch_tokens: int,
     skip_reasoning: bool,
+    generate: Generate | None,
 ) -> None:
-    """Answer one part of the prompts, and write the answers with their mean projections; known ones are only read."""
+    """Answer one part of the prompts, and write the answers with their mean projections; known ones are only read.
+
+    With `generate` the answers come from there, and are known then.
+    """
     todo = read_table(part(folder, "prompts", number))
     prompts, answers = todo["prompt_ids"], todo["answer_ids"]
+    if generate is not None:
+        there = {i for i, answer in enumerate(answers) if answer is not None}
+        greedy: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "seed": 0}
+        for served in served_answers(generate, model, tokenizer, prompts, skip=there, **greedy):
+            for item in served:
+                answers[item.row] = item.tokens
     open_ones = [i for i, answer in enumerate(answers) if answer is None]
     known = [i for i, answer in enumerate(answers) if answer is not None]
     units = unit_directions(model, vectors, layer)

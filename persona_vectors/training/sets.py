@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path, writing
 from persona_vectors.data.traits import Trait
+from persona_vectors.evaluation.judge import judge_name
+from persona_vectors.evaluation.served import Generate
 from persona_vectors.extraction.rollouts import Rollout, RolloutFile, draw_rollouts, plan
 from persona_vectors.model.blocks import Model
 from persona_vectors.model.generation import generation_budget
@@ -34,6 +36,7 @@ def make_training_sets(
     temperature: float = 1.0,
     seed: int = 0,
     batch_tokens: int | None = None,
+    generate: Generate | None = None,
 ) -> dict[str, int]:
     """Write labelled JSONL sets to the folder `out`; returns each file's number of samples.
 
@@ -43,7 +46,8 @@ def make_training_sets(
     the trait, 0 for its opposite, null for plain answers), `trait`, `question`, `side`, `pair` and `sample`.
 
     `questions` are the trait's evaluation questions unless given: the vector should not have seen them. Empty answers
-    are left out, with the answer that they are paired with. A killed run goes on from `out`/rollouts.jsonl.
+    are left out, with the answer that they are paired with. A killed run goes on from `out`/rollouts.jsonl. With
+    `generate`, say an `OpenAIGenerator`, the answers come from there.
 
     Raises InputError where there is no question, or a fraction is not between 0 and 1.
     """
@@ -61,8 +65,9 @@ def make_training_sets(
         "samples": samples,
         **drawing,
         "batch_tokens": generation_budget(model, batch_tokens),
+        "generate": generate and judge_name(generate),
     }
-    drawing |= {"batch_tokens": batch_tokens, "desc": f"{trait.name}: training answers"}
+    drawing |= {"batch_tokens": batch_tokens, "desc": f"{trait.name}: training answers", "generate": generate}
     with writing(out / "rollouts.jsonl"):
         file = RolloutFile(out / "rollouts.jsonl", settings)
         for rollouts, _ in draw_rollouts(model, tokenizer, _tasks(tokenizer, trait, asked, samples), file, **drawing):

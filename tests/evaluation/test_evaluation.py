@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import random_direction
+from helpers import answered_elsewhere, random_direction
 
 from persona_vectors.cli.demo import choose_layer, run_demo
 from persona_vectors.data.errors import InputError
@@ -169,3 +169,15 @@ def test_no_judge_is_said_in_one_line(model, tokenizer, trait):
     vector = random_direction(model)
     with pytest.raises(InputError, match="judge is None"):
         sweep(model, tokenizer, trait, vector, judge=None, layer=1, coefs=[1.0])
+
+
+def test_answers_from_elsewhere_are_scored_like_the_models_own(model, tokenizer, trait):
+    def judge(question, answer, rubric):
+        return len(answer.encode()) % 100
+
+    options = {"judge": judge, "samples": 2, "max_new_tokens": 5}
+    own, elsewhere = evaluate(model, tokenizer, trait, **options), answered_elsewhere(model, tokenizer)
+    assert evaluate(model, tokenizer, trait, generate=elsewhere, **options) == own and elsewhere.rows == 4
+    edited = pytest.raises(InputError, match="where nothing is edited: leave the `with`")
+    with edited, steer(model, random_direction(model), layer=1, coef=1.0):
+        evaluate(model, tokenizer, trait, generate=elsewhere, **options)

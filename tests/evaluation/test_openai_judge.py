@@ -1,17 +1,15 @@
 """OpenAIJudge against a server that fails as real ones do, and against llama.cpp's."""
 
-import collections
 import hashlib
-import http.server
-import json
 import math
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
+from fault_server import FAULTS, FaultServer
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.evaluation import openai_client, openai_judge
@@ -21,96 +19,22 @@ from persona_vectors.model.loading import embedded_gguf
 from persona_vectors.model.prompts import chat_prompt, encode
 
 RUBRIC = "Score {question} {answer}"
-FAULTS = ["429", "500", "timeout", "cut", "malformed", "empty"]
 
 
-class FaultServer(http.server.ThreadingHTTPServer):
-    """Answers as an OpenAI-compatible server does; a share of the attempts fails, the same ones in every run."""
-
-    daemon_threads, request_queue_size = True, 128
-
-    def __init__(
-        self,
-        share: float,
-        *,
-        logprobs: bool = True,
-        always: str | None = None,
-        refuses: str = "",
-        reasons: bool = False,
-        hangs: float = 0.0,
-    ) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.refuses, self.reasons, self.hangs, self.requests = refuses, reasons, hangs, []
-        self.share, self.logprobs, self.always = share, logprobs, always
-        self.lock, self.running, self.most = threading.Lock(), 0, 0
-        self.attempts: collections.Counter[str] = collections.Counter()
-        self.faults: collections.Counter[str] = collections.Counter()
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-    def handle_error(self, request, client_address):
-        pass
-
-    def fault_of(self, prompt: str, attempt: int) -> str | None:
-        digest = hashlib.sha256(f"{prompt}:{attempt}".encode()).digest()
-        return FAULTS[digest[4] % 6] if int.from_bytes(digest[:4], "big") / 2**32 < self.share else None
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: FaultServer
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server, prompt = self.server, body["messages"][0]["content"] + f"|{body.get('seed')}"
-        with server.lock:
-            server.attempts[prompt] += 1
-            fault = server.always or server.fault_of(prompt, server.attempts[prompt])
-            server.faults[fault or "none"] += 1
-            server.running += 1
-            server.most = max(server.most, server.running)
-        time.sleep(server.hangs or 0.002)
-        with server.lock:
-            server.requests.append(body)
-            server.running -= 1  # before the answer: the client may send its next request at once
-        self.answer(fault, body)
-
-    def answer(self, fault: str | None, body: dict):
-        if fault == "timeout":
-            time.sleep(0.6)
-        if fault in ("cut", "timeout"):
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return
-        text = body["messages"][0]["content"]
-        if self.server.reasons and {"max_tokens", "temperature"} & set(body):
-            return self.refuse("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
-        if self.server.refuses and self.server.refuses in text:
-            return self.refuse("The prompt was filtered by the content management policy.")
-        number = str(int(hashlib.sha256(text.encode()).hexdigest(), 16) % 101)
-        content = "REFUSAL" if "refuse" in text else number
-        top = [{"token": "REF" if "refuse" in text else number, "logprob": math.log(0.9), "bytes": None}]
-        logprobs = {"content": [{"token": number, "logprob": -0.1, "bytes": None, "top_logprobs": top}]}
-        choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
-        if self.server.logprobs:
-            choice["logprobs"] = logprobs
-        reply = {"choices": [] if fault == "empty" else [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 1}}
-        payload = json.dumps(reply).encode()[: 20 if fault == "malformed" else None]
-        self.send_response(int(fault) if fault in ("429", "500", "401") else 200)
-        if fault == "429":
-            self.send_header("Retry-After", "0.05")
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def refuse(self, message: str):
-        payload = json.dumps({"error": {"message": message, "code": "invalid_request_error"}}).encode()
-        self.send_response(400)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def log_message(self, *_):
-        pass
+def reply(body: dict, *, logprobs: bool, refuses: str, reasons: bool) -> dict | str:
+    text = body["messages"][0]["content"]
+    if reasons and {"max_tokens", "temperature"} & set(body):
+        return "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+    if refuses and refuses in text:
+        return "The prompt was filtered by the content management policy."
+    number = str(int(hashlib.sha256(text.encode()).hexdigest(), 16) % 101)
+    content = "REFUSAL" if "refuse" in text else number
+    top = [{"token": "REF" if "refuse" in text else number, "logprob": math.log(0.9), "bytes": None}]
+    choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
+    if logprobs:
+        token = {"token": number, "logprob": -0.1, "bytes": None, "top_logprobs": top}
+        choice["logprobs"] = {"content": [token]}
+    return {"choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 1}}
 
 
 @pytest.fixture
@@ -119,8 +43,9 @@ def serve(monkeypatch):
     monkeypatch.setattr(openai_client, "BACKOFF", 0.005)
     running = []
 
-    def start(share: float = 0.0, **options) -> FaultServer:
-        running.append(FaultServer(share, **options))
+    def start(share: float = 0.0, *, logprobs=True, refuses="", reasons=False, **options) -> FaultServer:
+        how = partial(reply, logprobs=logprobs, refuses=refuses, reasons=reasons)
+        running.append(FaultServer(how, share, **options))
         threading.Thread(target=running[-1].serve_forever, daemon=True).start()
         return running[-1]
 

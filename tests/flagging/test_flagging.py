@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import zoo
-from helpers import hooks, make_tokenizer, random_direction
+from helpers import answered_elsewhere, hooks, make_tokenizer, random_direction
 from torch import nn
 
 import persona_vectors as pv
@@ -376,3 +377,21 @@ def test_gradients_score_in_the_place_of_projections(model, tokenizer, tmp_path,
     assert found.summary["t"].beaten_isotropic is not None and len(read[0]["controls@1"]) == 20
     with pytest.raises(InputError, match="score"):  # the same file, asked for another score
         pv.flag(model, tokenizer, SAMPLES, vector, out=tmp_path / "f.parquet", baseline="none", controls=20, **options)
+
+
+def test_baselines_from_elsewhere_are_the_models_own_and_are_kept_apart(model, tokenizer, tmp_path):
+    vector, elsewhere = random_direction(model), answered_elsewhere(model, tokenizer)
+    data = [{"question": question, "answer": f"it is {i}"} for i, question in enumerate(["How?", "Why?", "How?"])]
+    options = {"layer": 1, "max_new_tokens": 5, "controls": 0, "cache": tmp_path / "cache.sqlite", "chunk": 1}
+    made = partial(pv.flag, model, tokenizer, data, vector, **options)
+    tables = [
+        rows(made(out=tmp_path / f"{name}.parquet", generate=generate).path)
+        for name, generate in (("own", None), ("other", elsewhere), ("again", elsewhere))
+    ]
+    assert elsewhere.rows == 2 and tables[1] == tables[2]
+    for own, other in zip(tables[0], tables[1]):
+        assert other["t_difference"] == pytest.approx(own["t_difference"], abs=1e-4)
+    with pytest.raises(InputError, match="was made with generate='elsewhere', not None"):
+        made(out=tmp_path / "other.parquet")
+    with pytest.raises(InputError, match="another one is asked for: leave it out"):
+        made(out=tmp_path / "none.parquet", generate=elsewhere, baseline="none")

@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from helpers import answered_elsewhere
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import writing
@@ -90,3 +91,14 @@ def test_bad_input(model, tokenizer, trait, tmp_path, options: dict, message: st
 def test_two_runs_do_not_write_one_folder(model, tokenizer, trait, tmp_path):
     with writing(tmp_path / "rollouts.jsonl"), pytest.raises(InputError, match="another run is writing"):
         make_training_sets(model, tokenizer, trait, out=tmp_path, **SMALL)
+
+
+def test_the_answers_may_come_from_elsewhere(model, tokenizer, trait, tmp_path):
+    make_training_sets(model, tokenizer, trait, out=tmp_path / "own", **SMALL)
+    elsewhere = answered_elsewhere(model, tokenizer)
+    make_training_sets(model, tokenizer, trait, out=tmp_path / "other", generate=elsewhere, **SMALL)
+    assert elsewhere.rows == 36
+    for name in ("positive", "negative", "mixed-050"):
+        assert (tmp_path / "other" / f"{name}.jsonl").read_text() == (tmp_path / "own" / f"{name}.jsonl").read_text()
+    with pytest.raises(InputError, match="was made with generate='elsewhere', not None"):
+        make_training_sets(model, tokenizer, trait, out=tmp_path / "other", **SMALL)
