@@ -69,11 +69,7 @@ def flag(
     A killed run goes on from `out`.parts, `chunk` samples at a time. `workers` > 1 are Ray actors with a model each.
     Raises InputError for what does not fit, and for an `out` made with other settings.
     """
-    reading = {"columns": columns, "split": split, "turns": turns, "on_error": on_error, "max_length": max_length}
-    reading |= {"skip_reasoning": skip_reasoning, "max_new_tokens": max_new_tokens, "generate": generate}
-    scoring = {"score": score, "baseline": "none" if score == "gradient" else baseline, "answers": answers}
-    ranking = {"reference": reference, "threshold": threshold, "percentile": percentile, "controls": controls}
-    running = {"labels": labels, "cache": cache, "batch_tokens": batch_tokens, "chunk": chunk, "workers": workers}
+    asked: dict[str, Any] = {**locals(), "model": unwrap(model), "vectors": vector_list(vectors), "out": Path(out)}
+    asked["baseline"] = "none" if score == "gradient" else baseline
     with writing(out):
-        given: Any = (unwrap(model), tokenizer, data, vector_list(vectors), layer, Path(out))
-        return Job(*given, **reading, **scoring, **ranking, **running).flags()
+        return Job(**asked).flags()
