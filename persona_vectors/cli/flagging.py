@@ -86,9 +86,8 @@ def flag(
     loaded, tokenizer = load(model)
     reading: dict[str, Any] = {"columns": columns, "split": split}
     options: dict[str, Any] = {"out": out, "score": score, "baseline": baseline, "answers": answers, **reading}
-    options |= {"on_error": on_error, "turns": turns}
-    options |= {"max_length": max_length, "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
-    options |= {"skip_reasoning": skip_reasoning, "controls": controls, "labels": labels}
+    options |= {"on_error": on_error, "turns": turns, "max_length": max_length, "max_new_tokens": max_new_tokens}
+    options |= {"batch_tokens": batch_tokens, "skip_reasoning": skip_reasoning, "controls": controls, "labels": labels}
     options |= {"reference": reference, "threshold": threshold, "percentile": percentile, "generate": elsewhere}
     found = run.flag(loaded, tokenizer, data, loaded_vectors, layer=where, cache=cache, workers=workers, **options)
     echo_table(found.rows(), as_json=as_json, text=lambda: repr(found))
