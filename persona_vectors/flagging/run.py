@@ -12,7 +12,7 @@ from persona_vectors.flagging.job import Job
 from persona_vectors.flagging.parts import Flags
 from persona_vectors.model.blocks import Layer, Model
 from persona_vectors.model.wrappers import unwrap
-from persona_vectors.vectors.directions import vector_list
+from persona_vectors.vectors.directions import layer_for, vector_list
 from persona_vectors.vectors.vector import PersonaVector
 
 
@@ -22,7 +22,7 @@ def flag(
     data: Source,
     vectors: PersonaVector | Sequence[PersonaVector],
     *,
-    layer: Layer,
+    layer: Layer | None = None,
     out: str | Path,
     baseline: str = "generate",
     answers: Source | None = None,
@@ -55,7 +55,8 @@ def flag(
     longer than `max_length` (the context unless given) are cut and marked.
     Each row has each vector's `_projection`, `_baseline`, `_difference` and `_percentile`, among the differences of
     `reference` (neutral samples, or their flags file) or else of the dataset. `flagged` is set from `threshold` on, a
-    difference, or from `percentile` on, 95 where there is a `reference`. With several layers: `trait@layer`.
+    difference, or from `percentile` on, 95 where there is a `reference`. With several layers: `trait@layer`; without
+    any, the one that the vectors' files recommend to flag at.
 
     `controls` random directions are read in the same passes: half isotropic, half with the covariance of the mean
     activations of `reference`, else of 16 answers on plain facts. The summary says how many the vector surpasses,
@@ -67,10 +68,10 @@ def flag(
     Raises InputError for what does not fit, and for an `out` that was made with other settings.
     """
     reading = {"columns": columns, "split": split, "turns": turns, "on_error": on_error, "max_length": max_length}
-    scoring = {"baseline": baseline, "answers": answers, "max_new_tokens": max_new_tokens}
+    scoring = {"baseline": baseline, "answers": answers, "max_new_tokens": max_new_tokens, "labels": labels}
     ranking = {"reference": reference, "threshold": threshold, "percentile": percentile, "controls": controls}
-    ranking |= {"labels": labels}
     running = {"cache": cache, "batch_tokens": batch_tokens, "chunk": chunk, "workers": workers}
     options: dict[str, Any] = {**reading, **scoring, "skip_reasoning": skip_reasoning, **ranking, **running}
+    where = layer_for(vector_list(vectors), layer, purpose="flag")
     with writing(out):
-        return Job(unwrap(model), tokenizer, data, vector_list(vectors), layer, Path(out), **options).flags()
+        return Job(unwrap(model), tokenizer, data, vector_list(vectors), where, Path(out), **options).flags()
