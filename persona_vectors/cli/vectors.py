@@ -58,6 +58,29 @@ def info(
         typer.echo(f"plot -> {plot}", err=as_json)
 
 
+@app.command()
+def card(
+    vectors: VectorArgs,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="the Markdown file (default: print it)")] = None,
+) -> None:
+    """Write the card of vectors from their files: how they were made, the evidence, where to use them, the licence.
+
+    It has the metadata that the Hugging Face Hub reads; `vector.push_to_hub` writes it too.
+
+    Example: persona-vectors card optimistic.safetensors --out README.md
+    """
+    from persona_vectors.data.files import atomic_path
+    from persona_vectors.vectors.card import vectors_card
+
+    text = vectors_card(load_vectors(vectors))
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    with atomic_path(out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    typer.echo(f"card -> {out}")
+
+
 def _by_layer(vector: Any) -> list[dict[str, Any]]:
     """Return one row a layer: the vector's length, the residual stream's, and the evidence; None where unknown."""
     columns = {

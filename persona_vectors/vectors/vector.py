@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, SupportsIndex
 
 import torch
@@ -180,6 +181,27 @@ class PersonaVector:
         fields = {name: json.loads(header[name]) for name in ("trait", "model", "pooling", "info")}
         uses = from_json(json.loads(header.get("uses", "{}")), path)
         return cls(**fields, uses=uses, **tensors)
+
+    def push_to_hub(self, repo: str, *, private: bool = False) -> str:
+        """Commit the file and its card to a repository of the Hugging Face Hub; return the name to load it by.
+
+        The repository, "org/name", is made where there is none, `private` or not. Its card tells of all vectors that
+        were pushed to it; a card that somebody wrote is left alone. Raises InputError where it may not be written.
+        """
+        from persona_vectors.vectors import card, hub
+
+        name = f"{repo}/{self.trait}"
+        if hub.parse(name) is None:
+            raise InputError(f"{name!r} is no name on the Hub: give org/name, and a trait of letters and digits")
+        old = hub.open_repo(repo, private=private)
+        files: dict[str, Path | bytes] = {}
+        if not old or card.MADE in old:
+            files["README.md"] = card.vectors_card([self], repo=repo, old=old).encode()
+        with TemporaryDirectory() as folder:
+            files[f"{self.trait}.safetensors"] = Path(folder) / "vector.safetensors"
+            self.save(Path(folder) / "vector.safetensors")
+            commit = hub.upload(repo, files, message=f"{self!r}")
+        return f"{name}@{commit}"
 
     def check_fits(self, model_layers: int, hidden: int) -> None:
         """Raise InputError where a model has another number of layers or another hidden size."""
