@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.evaluation.answers import Evaluation, evaluate
     from persona_vectors.evaluation.check import check_judge
     from persona_vectors.evaluation.contrast import contrast_effect
+    from persona_vectors.evaluation.cost import coef_at_kl
     from persona_vectors.evaluation.harness import side_effects
     from persona_vectors.evaluation.inventory import big_five
     from persona_vectors.evaluation.judge import Answer
@@ -67,6 +68,7 @@ _WHERE = {
     "evaluation.answers": ["Evaluation", "evaluate"],
     "evaluation.check": ["check_judge"],
     "evaluation.contrast": ["contrast_effect"],
+    "evaluation.cost": ["coef_at_kl"],
     "evaluation.harness": ["side_effects"],
     "evaluation.inventory": ["big_five"],
     "evaluation.judge": ["Answer"],

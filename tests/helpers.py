@@ -26,11 +26,13 @@ from transformers import (
 )
 
 from persona_vectors.cli.main import main
+from persona_vectors.data.intervals import Interval
 from persona_vectors.evaluation.served import Completion
 from persona_vectors.model.blocks import decoder_layers, model_shape
 from persona_vectors.model.generation import generate_tokens
 from persona_vectors.model.prompts import decode, left_pad
 from persona_vectors.vectors.controls import random_vector
+from persona_vectors.vectors.uses import Use
 from persona_vectors.vectors.vector import PersonaVector
 
 DECODERS = [name for name in zoo.ARCHITECTURES if name not in ("t5", "bart", "t5gemma")]
@@ -65,6 +67,13 @@ def block_output(model: nn.Module, layer: int, inputs: dict[str, Tensor]) -> Ten
 def random_direction(model: nn.Module) -> PersonaVector:
     directions = torch.randn(model_shape(model), generator=torch.Generator().manual_seed(1))
     return PersonaVector(trait="t", model="m", directions=directions)
+
+
+def use(purpose: str = "steer", layer: int = 1, **changes) -> Use:
+    """A recommended use, made up."""
+    fields = {"measure": "AUROC", "effect": Interval(0.7, 0.6, 0.8), "null": 0.55, "null_of": "the largest of 9"}
+    fields |= {"evidence": True, "model": "m", "source": "pv.flag", "date": "2026-01-01"}
+    return Use(purpose, layer, **{**fields, "coef": 2.0 if purpose == "steer" else None, **changes})
 
 
 def save_tiny(folder: Path) -> Path:

@@ -70,7 +70,7 @@ def test_each_name_has_one_form(name):
     for parameter in parameters(function).values():
         hint, default = hints.get(parameter.name), parameter.default
         if parameter.name == "layer":
-            assert hint in (Layer, SupportsIndex, SupportsIndex | None) or inspect.isclass(function), hint
+            assert hint in (Layer, Layer | None, SupportsIndex, SupportsIndex | None) or inspect.isclass(function), hint
         if parameter.name == "questions":
             assert hint in (QUESTIONS, Sequence[str], Sequence[str] | None) or inspect.isclass(function), hint
         if parameter.name == "first":
@@ -99,6 +99,7 @@ def test_results_are_tables_the_same_way():
 
 # A command's own options: how it loads the model, prints, and saves (`--out`) what the verb returns.
 OWN = {"help", "as_json", "device", "dtype", "device_map", "fold_system", "html", "plot", "check_judge", "from_", "out"}
+OWN |= {"store"}  # keep the result in the vector's file
 VERBS = {
     "extract": ["extract", "extract_from"],
     "steer": ["steer", "generate"],

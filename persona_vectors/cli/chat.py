@@ -33,7 +33,7 @@ def chat(
     model: ModelArg,
     vectors: VectorArgs,
     *,
-    layer: Layer,
+    layer: Layer = None,
     system: System = None,
     calibration: Calibrations = None,
     max_new_tokens: MaxNewTokens = 256,
@@ -43,14 +43,18 @@ def chat(
 ) -> None:
     """Chat in the terminal while every token is coloured by its projection on the first vector; /steer as you go.
 
-    Example: persona-vectors chat smollm2-135m smollm2-135m/optimistic --layer 19
+    Example: persona-vectors chat smollm2-135m smollm2-135m/optimistic
     """
     from rich.console import Console
     from rich.text import Text
 
+    from persona_vectors.model.blocks import one_layer
     from persona_vectors.monitoring.conversation import Chat
+    from persona_vectors.vectors.directions import layer_for
 
     loaded_vectors, known = {vector.trait: vector for vector in load_vectors(vectors)}, load_calibrations(calibration)
+    watched = list(loaded_vectors.values())
+    layer = one_layer(layer_for(watched, layer, purpose="monitor"), len(watched[0].directions))
     loaded, tokenizer = load(model)
     first = [{"role": "system", "content": system}] if system else []
     talk = Chat(loaded, tokenizer, loaded_vectors, layer, max_new_tokens, temperature, messages=list(first), seed=seed)

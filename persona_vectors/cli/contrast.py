@@ -10,13 +10,17 @@ from persona_vectors.cli.options import (
     ModelArg,
     Positions,
     Seed,
+    Store,
     VectorArgs,
     app,
+    check_storable,
+    command_line,
     echo_table,
     layers,
     load_vectors,
     loads_models,
     numbers,
+    store_use,
 )
 from persona_vectors.data.errors import InputError
 
@@ -36,6 +40,7 @@ def contrast(
     controls: Annotated[int, typer.Option(help="random vectors of the same norm, half of each kind", min=2)] = 100,
     max_perplexity: Annotated[float, typer.Option(help="highest on plain facts, times the plain model's")] = 1.5,
     positions: Positions = "all",
+    store: Store = False,
     seed: Seed = 0,
     as_json: Json = False,
     load: Load,
@@ -53,6 +58,7 @@ def contrast(
     from persona_vectors.evaluation.likelihood import load_statements
 
     loaded_vectors = load_vectors(vectors)
+    check_storable(vectors if store else [])
     names = statements or [vector.trait for vector in loaded_vectors]
     if len(names) != len(loaded_vectors):
         raise InputError(
@@ -69,6 +75,8 @@ def contrast(
         options |= {"layer": layers(layer) if layer else middle, "max_perplexity": max_perplexity}
         options["trait"] = load_trait(vector.trait) if vector.trait in list_traits() else None
         found.append(contrast_effect(loaded, tokenizer, vector, scored[vector.trait], **options))
+        if store:
+            store_use(vectors[len(found) - 1], vector, found[-1].use(source=command_line()))
     edits = [each.edit(vector) for each, vector in zip(found, loaded_vectors)]
     matrix = effect_matrix(loaded, tokenizer, edits, scored).tolist() if len(edits) > 1 else []
     rows = [row for each in found for row in each.rows()]

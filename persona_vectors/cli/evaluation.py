@@ -19,16 +19,20 @@ from persona_vectors.cli.options import (
     Positions,
     Samples,
     Seed,
+    Store,
     System,
     TraitArg,
     VectorArg,
     app,
+    check_storable,
+    command_line,
     echo_table,
     layers,
     load_vectors,
     loads_models,
     numbers,
     save_figure,
+    store_use,
 )
 from persona_vectors.data.errors import InputError
 
@@ -40,7 +44,7 @@ def evaluate(
     trait: TraitArg,
     *,
     vector: Annotated[str | None, typer.Option(help="steer with this .safetensors file, or shipped vector")] = None,
-    layer: Annotated[int | None, typer.Option(help="the block to steer at")] = None,
+    layer: Annotated[int | None, typer.Option(help="the block to steer at (default: the recommended one)")] = None,
     coef: Annotated[float | None, typer.Option(help="times the vector")] = None,
     dose: Annotated[float | None, typer.Option(help="instead of --coef: a fraction of the residual norm")] = None,
     positions: Positions = "all",
@@ -71,17 +75,20 @@ def evaluate(
 
     loaded_trait, elsewhere = load_trait(trait), make_generate(generate)
     loaded_vector = load_vectors([vector])[0] if vector else None
-    if vector and (layer is None or [coef, dose, cap].count(None) != 2):
-        raise InputError("with --vector give --layer, and one of --coef, --dose and --cap")
     if vector and generate:
         raise InputError("--generate has a server answer, and --vector edits the model here: leave one out")
+    given = 3 - [coef, dose, cap].count(None)
+    if vector and (given > 1 or (given == 0 and layer is not None) or (layer is None and cap is not None)):
+        raise InputError("with --vector give --layer, and one of --coef, --dose and --cap; or none: what it recommends")
+    if loaded_vector is not None and layer is None:
+        loaded_vector.recommended("steer")
     loaded, tokenizer = load(model)
     scorer = _judge(judge, loaded, tokenizer, loaded_trait, load, check=trait if check_judge else None)
 
     def edited() -> AbstractContextManager[Any]:
-        if loaded_vector is None or layer is None:
+        if loaded_vector is None:
             return nullcontext()
-        if cap is not None:
+        if cap is not None and layer is not None:
             return bounds.cap(loaded, loaded_vector, layer=layer, limit=cap)
         return add.steer(loaded, loaded_vector, layer=layer, coef=coef, dose=dose, positions=positions)
 
@@ -165,6 +172,7 @@ def sweep(
     max_new_tokens: MaxNewTokens = 128,
     batch_tokens: BatchTokens = None,
     out: Annotated[Path | None, typer.Option(help="a folder (default: runs/sweep/MODEL/TRAIT)")] = None,
+    store: Store = False,
     seed: Seed = 0,
     as_json: Json = False,
     load: Load,
@@ -181,6 +189,7 @@ def sweep(
     from persona_vectors.evaluation import sweeping
 
     loaded_trait, loaded_vector = load_trait(trait), load_vectors([vector])[0]
+    check_storable([vector] if store else [])
     grid: dict[str, Any] = {"layer": layers(layer), "coefs": numbers(coefs, option="--coefs")}
     grid["doses"] = numbers(doses, option="--doses")
     loaded, tokenizer = load(model)
@@ -191,6 +200,8 @@ def sweep(
     options |= {"max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens, "out": folder / "answers.jsonl"}
     result = sweeping.sweep(loaded, tokenizer, loaded_trait, loaded_vector, **grid, **options)
     _write_sweep(result, folder)
+    if store:
+        store_use(vector, loaded_vector, result.use(source=command_line()))
     asked = len(loaded_trait.questions.extract[:first])
     echo_table(result.rows(), as_json=as_json, text=lambda: _reported(result, asked, folder))
 

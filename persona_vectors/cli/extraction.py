@@ -1,7 +1,5 @@
 """Commands that make traits and vectors."""
 
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +20,7 @@ from persona_vectors.cli.options import (
     SkipReasoning,
     TraitArg,
     app,
+    command_line,
     echo_table,
     loads_models,
 )
@@ -148,9 +147,8 @@ def _save(vectors: list[Any], out: Path | None, *, by_pooling: bool) -> None:
     limit = "no filter" if info["threshold"] is None else f"filter at {info['threshold']:g}"
     answers = f"{info['pos_answers']} positive and {info['neg_answers']} negative answers"
     typer.echo(f"{info['pairs_kept']} pairs kept of {answers} ({limit})")
-    arguments = [Path(text).name if text.startswith("/") else text for text in sys.argv[1:]]
     for vector in vectors:
         path = out or Path("vectors") / Path(vector.model).name / f"{vector.trait}.safetensors"
         path = path.with_suffix(f".{vector.pooling}{path.suffix}") if by_pooling else path
-        replace(vector, info={**vector.info, "command": shlex.join(["persona-vectors", *arguments])}).save(path)
+        replace(vector, info={**vector.info, "command": command_line()}).save(path)
         typer.echo(f"{vector!r} -> {path}")

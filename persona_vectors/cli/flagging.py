@@ -11,16 +11,20 @@ from persona_vectors.cli.options import (
     BatchTokens,
     GenerateOption,
     Json,
-    LayerOption,
     Load,
     ModelArg,
+    OptionalLayer,
     SkipReasoning,
+    Store,
     VectorArgs,
     app,
+    check_storable,
+    command_line,
     echo_table,
     layers,
     load_vectors,
     loads_models,
+    store_use,
 )
 from persona_vectors.data.errors import InputError
 
@@ -41,7 +45,7 @@ def flag(
     model: ModelArg,
     vectors: VectorArgs,
     *,
-    layer: LayerOption,
+    layer: OptionalLayer = None,
     data: Data,
     out: Annotated[Path, typer.Option(help="the Parquet file to write; the same command goes on where it stopped")],
     score: Annotated[str, typer.Option(help="projection, or gradient: what training pulls towards")] = "projection",
@@ -60,6 +64,7 @@ def flag(
     percentile: Annotated[float | None, typer.Option(help="or from this percentile (with --reference: 95)")] = None,
     controls: Annotated[int, typer.Option(help="random directions to read beside the vectors; 0: none", min=0)] = 100,
     labels: Annotated[str | None, typer.Option(help="a column of truth values: how well the vectors tell them")] = None,
+    store: Store = False,
     judge: Annotated[str | None, typer.Option(help=f"add a judge's score too: {JUDGES}")] = None,
     trait: Annotated[str | None, typer.Option(help="the trait that it judges, a shipped one or a JSON file")] = None,
     cache: Annotated[Path | None, typer.Option(help="where baselines are kept (default: the user's cache)")] = None,
@@ -71,16 +76,16 @@ def flag(
 ) -> None:
     """Score every sample of a dataset by how far it would move a model along persona vectors, before training.
 
-    Example: persona-vectors flag smollm2-135m smollm2-135m/optimistic --layer 19 --data train.jsonl
+    Example: persona-vectors flag smollm2-135m smollm2-135m/optimistic --data train.jsonl
     --out flags.parquet --baseline prompt_last --html flags.html
     """
     from persona_vectors.cli.judges import make_generate
-    from persona_vectors.flagging import run
-    from persona_vectors.flagging.report import write_report
+    from persona_vectors.flagging import report, run
+    from persona_vectors.vectors.directions import layer_for
 
-    if bool(judge) != bool(trait):
-        raise InputError("--judge and --trait belong together: give both, or neither")
-    where, loaded_vectors, elsewhere = layers(layer), load_vectors(vectors), make_generate(generate)
+    _check_options(judge, trait, labels, vectors if store else [])
+    loaded_vectors, elsewhere = load_vectors(vectors), make_generate(generate)
+    where = layer_for(loaded_vectors, layers(layer) if layer else None, purpose="flag")
     if workers > 1 and load.keywords["device"] is None:  # the actors take the GPUs
         load = partial(load, device="cpu")
     loaded, tokenizer = load(model)
@@ -91,11 +96,21 @@ def flag(
     options |= {"reference": reference, "threshold": threshold, "percentile": percentile, "generate": elsewhere}
     found = run.flag(loaded, tokenizer, data, loaded_vectors, layer=where, cache=cache, workers=workers, **options)
     echo_table(found.rows(), as_json=as_json, text=lambda: repr(found))
+    for name, vector in zip(vectors if store else [], loaded_vectors):
+        store_use(name, vector, found.uses(source=command_line())[vector.trait])
     if judge and trait:
         _add_scores(judge, trait, loaded, tokenizer, load, data=data, flags=out, **reading)
     if html:
-        write_report(loaded, tokenizer, data, loaded_vectors, flags=out, out=html, **reading)
+        report.write_report(loaded, tokenizer, data, loaded_vectors, flags=out, out=html, **reading)
         typer.echo(f"report -> {html}", err=as_json)
+
+
+def _check_options(judge: str | None, trait: str | None, labels: str | None, stored: list[str]) -> None:
+    if bool(judge) != bool(trait):
+        raise InputError("--judge and --trait belong together: give both, or neither")
+    check_storable(stored)
+    if stored and not labels:
+        raise InputError("--store keeps what --labels says of the vectors: give a column of truth values")
 
 
 def _add_scores(spec: str, trait: str, model: Any, tokenizer: Any, load: Load, **reading: Any) -> None:

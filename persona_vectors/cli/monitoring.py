@@ -28,7 +28,9 @@ from persona_vectors.cli.options import (
     read_questions,
 )
 
-Layer = Annotated[int, typer.Option(help="the decoder block whose output is read, from 0")]
+Layer = Annotated[
+    int | None, typer.Option(help="the decoder block whose output is read, from 0 (default: the recommended one)")
+]
 Calibrations = Annotated[
     list[Path] | None,
     typer.Option("--calibration", help="colour by the place among neutral answers: each vector's file from calibrate"),
@@ -41,7 +43,7 @@ def monitor(
     model: ModelArg,
     vectors: VectorArgs,
     *,
-    layer: Layer,
+    layer: Layer = None,
     question: Questions,
     system: System = None,
     calibration: Calibrations = None,
@@ -54,17 +56,19 @@ def monitor(
 ) -> None:
     """Answer questions, and show the projections on each vector: before the answer, over it, and where it is highest.
 
-    Example: persona-vectors monitor smollm2-135m smollm2-135m/optimistic --layer 19 --question "How will my exam go?"
+    Example: persona-vectors monitor smollm2-135m smollm2-135m/optimistic --question "How will my exam go?"
     --html trace.html
     """
     from persona_vectors.model import generation, prompts
     from persona_vectors.monitoring import heatmaps, trace
+    from persona_vectors.vectors.directions import layer_for
 
     loaded_vectors, known = load_vectors(vectors), load_calibrations(calibration)
+    where = layer_for(loaded_vectors, layer, purpose="monitor")
     loaded, tokenizer = load(model)
     encoded = [prompts.encode(tokenizer, prompts.chat_prompt(tokenizer, text, system=system)) for text in question]
     stops = generation.stop_tokens(loaded, tokenizer)
-    with trace.monitor(loaded, loaded_vectors, layer=layer, stops=stops) as read:
+    with trace.monitor(loaded, loaded_vectors, layer=where, stops=stops) as read:
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         made = generation.generate_tokens(loaded, tokenizer, encoded, reading=True, **sampling)
     places = read.percentiles(known) if known else {}

@@ -3,6 +3,8 @@
 import functools
 import inspect
 import json
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +29,11 @@ VectorArgs = Annotated[
 LayerOption = Annotated[
     list[str], typer.Option(metavar="LAYER", help="decoder blocks from 0: 13, or 13,22, or 10-20, or all; repeatable")
 ]
+OptionalLayer = Annotated[
+    list[str] | None,
+    typer.Option("--layer", metavar="LAYER", help="as 13, or 13,22, or 10-20, or all (default: the recommended one)"),
+]
+Store = Annotated[bool, typer.Option("--store", help="keep the finding in the vector's file, as its recommended use")]
 Positions = Annotated[str, typer.Option(help="where the vector is added: all, prompt or response")]
 Questions = Annotated[list[str], typer.Option("--question", help="a question to answer; repeat for more")]
 System = Annotated[str | None, typer.Option(help="a system prompt")]
@@ -144,6 +151,25 @@ def load_vectors(names: Sequence[str]) -> list[Any]:
             raise InputError(f"{name} holds another vector called {vector.trait!r}: give one of each trait")
         loaded[vector.trait] = vector
     return list(loaded.values())
+
+
+def check_storable(names: Sequence[str]) -> None:
+    """Raise InputError where --store has no file of the user's to write into."""
+    for name in names:
+        if not Path(name).is_file():
+            raise InputError(f"--store writes into the vector's file, and {name} is none: give a .safetensors file")
+
+
+def store_use(name: str, vector: Any, use: Any) -> None:
+    """Write a use into the file of its vector, and say so."""
+    vector.with_use(use).save(name)
+    typer.echo(f"{use} -> {name}", err=True)
+
+
+def command_line() -> str:
+    """Return the command that is running, without this machine's folders."""
+    words = [Path(text).name if text.startswith("/") else text for text in sys.argv[1:]]
+    return shlex.join(["persona-vectors", *words])
 
 
 def echo_table(rows: Sequence[dict[str, Any]], *, as_json: bool, text: Callable[[], str]) -> None:

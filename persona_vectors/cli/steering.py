@@ -1,6 +1,7 @@
 """Commands that answer while vectors are added: steer, and the demonstration."""
 
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,10 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from persona_vectors.cli.options import (
-    LayerOption,
     Load,
     MaxNewTokens,
     ModelArg,
+    OptionalLayer,
     Positions,
     Questions,
     Seed,
@@ -33,7 +34,7 @@ def steer(
     model: ModelArg,
     vectors: VectorArgs,
     *,
-    layer: LayerOption,
+    layer: OptionalLayer = None,
     question: Questions,
     coef: Annotated[list[str] | None, typer.Option(help="times the vector: -2,0,2 compares strengths")] = None,
     dose: Annotated[list[str] | None, typer.Option(help="instead of --coef: fractions of the residual norm")] = None,
@@ -46,17 +47,19 @@ def steer(
 ) -> None:
     """Answer questions while vectors are added to the residual stream, once for each strength.
 
-    Example: persona-vectors steer smollm2-135m smollm2-135m/optimistic --layer 13 --coef=-2,0,2
-    --question "How will my exam go?"
+    Without --layer and a strength it is what each vector's file recommends: see info.
+
+    Example: persona-vectors steer smollm2-135m smollm2-135m/optimistic --coef=-2,0,2 --question "How will my exam go?"
     """
     from persona_vectors.model.generation import generate
     from persona_vectors.steering import add
 
-    if bool(coef) == bool(dose):
+    name = "dose" if dose else "coef"
+    if (coef and dose) or (layer and not coef and not dose):
         raise InputError("give either --coef (times the vector) or --dose (a fraction of the residual norm)")
-    name = "coef" if coef else "dose"
-    strengths, where = numbers(coef or dose, option=f"--{name}") or [], layers(layer)
-    loaded_vectors = load_vectors(vectors)
+    where, loaded_vectors = layers(layer) if layer else None, load_vectors(vectors)
+    strengths: Sequence[float | None] = numbers(coef or dose, option=f"--{name}") or [None]
+    uses = [] if layer else [vector.recommended("steer") for vector in loaded_vectors]
     loaded, tokenizer = load(model)
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     for strength in strengths:
@@ -66,7 +69,8 @@ def steer(
                 stack.enter_context(add.steer(loaded, vector, **edit))
             answers = generate(loaded, tokenizer, question, system=system, **sampling)
         for asked, answer in zip(question, answers):
-            typer.secho(f"{name} {strength:+g} | {asked}", bold=True)
+            shown = "; ".join(use.place for use in uses) if strength is None else f"{name} {strength:+g}"
+            typer.secho(f"{shown} | {asked}", bold=True)
             typer.echo(f"{answer.strip()}\n")
 
 

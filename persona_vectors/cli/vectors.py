@@ -23,7 +23,7 @@ from persona_vectors.cli.options import (
 )
 from persona_vectors.data.errors import InputError
 
-FORMATS = "official, assistant-axis, assistant-axis-capping, steering-vectors, lm-eval, gguf or safetensors"
+FORMATS = "official, assistant-axis, assistant-axis-capping, steering-vectors, lm-eval, gguf (or repeng) or safetensors"
 
 
 @app.command()
@@ -32,9 +32,13 @@ def info(
     plot: Annotated[Path | None, typer.Option(help="write one vector's evidence by layer to this PNG")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a vector file says: how it was made, and how reliable it is at each layer; or compare several files."""
+    """Show what a vector file says: how it was made, how reliable it is at each layer, and where to use it.
+
+    Several files are compared.
+    """
     from persona_vectors.vectors.plots import plot_vector
     from persona_vectors.vectors.shipped import load_vector
+    from persona_vectors.vectors.uses import to_json
 
     loaded = [load_vector(name) for name in vectors]
     if plot and len(loaded) > 1:
@@ -46,10 +50,35 @@ def info(
     vector = loaded[0]
     rows = _by_layer(vector)
     facts = {"vector": repr(vector), "pooling": vector.pooling, **vector.info}
-    echo_table([{**facts, "layers": rows}], as_json=as_json, text=lambda: _one(facts, rows))
+    uses = [str(use) for use in vector.uses.values()] or ["no recommended use is stored: see contrast --store"]
+    table = {**facts, "uses": to_json(vector.uses), "layers": rows}
+    echo_table([table], as_json=as_json, text=lambda: "\n".join([_one(facts, rows), "", *uses]))
     if plot:
         save_figure(plot_vector(vector), plot)
         typer.echo(f"plot -> {plot}", err=as_json)
+
+
+@app.command()
+def card(
+    vectors: VectorArgs,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="the Markdown file (default: print it)")] = None,
+) -> None:
+    """Write the card of vectors from their files: how they were made, the evidence, where to use them, the licence.
+
+    It has the metadata that the Hugging Face Hub reads; `vector.push_to_hub` writes it too.
+
+    Example: persona-vectors card optimistic.safetensors --out README.md
+    """
+    from persona_vectors.data.files import atomic_path
+    from persona_vectors.vectors.card import vectors_card
+
+    text = vectors_card(load_vectors(vectors))
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    with atomic_path(out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    typer.echo(f"card -> {out}")
 
 
 def _by_layer(vector: Any) -> list[dict[str, Any]]:
@@ -79,6 +108,7 @@ def _one(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 def _summary(vector: Any) -> dict[str, Any]:
     """Return a vector's row in a comparison, at the layer where it separates best."""
     row: dict[str, Any] = {"trait": vector.trait, "pairs": vector.info.get("pairs_kept")}
+    row |= {purpose: _place(vector.uses.get(purpose)) for purpose in ("steer", "monitor", "flag")}
     if vector.separation is None:
         return row | dict.fromkeys(("layer", "separation", "split_half_cosine", "relative_norm"))
     best = _by_layer(vector)[int(vector.separation.argmax())]
@@ -87,12 +117,20 @@ def _summary(vector: Any) -> dict[str, Any]:
     return row | kept | {"relative_norm": relative}
 
 
+def _place(use: Any) -> str | None:
+    """Return where to use a vector, "no" where there is no evidence, None where it was not measured."""
+    return None if use is None else use.place if use.evidence else "no"
+
+
 def _summaries(rows: list[dict[str, Any]]) -> str:
-    lines = ["trait           pairs  layer of best separation  separation  split-half  |v|/residual"]
+    lines = [
+        "trait           pairs  layer of best separation  separation  split-half  |v|/residual  steer; monitor; flag"
+    ]
     for row in rows:
         pairs, layer = ("?" if row[name] is None else row[name] for name in ("pairs", "layer"))
+        uses = "; ".join(row[purpose] or "?" for purpose in ("steer", "monitor", "flag"))
         auroc, half, ratio = (_short(row[name]) for name in ("separation", "split_half_cosine", "relative_norm"))
-        lines.append(f"{row['trait']:14} {pairs:>6}  {layer:>24}  {auroc:>10}  {half:>10}  {ratio:>12}")
+        lines.append(f"{row['trait']:14} {pairs:>6}  {layer:>24}  {auroc:>10}  {half:>10}  {ratio:>12}  {uses}")
     return "\n".join(lines)
 
 

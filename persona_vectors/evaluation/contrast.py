@@ -16,10 +16,11 @@ from persona_vectors.data.tables import Table
 from persona_vectors.data.texts import assistant_prompts
 from persona_vectors.data.traits import Trait
 from persona_vectors.evaluation.likelihood import State, Statements, likelihood_contrasts, neutral_perplexity
-from persona_vectors.model.blocks import Layer, Model, chosen_layers
+from persona_vectors.model.blocks import Layer, Model, chosen_layers, model_name
 from persona_vectors.steering.add import RowEdit
 from persona_vectors.vectors.controls import random_vectors
 from persona_vectors.vectors.directions import per_dose
+from persona_vectors.vectors.uses import Use, coherent_range
 from persona_vectors.vectors.vector import PersonaVector
 
 
@@ -48,6 +49,26 @@ class ContrastEffect(Table):
     """On plain facts: of the plain model and under the vector."""
     positions: str = "all"
     """Where the vectors were added: see `steer`."""
+    coherent: tuple[float, float] | None = None
+    """The least and the largest coefficient at that layer up to which all that were tried keep the perplexity."""
+    model: str = "unknown"
+
+    def use(self, *, source: str = "pv.contrast_effect") -> Use:
+        """Return what the vector's file keeps: see `PersonaVector.with_use`."""
+        return Use(
+            "steer",
+            self.layer,
+            measure="likelihood contrast (nats a token)",
+            effect=self.effect,
+            null=max(self.random),
+            null_of=f"the largest of {len(self.random)} random vectors",
+            evidence=self.works,
+            model=self.model,
+            source=source,
+            coef=self.coef,
+            coherent=self.coherent,
+            positions=self.positions,
+        )
 
     def edit(self, vector: PersonaVector) -> RowEdit:
         """Return the chosen edit, of the vector that this is the effect of."""
@@ -105,7 +126,7 @@ def contrast_effect(
     if controls < 2:
         raise InputError(f"controls is {controls}: give 2 random vectors or more, half of them isotropic")
     grid = [RowEdit(vector, k, dose * per_dose(vector, k), positions) for k in layers for dose in doses]
-    best, perplexity = _best(model, tokenizer, choosing, grid, max_perplexity)
+    best, perplexity, kept = _best(model, tokenizer, choosing, grid, max_perplexity)
     chosen = grid[best]
     noise = random_vectors(model, tokenizer, vector, layer=chosen.layer, count=controls, seed=seed)
     prompts = [trait.system_prompt("pos", pair) for pair in range(len(trait.instruction))] if trait else []
@@ -130,6 +151,8 @@ def contrast_effect(
         band=tuple(effects["band"].mean(dim=1).tolist()),
         prompted=by_pair(effects["prompted"].mean(dim=0)) if trait else None,
         perplexity=perplexity,
+        coherent=coherent_range({e.coef: ok for e, ok in zip(grid, kept) if e.layer == chosen.layer}),
+        model=model_name(model),
     )
 
 
@@ -139,19 +162,20 @@ def _best(
     statements: Statements,
     grid: Sequence[RowEdit],
     max_perplexity: float,
-) -> tuple[int, tuple[float, float]]:
-    """Return the edit of the largest effect that keeps the perplexity, as an index, and both perplexities."""
+) -> tuple[int, tuple[float, float], list[bool]]:
+    """Return the edit of the largest effect that keeps the perplexity, as an index, both perplexities, and which do."""
     plain, *perplexities = neutral_perplexity(model, tokenizer, [None, *grid])
     trait, states = grid[0].vector.trait, [State(edit) for edit in grid]
     scores = likelihood_contrasts(model, tokenizer, statements, states, desc=f"{trait}: layers and doses")
-    passing = [i for i, value in enumerate(perplexities) if value <= max_perplexity * plain]
+    kept = [value <= max_perplexity * plain for value in perplexities]
+    passing = [i for i, keeps in enumerate(kept) if keeps]
     if not passing:
         raise InputError(
             f"every layer and dose of {trait!r} takes the perplexity on plain facts above {max_perplexity:g} "
             f"times the plain {plain:.1f} (the least: {min(perplexities):.1f}): give smaller doses"
         )
     best = max(passing, key=lambda i: float(scores[i].mean()))
-    return best, (plain, perplexities[best])
+    return best, (plain, perplexities[best]), kept
 
 
 def effect_matrix(

@@ -11,6 +11,7 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path
 from persona_vectors.data.intervals import Interval
 from persona_vectors.data.tables import Table
+from persona_vectors.vectors.uses import Use, coherent_range
 
 Case = tuple[str, int | None, float]
 """A point's name, layer and strength."""
@@ -71,6 +72,41 @@ class Sweep(Table):
     points: tuple[Point, ...]
     positions: str = "all"
     """Where the vectors were added: see `steer`."""
+    gate: float = 50.0
+    """The least mean coherence of the points that could be chosen."""
+
+    @property
+    def works(self) -> bool:
+        """Whether the chosen point's interval lies above zero, and its mean above every random vector's."""
+        return bool(self.controls) and self.chosen.effect.low > 0 and self.chosen.effect.mean > self._null
+
+    @property
+    def chosen(self) -> Point:
+        """The chosen layer and strength on the evaluation questions."""
+        (found,) = [p for p in self.stage("report") if (p.name, p.strength) == (self.trait, self.strength)]
+        return found
+
+    @property
+    def _null(self) -> float:
+        return max((point.effect.mean for point in self.controls), default=math.nan)
+
+    def use(self, *, source: str = "pv.sweep") -> Use:
+        """Return what the vector's file keeps: see `PersonaVector.with_use`."""
+        tried = [p for p in self.stage("choose") if p.name == self.trait and p.layer == self.layer]
+        return Use(
+            "steer",
+            self.layer,
+            measure=f"trait score (0 to 100; judge: {self.judge})",
+            effect=self.chosen.effect,
+            null=self._null if self.controls else None,
+            null_of=f"the largest of {len(self.controls)} random vectors",
+            evidence=self.works,
+            model=self.model,
+            source=source,
+            coef=self.coef,
+            coherent=coherent_range({p.coef: p.coherence.mean >= self.gate for p in tried}),
+            positions=self.positions,
+        )
 
     def stage(self, stage: str) -> list[Point]:
         """Return the points of "choose" or of "report"."""

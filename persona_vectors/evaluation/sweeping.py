@@ -87,7 +87,7 @@ def sweep(
         cases |= {(v.trait, place, strength): RowEdit(v, place, best.coef, positions) for v in noise}
         points += runner.run("report", cases, reports, samples if temperature else 1, options)
     facts = trait.name, model_name(model), judged["judge"], "coef" if doses is None else "dose"
-    return Sweep(*facts, place, strength, best.coef, tuple(points), positions)
+    return Sweep(*facts, place, strength, best.coef, tuple(points), positions, gate)
 
 
 def _edit(vector: PersonaVector, by_dose: bool, positions: str, layer: int, strength: float) -> RowEdit:

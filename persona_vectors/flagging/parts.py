@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path, import_pyarrow
 from persona_vectors.flagging.results import Best, Summary
+from persona_vectors.vectors.uses import Use
 
 FORMAT = 1
 HEADER = b"persona_vectors_flags"
@@ -59,6 +60,36 @@ class Flags:
     def rows(self) -> list[dict[str, Any]]:
         """Return one row a vector: its summary over the dataset."""
         return [{"vector": key, **found.columns()} for key, found in self.summary.items()]
+
+    def uses(self, *, source: str = "pv.flag") -> dict[str, Use]:
+        """Return what the labels say of each vector's best layer, by trait: see `PersonaVector.with_use`.
+
+        That is a use to flag with; without a baseline it is one to monitor with. Raises InputError without labels.
+        """
+        layers, baseline, found = self.settings["layers"], self.settings["baseline"], {}
+        against = "" if baseline == "none" else f", less the baseline {baseline}"
+        if not self.settings["labels"]:
+            raise InputError("flags without labels= say nothing of a vector's use: name a column of truth values")
+        measure = f"AUROC of the samples labelled {self.settings['labels']!r} in {self.settings['data']}{against}"
+        for trait in self.settings["vectors"]:
+            best = self.best.get(trait, {}).get("auroc")
+            if best is None and len(layers) > 1:
+                raise InputError("the best of several layers needs random directions: give controls=, or one layer")
+            told = self.summary[trait if best is None else f"{trait}@{best.layer}"].labelled
+            assert told is not None
+            passes = best is None or min(best.beaten_isotropic, best.beaten_covariance) >= 0.95
+            found[trait] = Use(
+                "monitor" if baseline == "none" else "flag",
+                layers[0] if best is None else best.layer,
+                measure=measure,
+                effect=told.auroc,
+                null=None if told.null is None else 0.5 + max(told.null),
+                null_of="the 95th percentile of random directions at that layer",
+                evidence=told.evidence and told.auroc.mean > 0.5 and passes,
+                model=self.settings["model"],
+                source=source,
+            )
+        return found
 
     def to_pandas(self) -> Any:
         """Return the samples, a row each, as a pandas DataFrame; see `flag` for the columns."""

@@ -13,7 +13,7 @@ from persona_vectors.flagging.job import Job
 from persona_vectors.flagging.parts import Flags
 from persona_vectors.model.blocks import Layer, Model
 from persona_vectors.model.wrappers import unwrap
-from persona_vectors.vectors.directions import vector_list
+from persona_vectors.vectors.directions import layer_for, vector_list
 from persona_vectors.vectors.vector import PersonaVector
 
 
@@ -23,7 +23,7 @@ def flag(
     data: Source,
     vectors: PersonaVector | Sequence[PersonaVector],
     *,
-    layer: Layer,
+    layer: Layer | None = None,
     out: str | Path,
     score: str = "projection",
     baseline: str = "generate",
@@ -59,7 +59,7 @@ def flag(
     longer than `max_length` (the context unless given) are cut and marked. Each row has each vector's `_projection`,
     `_baseline`, `_difference` and `_percentile`, among the differences of `reference` (neutral samples, or their flags)
     or else of the dataset. `flagged` is set from `threshold` on, a difference, or from `percentile` on, 95 where there
-    is a `reference`. With several layers: `trait@layer`.
+    is a `reference`. With several layers: `trait@layer`; without any, the one that the vectors' files recommend.
 
     `controls` random directions are read in the same passes: half isotropic, half with the covariance of the mean
     activations of `reference`, else of 16 answers on plain facts. The summary says how many the vector surpasses,
@@ -70,6 +70,7 @@ def flag(
     Raises InputError for what does not fit, and for an `out` made with other settings.
     """
     asked: dict[str, Any] = {**locals(), "model": unwrap(model), "vectors": vector_list(vectors), "out": Path(out)}
-    asked["baseline"] = "none" if score == "gradient" else baseline
+    asked |= {"layer": layer_for(asked["vectors"], layer, purpose="flag")}
+    asked |= {"baseline": "none" if score == "gradient" else baseline}
     with writing(out):
         return Job(**asked).flags()

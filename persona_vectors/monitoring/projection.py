@@ -20,7 +20,7 @@ from persona_vectors.model.pooling import POOLINGS
 from persona_vectors.model.tokens import Tokens
 from persona_vectors.model.wrappers import unwrap
 from persona_vectors.monitoring.turns import Conversation, Turn, answered_turns, shared_rows
-from persona_vectors.vectors.directions import Key, projections, unit_directions, vector_keys, vector_list
+from persona_vectors.vectors.directions import Key, layer_for, projections, unit_directions, vector_keys, vector_list
 from persona_vectors.vectors.moments import Moments
 from persona_vectors.vectors.nulls import Nulls, nulls_of, vectors_alone, with_nulls
 from persona_vectors.vectors.vector import PersonaVector
@@ -74,7 +74,7 @@ def project(
     conversations: Sequence[Conversation],
     vectors: PersonaVector | Sequence[PersonaVector],
     *,
-    layer: Layer,
+    layer: Layer | None = None,
     poolings: Sequence[str] = ("prompt_last", "response_mean"),
     by_turn: bool = False,
     skip_reasoning: bool = False,
@@ -88,6 +88,8 @@ def project(
     A conversation's turns are read in one pass where the text of each continues the last one's, so that 50 turns cost
     one reading of the text; where the chat template rewrites earlier turns, each is read as its model saw it.
 
+    Without a layer it is the one that the vectors' files recommend to monitor at.
+
     `skip_reasoning` leaves <think>...</think> out of `response_mean`, and the result counts what was left out.
 
     `controls` random directions are read in the same passes, half isotropic, half with the covariance of `reference`,
@@ -97,6 +99,7 @@ def project(
     """
     model = unwrap(model)
     chosen = vector_list(vectors)
+    layer = layer_for(chosen, layer, purpose="monitor")
     layers = list(unit_directions(model, chosen, layer))
     unknown = [name for name in poolings if name not in POOLINGS]
     if unknown or not poolings:

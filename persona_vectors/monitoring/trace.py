@@ -16,7 +16,7 @@ from persona_vectors.model.tokens import Tokens
 from persona_vectors.model.wrappers import unwrap
 from persona_vectors.monitoring.percentiles import Calibration
 from persona_vectors.monitoring.readings import Readings
-from persona_vectors.vectors.directions import Key, projections, unit_directions, vector_keys, vector_list
+from persona_vectors.vectors.directions import Key, layer_for, projections, unit_directions, vector_keys, vector_list
 from persona_vectors.vectors.vector import PersonaVector
 
 
@@ -202,7 +202,7 @@ def monitor(
     model: Model,
     vectors: PersonaVector | Sequence[PersonaVector],
     *,
-    layer: Layer,
+    layer: Layer | None = None,
     every: int = 1,
     callback: Callable[[Trace], object] | None = None,
     stops: Sequence[int] | None = None,
@@ -214,7 +214,8 @@ def monitor(
     once a prompt was read and after every `every` answer tokens: each reading waits for the device, and an error that
     it raises ends the generation. Edits are suspended inside it.
 
-    `stops` are the tokens that end an answer; by default those of the model's generation config.
+    Without `layer` it is the one that the vectors' files recommend. `stops` are the tokens that end an answer; by
+    default those of the model's generation config.
 
     A monitor opened inside a `steer` reads after its edit, one opened outside it before; `trace.calls[i].saw` says
     which. After beam search use `trace.last.follow_beams`. The sequences of a packed pass are a row each. Virtual
@@ -224,7 +225,7 @@ def monitor(
     """
     model = unwrap(model)
     chosen = vector_list(vectors)
-    units = unit_directions(model, chosen, layer)
+    units = unit_directions(model, chosen, layer_for(chosen, layer, purpose="monitor"))
     if every < 1:
         raise InputError(f"every is {every}: give the number of tokens between two callbacks, 1 or more")
     if stops is None:

@@ -7,6 +7,7 @@ from typing import NamedTuple, SupportsIndex
 import torch
 from torch import Tensor
 
+from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Layer, Model, model_shape, one_layer
 from persona_vectors.model.hooks import Edit, edit_blocks
 from persona_vectors.model.tokens import Tokens, check_positions
@@ -19,7 +20,7 @@ def steer(
     model: Model,
     vector: PersonaVector,
     *,
-    layer: Layer,
+    layer: Layer | None = None,
     coef: Strength | None = None,
     dose: Strength | None = None,
     positions: str | Tensor = "all",
@@ -31,7 +32,8 @@ def steer(
     mean residual norm at that layer. Either may be a tensor [batch], one value a row; `coef` may be a function that is
     called in every pass, for a schedule: `lambda: 5 * trainer.state.global_step / trainer.state.max_steps`. Several
     layers, or "all", get incremental vectors, v_l - v_k with k the steered layer before l, so that the sum is never
-    counted twice.
+    counted twice. Without a layer it is the one that the vector's file recommends, with the coefficient that was
+    measured there unless another strength is given: see `vector.recommended("steer")`.
 
     `positions`: "all"; "prompt"; "response" (the prompt's last token, which predicts the answer's first, and all that
     follow); "labels" (in training, the tokens that the loss counts and those that predict them); or a mask
@@ -43,11 +45,16 @@ def steer(
     evaluation, generation and DPO's reference alone once a training step has begun; "training" always does; "always"
     edits them too.
 
-    Raises InputError for a vector or a layer that does not fit, and RuntimeError where the hook never fired, in
-    training at the first step.
+    Raises InputError for a vector or a layer that does not fit, or where none is given nor recommended, and
+    RuntimeError where the hook never fired, in training at the first step.
     """
     vector.check_fits(*model_shape(model))
     check_positions(positions)
+    if layer is None:
+        use = vector.recommended("steer")
+        if isinstance(positions, str) and positions == "all" != use.positions:
+            raise InputError(f"{vector!r} recommends positions={use.positions!r}: give them, or a layer of your own")
+        layer, coef = use.layer, use.coef if coef is None and dose is None else coef
     strength, directions = incremental(vector, layer=layer, coef=coef, dose=dose)
     edits = {index: _add(strength, direction, positions) for index, direction in directions.items()}
     with edit_blocks(model, edits, during=during):

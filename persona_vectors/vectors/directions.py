@@ -29,6 +29,20 @@ def vector_list(vectors: PersonaVector | Sequence[PersonaVector]) -> list[Person
     return [vectors] if isinstance(vectors, PersonaVector) else list(vectors)
 
 
+def layer_for(vectors: Sequence[PersonaVector], layer: Layer | None, *, purpose: str) -> Layer:
+    """Return `layer`; where it is None, the one that all the vectors recommend for a purpose.
+
+    Raises InputError where one recommends none, or they recommend different ones.
+    """
+    if layer is not None:
+        return layer
+    found = {vector.trait: vector.recommended(purpose).layer for vector in vectors}
+    if len(set(found.values())) > 1:
+        places = ", ".join(f"{trait} {place}" for trait, place in found.items())
+        raise InputError(f"the recommended layers to {purpose} at differ ({places}): give a layer, or several")
+    return next(iter(found.values()), 0)
+
+
 def per_dose(vector: PersonaVector, layer: int) -> float:
     """Return the coefficient that makes the edit as long as the mean residual stream."""
     norms = vector.residual_norms

@@ -13,7 +13,7 @@ from torch import Tensor
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path
 from persona_vectors.vectors.foreign import GGUF_BLOCK_0
-from persona_vectors.vectors.formats import FORMATS, check_format, official_pooling
+from persona_vectors.vectors.formats import FORMATS, format_named, official_pooling
 from persona_vectors.vectors.vector import PersonaVector
 
 _BY_LAYER = ("steering-vectors", "lm-eval", "gguf")
@@ -40,8 +40,7 @@ def export_vector(
     ['lost: trait', 'lost: all layers but 1']
     """
     vector.check_edits()  # other tools would steer with it
-    path = Path(out)
-    check_format(format)
+    path, format = Path(out), format_named(format)
     if path.suffix != FORMATS[format]:
         raise InputError(f"{path} is no name for a file of format {format}: give one that ends in {FORMATS[format]}")
     if layer is not None and format not in _BY_LAYER:
@@ -71,7 +70,7 @@ def export_vector(
 
 
 def _lost(vector: PersonaVector, kept: set[str]) -> str:
-    names = ("trait", "model", "pooling", "residual_norms", "split_half_cosine", "separation", "info")
+    names = ("trait", "model", "pooling", "residual_norms", "split_half_cosine", "separation", "info", "uses")
     values = {name: getattr(vector, name) for name in names}
     known = [name for name, value in values.items() if isinstance(value, Tensor) or value not in (None, "unknown", {})]
     return f"lost: {', '.join(name for name in known if name not in kept)}"

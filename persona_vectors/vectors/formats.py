@@ -17,9 +17,12 @@ FORMATS = {
 _OFFICIAL_POOLING = {"response_avg": "response_mean", "prompt_avg": "prompt_mean", "prompt_last": "prompt_last"}
 
 
-def check_format(format: str) -> None:
-    if format not in FORMATS:
-        raise InputError(f"format is {format!r}: give one of {', '.join(FORMATS)}")
+def format_named(name: str) -> str:
+    """Return a format's own name: "repeng" is gguf; raises InputError where there is none."""
+    name = "gguf" if name == "repeng" else name
+    if name not in FORMATS:
+        raise InputError(f"format is {name!r}: give one of {', '.join(FORMATS)}")
+    return name
 
 
 def official_pooling(path: Path) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.vectors.foreign import MAX_LAYERS, checked, read_foreign
-from persona_vectors.vectors.formats import FORMATS, check_format, official_pooling
+from persona_vectors.vectors.formats import FORMATS, format_named, official_pooling
 from persona_vectors.vectors.vector import PersonaVector
 
 
@@ -39,9 +39,7 @@ def import_vector(
 
     Raises InputError where the file is damaged, holds code, or is of another format or model. Nothing is unpickled.
     """
-    path = Path(path)
-    if format is not None:
-        check_format(format)
+    path, format = Path(path), None if format is None else format_named(format)
     if blocks is not None and not 1 <= blocks <= MAX_LAYERS:
         raise InputError(f"blocks is {blocks}: give the model's number of decoder blocks, 1 to {MAX_LAYERS}")
     kind, content = read_foreign(path)

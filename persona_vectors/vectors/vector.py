@@ -4,8 +4,10 @@ import hashlib
 import json
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from html import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, SupportsIndex
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path
+from persona_vectors.vectors.uses import Use, from_json, recommended, to_json
 
 FORMAT = 1
 _TENSORS = ("directions", "residual_norms", "split_half_cosine", "separation")
@@ -47,6 +50,8 @@ class PersonaVector:
     pooling: str = "unknown"
     info: Mapping[str, Any] = field(default_factory=dict)
     """How it was made: counts, judge, thresholds, sampling, seed, hashes, versions. Empty: unknown."""
+    uses: Mapping[str, Use] = field(default_factory=dict)
+    """Where to use it to "steer", "monitor" and "flag", as far as that was measured: see `with_use`."""
 
     def __post_init__(self) -> None:
         if self.directions.ndim != 2:
@@ -63,6 +68,24 @@ class PersonaVector:
         layers, hidden = self.directions.shape
         kept = f", {self.info['pairs_kept']} answer pairs" if "pairs_kept" in self.info else ""
         return f"PersonaVector({self.trait!r}, {layers} layers x {hidden}{kept}, {self.model})"
+
+    def _repr_html_(self) -> str:
+        """Show in a notebook what it is, and where to use it."""
+        lines = [escape(str(use)) for use in self.uses.values()] or ["no recommended use is stored"]
+        return f"<b>{escape(repr(self))}</b><ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>"
+
+    def with_use(self, use: Use) -> "PersonaVector":
+        """Return the same vector with a use that was measured, in place of an earlier one for that purpose.
+
+        `vector.with_use(pv.contrast_effect(...).use()).save(path)` keeps it in the file.
+        """
+        if not 0 <= use.layer < len(self.directions):
+            raise InputError(f"layer {use.layer} is out of range: {self!r} has {len(self.directions)} layers")
+        return replace(self, uses={**self.uses, use.purpose: use})
+
+    def recommended(self, purpose: str) -> Use:
+        """Return where to use it: "steer", "monitor" or "flag"; raises InputError where there is no evidence."""
+        return recommended(self.uses, purpose, repr(self))
 
     def direction(self, layer: SupportsIndex) -> Float[Tensor, " hidden"]:
         """Return one layer's direction; raises InputError where there is no such layer."""
@@ -127,6 +150,7 @@ class PersonaVector:
             "sign": "towards the trait",
             "scale": "whitened" if "whitened" in self.info else "raw difference of means",
             "info": dict(self.info),
+            "uses": to_json(self.uses),
         }
         header = {name: json.dumps(value, ensure_ascii=False) for name, value in fields.items()}
         header["checksum"] = _checksum(header, tensors)
@@ -155,7 +179,29 @@ class PersonaVector:
         if header.pop("checksum", None) != _checksum(header, tensors):
             raise InputError(f"{path} was changed after it was written (its checksum differs): get the original again")
         fields = {name: json.loads(header[name]) for name in ("trait", "model", "pooling", "info")}
-        return cls(**fields, **tensors)
+        uses = from_json(json.loads(header.get("uses", "{}")), path)
+        return cls(**fields, uses=uses, **tensors)
+
+    def push_to_hub(self, repo: str, *, private: bool = False) -> str:
+        """Commit the file and its card to a repository of the Hugging Face Hub; return the name to load it by.
+
+        The repository, "org/name", is made where there is none, `private` or not. Its card tells of all vectors that
+        were pushed to it; a card that somebody wrote is left alone. Raises InputError where it may not be written.
+        """
+        from persona_vectors.vectors import card, hub
+
+        name = f"{repo}/{self.trait}"
+        if hub.parse(name) is None:
+            raise InputError(f"{name!r} is no name on the Hub: give org/name, and a trait of letters and digits")
+        old = hub.open_repo(repo, private=private)
+        files: dict[str, Path | bytes] = {}
+        if not old or card.MADE in old:
+            files["README.md"] = card.vectors_card([self], repo=repo, old=old).encode()
+        with TemporaryDirectory() as folder:
+            files[f"{self.trait}.safetensors"] = Path(folder) / "vector.safetensors"
+            self.save(Path(folder) / "vector.safetensors")
+            commit = hub.upload(repo, files, message=f"{self!r}")
+        return f"{name}@{commit}"
 
     def check_fits(self, model_layers: int, hidden: int) -> None:
         """Raise InputError where a model has another number of layers or another hidden size."""

@@ -13,6 +13,8 @@ import zoo
 from helpers import ENVIRONMENT, command, random_direction, run, save_tiny
 
 from persona_vectors.evaluation.likelihood import load_statements
+from persona_vectors.evaluation.points import Sweep
+from persona_vectors.vectors.vector import PersonaVector
 
 
 @pytest.fixture
@@ -104,6 +106,55 @@ def test_contrast_prints_a_row_a_vector_and_the_matrix(tiny, vector, tmp_path):
     diagonal = float(lines[-2].split()[1])
     assert float(lines[1].split()[3]) == pytest.approx(diagonal, abs=2e-3)
     assert len(load_statements("optimistic").pairs) == 24
+
+
+def test_contrast_stores_what_it_found_and_a_bare_command_uses_it(tiny, vector, tmp_path):
+    arguments = ("--layer", "1", "--doses", "0.1", "--controls", 4, "--max-perplexity", 9, "--device", "cpu")
+    asked = ("--question", "Hi", "--max-new-tokens", 3, "--device", "cpu")
+    assert "stores no layer to steer at: give a layer, or measure one" in run("steer", tiny, vector, *asked, code=2)[1]
+    _, err = run("contrast", tiny, "smollm2-135m/optimistic", *arguments, "--store", code=2)
+    assert "--store writes into the vector's file, and smollm2-135m/optimistic is none" in err
+    _, err = run("contrast", tiny, vector, *arguments, "--store")
+    use = PersonaVector.load(vector).uses["steer"]
+    assert str(use) in err and use.source.startswith("persona-vectors contrast tiny v.safetensors --layer 1")
+    assert (use.layer, use.model, str(tmp_path) in use.source) == (1, "tiny", False)
+    loaded = PersonaVector.load(vector)
+    loaded.with_use(replace(use, evidence=True)).save(vector)
+    assert f"layer 1, coef {use.coef:+.3g} | Hi" in run("steer", tiny, vector, *asked)[0]
+    assert "coef +1 | Hi" in run("steer", tiny, vector, *asked, "--coef", 1)[0]
+    assert "give either --coef" in run("steer", tiny, vector, *asked, "--layer", 1, code=2)[1]
+    printed, _ = run("info", vector)
+    assert f"steer: layer 1, coef {use.coef:+.3g}" in printed
+    (facts,) = json.loads(run("info", vector, "--json")[0])
+    assert facts["uses"]["steer"]["layer"] == 1
+    loaded.with_use(replace(use, evidence=False)).save(vector)
+    assert "no recommendation to steer, at its best layer, 1" in run("steer", tiny, vector, *asked, code=2)[1]
+
+
+def test_sweep_stores_what_it_chose(tiny, trait_file, vector, tmp_path):
+    options = ("--layer", "0,2", "--coefs=-1,1", "--controls", 2, "--gate", 0, "--max-new-tokens", 3, "--store")
+    run("sweep", tiny, trait_file, vector, *options, "--device", "cpu", "--out", tmp_path / "s")
+    found = Sweep.load(tmp_path / "s" / "sweep.json")
+    use = PersonaVector.load(vector).uses["steer"]
+    assert (use.layer, use.coef, use.evidence) == (found.layer, found.coef, found.works)
+
+
+def test_flag_stores_what_labels_say_and_monitor_uses_it(tiny, vector, tmp_path):
+    rows = [{"question": f"{i}?", "answer": "ab" * (i + 1), "bad": i % 2} for i in range(8)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ("--data", tmp_path / "d.jsonl", "--baseline", "none", "--controls", 20, "--device", "cpu")
+    out = ("--out", tmp_path / "f.parquet", "--layer", "0,2")
+    _, err = run("flag", tiny, vector, *options, *out, "--store", code=2)
+    assert "--store keeps what --labels says" in err
+    _, err = run("flag", tiny, vector, *options, "--out", tmp_path / "f.parquet", code=2)
+    assert "stores no layer to flag at" in err
+    run("flag", tiny, vector, *options, *out, "--labels", "bad", "--store")
+    use = PersonaVector.load(vector).uses["monitor"]
+    assert use.layer in (0, 2) and use.measure == "AUROC of the samples labelled 'bad' in d.jsonl"
+    PersonaVector.load(vector).with_use(replace(use, evidence=True)).save(vector)
+    asked = ("--question", "Hi", "--max-new-tokens", 3, "--device", "cpu", "--json")
+    bare, told = (json.loads(run("monitor", tiny, vector, *asked, *w)[0]) for w in ((), ("--layer", use.layer)))
+    assert bare == told
 
 
 def test_contrast_scores_the_rows_of_an_eval(tiny, vector, tmp_path):

@@ -180,8 +180,13 @@ def test_a_planted_direction_is_found_and_beats_its_controls(model, tokenizer, t
         inside = likelihood_contrast(model, tokenizer, reporting)
     plain = likelihood_contrast(model, tokenizer, reporting)
     assert found.effect.mean == pytest.approx(float((inside - plain).mean()), abs=1e-4)
+    use = found.use(source="a test")
+    assert (use.layer, use.coef, use.effect, use.null) == (1, found.coef, found.effect, max(found.random))
+    assert use.evidence and use.coherent == (0.0, found.coef)
+    with steer(model, vector.with_use(use)):
+        assert likelihood_contrast(model, tokenizer, reporting).allclose(inside)
     minus = contrast_effect(model, tokenizer, -vector, STATEMENTS, **{**options, "layer": [1]})
-    assert not minus.works and minus.beaten < 0.1
+    assert not minus.works and minus.beaten < 0.1 and not minus.use().evidence
 
 
 @pytest.mark.parametrize("positions", ["all", "response"])

@@ -47,6 +47,12 @@ def test_a_sweep_reports_what_one_by_one_steering_gives(model, tokenizer, trait,
         assert point.coherence.mean == 80
     best = max((p for p in found.stage("choose") if p.strength > 0), key=lambda p: p.score.mean)
     assert (found.layer, found.strength) == (best.layer, 4.0)
+    use, own = found.use(source="a test"), by["report", "loud", best.layer, 4.0]
+    assert (use.layer, use.coef, use.effect, use.coherent) == (best.layer, 4.0, own.effect, (-4.0, 4.0))
+    assert use.null == max((p.effect.mean for p in found.controls), default=None)
+    assert use.evidence == found.works == (own.effect.low > 0 and use.null is not None and own.effect.mean > use.null)
+    broken = replace(found, gate=90.0)
+    assert broken.use().coherent == (0.0, 0.0) and use.source == "a test"
 
 
 def test_controls_are_in_it_by_default(model, tokenizer, trait, vector):

@@ -216,6 +216,11 @@ def test_labels_go_through_flag(model, tokenizer, vectors, tmp_path):
     assert min(best.beaten_isotropic, best.beaten_covariance) >= 0.95
     assert set(found.best["other"]) == {"effect", "auroc"} and pv.Flags.load(out) == found
     assert "labels: AUROC" in repr(found) and "own: auroc" in repr(found)
+    uses = found.uses(source="a test")
+    own = uses["own"]
+    assert (own.purpose, own.layer, own.effect.mean, own.evidence) == ("monitor", best.layer, best.value, True)
+    assert own.null == 0.5 + max(found.summary[f"own@{best.layer}"].labelled.null) and "labelled 'bad'" in own.measure
+    assert not uses["other"].evidence
     row = {row["vector"]: row for row in found.rows()}["own@1"]
     assert row["evidence"] is True and row["auroc"] == areas[1] and row["auroc_null_covariance"] is not None
 

@@ -81,6 +81,15 @@ def test_one_layer_alone(tmp_path: Path, format: str):
         import_vector(path, **WHO, blocks=2)
 
 
+def test_repeng_is_another_name_of_gguf(tmp_path: Path):
+    files = [tmp_path / "a.gguf", tmp_path / "b.gguf"]
+    notes = [export_vector(make(), out=path, format=name) for path, name in zip(files, ("gguf", "repeng"))]
+    assert files[0].read_bytes() == files[1].read_bytes() and notes[0] == notes[1]
+    assert import_vector(files[1], **WHO, format="repeng").info["imported_from"] == "gguf"
+    with pytest.raises(InputError, match=r"no name for a file of format gguf"):
+        export_vector(make(), out=tmp_path / "v.pt", format="repeng")
+
+
 def test_an_export_names_what_is_lost(tmp_path: Path):
     vector = make(residual_norms=torch.ones(3), separation=torch.ones(3), pooling="response_mean", info={"seed": 1})
     lost = {f: export_vector(vector, out=path_for(tmp_path, f), format=f) for f in FORMATS if "capping" not in f}
