@@ -65,12 +65,17 @@ def evaluate(
     from persona_vectors.data.traits import load_trait
     from persona_vectors.evaluation.answers import evaluate as run
     from persona_vectors.steering import add, bounds
+    from persona_vectors.vectors import directions
 
     loaded_trait = load_trait(trait)
     loaded_vector = load_vectors([vector])[0] if vector else None
     if vector and (layer is None or [coef, dose, cap].count(None) != 2):
         raise InputError("with --vector give --layer, and one of --coef, --dose and --cap")
     loaded, tokenizer = load(model)
+    if loaded_vector is not None:  # before the plain answers, which take minutes
+        loaded_vector.check_fits(loaded)
+        loaded_vector.direction(layer or 0)
+        directions.finite(coef or dose or cap or 0.0)
     scorer = _judge(judge, loaded, tokenizer, loaded_trait, load, check=trait if check_judge else None)
 
     def edited() -> AbstractContextManager[Any]:

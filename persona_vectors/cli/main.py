@@ -1,6 +1,7 @@
 """The command line: the Python functions under their own names."""
 
 import sys
+import warnings
 from importlib.metadata import version
 from typing import Annotated
 
@@ -43,10 +44,16 @@ def options(
     """Extract persona vectors from language models, and steer with them (arXiv 2507.21509)."""
 
 
+def _show_warning(message: Warning | str, *_: object) -> None:
+    typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
+
+
 def main() -> None:
     """Run the command line: 0 done, 2 bad input, 130 interrupted, 1 anything else."""
     try:
-        code = app(standalone_mode=False, prog_name="persona-vectors")
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = app(standalone_mode=False, prog_name="persona-vectors")
     except (InputError, OSError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         code = 2

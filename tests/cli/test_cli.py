@@ -197,6 +197,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, trait_file, tmp_path):
         ([*steer, "--layer", 9, "--coef", 1], "layer 9 is out of range"),
         ([*steer, "--layer", "x", "--coef", 1], "give 13, or 13,22, or 10-20, or all"),
         ([*steer, "--layer", 1], "give either --coef"),
+        ([*steer[:-1], "cuda:77", "--layer", 1, "--coef", 1], "torch has no such device here"),
+        ([*steer, "--layer", 1, "--coef", "nan"], "coef or dose is nan: give finite numbers"),
         (
             ["steer", tiny, other, "--question", "Hi", "--layer", 1, "--coef", 1],
             "does not fit a model of 3 layers x 32",
@@ -214,6 +216,16 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, trait_file, tmp_path):
         assert line.startswith("error: ") and message in line, (arguments, error)
         assert not end and not printed and not any(bar.strip() and "it" not in bar and "/" not in bar for bar in bars)
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_warning_is_one_line_and_the_run_goes_on(tiny, tmp_path):
+    other = PersonaVector("calm", "else", torch.ones(3, 32), info={"config_hash": "b"})
+    other.save(tmp_path / "v.safetensors")
+    asked = ["--layer", 1, "--coef", 1, "--question", "Hi", "--max-new-tokens", 2, "--device", "cpu"]
+    printed, error = run("steer", tiny, tmp_path / "v.safetensors", *asked)
+    assert "Hi" in printed
+    (line,) = [line for line in error.splitlines() if "another model" in line]
+    assert line.startswith("warning: PersonaVector('calm', 3 layers x 32, else) is of another model than tiny")
 
 
 def test_usage_errors_exit_with_2():

@@ -6,6 +6,7 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -44,6 +45,10 @@ def test_evaluate_prints_plain_and_edited(tiny, trait_file, vector):
     assert "with the options" not in out and "60 answers to 20 questions" in out
     _, err = run("evaluate", tiny, trait_file, "--vector", vector, "--layer", 1, code=2)
     assert "one of --coef, --dose and --cap" in err
+    with mock.patch("persona_vectors.model.generation.generate_tokens", side_effect=AssertionError("answered first")):
+        steered = ["evaluate", tiny, trait_file, "--vector", vector, *small]
+        assert "give finite numbers" in run(*steered, "--layer", 1, "--coef", "nan", code=2)[1]
+        assert "layer 9 is out of range" in run(*steered, "--layer", 9, "--coef", 1, code=2)[1]
     _, err = run("evaluate", tiny, "optimistic", *small, "--judge", "sentiment", "--check-judge")
     assert "sentiment (VADER): AUROC 0." in err
     _, err = run("evaluate", tiny, "evil", *small, "--judge", "contrast", "--check-judge", code=2)
