@@ -92,6 +92,7 @@ def extract(
     unfiltered: Annotated[
         bool, typer.Option("--unfiltered", help="with --from: keep all answers, scored or not")
     ] = False,
+    as_json: Json = False,
     load: Load,
 ) -> None:
     """Extract a trait's persona vector from a model and save it.
@@ -124,7 +125,7 @@ def extract(
         drawing: dict[str, Any] = {"samples": samples, "first": first, "max_new_tokens": max_new_tokens, "seed": seed}
         options |= {"pooling": pooling, "rollouts": rollouts}
         vectors = [difference.extract(loaded, tokenizer, loaded_trait, **drawing, **options)]
-    _save(vectors, out, by_pooling=pooling == "all")
+    _save(vectors, out, by_pooling=pooling == "all", as_json=as_json)
 
 
 def _ready(sides: tuple[Path, Path], trait: Any, tokenizer: Any, *, scored: bool) -> list[Any]:
@@ -134,14 +135,16 @@ def _ready(sides: tuple[Path, Path], trait: Any, tokenizer: Any, *, scored: bool
     return [r for side, path in zip(("pos", "neg"), sides) for r in load_rollouts(path, side=side, **options)]
 
 
-def _save(vectors: list[Any], out: Path | None, *, by_pooling: bool) -> None:
+def _save(vectors: list[Any], out: Path | None, *, by_pooling: bool, as_json: bool) -> None:
     info = vectors[0].info
     limit = "no filter" if info["threshold"] is None else f"filter at {info['threshold']:g}"
     answers = f"{info['pos_answers']} positive and {info['neg_answers']} negative answers"
-    typer.echo(f"{info['pairs_kept']} pairs kept of {answers} ({limit})")
+    lines, rows = [f"{info['pairs_kept']} pairs kept of {answers} ({limit})"], []
     arguments = [Path(text).name if text.startswith("/") else text for text in sys.argv[1:]]
     for vector in vectors:
         path = out or Path("vectors") / Path(vector.model).name / f"{vector.trait}.safetensors"
         path = path.with_suffix(f".{vector.pooling}{path.suffix}") if by_pooling else path
         replace(vector, info={**vector.info, "command": shlex.join(["persona-vectors", *arguments])}).save(path)
-        typer.echo(f"{vector!r} -> {path}")
+        lines.append(f"{vector!r} -> {path}")
+        rows.append({"trait": vector.trait, "pooling": vector.pooling, "out": str(path), **info})
+    echo_table(rows, as_json=as_json, text=lambda: "\n".join(lines))

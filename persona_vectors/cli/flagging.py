@@ -115,6 +115,7 @@ def split(
     removed: Annotated[Path | None, typer.Option(help="where to write the flagged ones")] = None,
     judge_above: Annotated[float | None, typer.Option(help="remove from this judge's score on, too")] = None,
     split: Split = "train",
+    as_json: Json = False,
 ) -> None:
     """Split a dataset into what is kept and what was flagged, in its own format.
 
@@ -123,7 +124,8 @@ def split(
     from persona_vectors.flagging.split import split_dataset
 
     counts = split_dataset(data, flags, kept=kept, removed=removed, judge_above=judge_above, split=split)
-    typer.echo(", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()))
+    words = (f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+    echo_table([counts], as_json=as_json, text=lambda: ", ".join(words))
 
 
 @app.command()

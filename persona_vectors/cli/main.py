@@ -1,5 +1,7 @@
 """The command line: the Python functions under their own names."""
 
+import inspect
+import re
 import sys
 import warnings
 from importlib.metadata import version
@@ -21,11 +23,33 @@ from persona_vectors.cli import (
 from persona_vectors.cli.options import app
 from persona_vectors.data.errors import InputError
 
-ROOMS = [
-    m.__name__ for m in (extraction, vectors, steering, monitoring, chat, evaluation, contrast, flagging, training)
-]
+PANELS = {
+    "Traits and vectors": (extraction, vectors),
+    "Steer and watch": (steering, monitoring, chat),
+    "Measure": (evaluation, contrast),
+    "Training data and training": (flagging, training),
+}
+ROOMS = {module.__name__: panel for panel, modules in PANELS.items() for module in modules}
+
+
+def _wrap(paragraph: str) -> str:
+    """Return a paragraph as one line; an example of a command as lines that can be pasted."""
+    text = " ".join(paragraph.split())
+    if not text.startswith("Example: persona-vectors"):
+        return text
+    lines = [""]
+    for part in re.split(r" (?=--?[a-z])", text.removeprefix("Example: ")):
+        if len(lines[-1]) + len(part) > 74:
+            lines.append("   ")
+        lines[-1] += f" {part}"
+    return "Example:\n\n" + " \\\n".join(lines).strip()
+
+
 # Importing a module adds its commands; --help lists them in the order of the rooms.
-app.registered_commands.sort(key=lambda command: ROOMS.index(str(getattr(command.callback, "__module__", ""))))
+app.registered_commands.sort(key=lambda command: list(ROOMS).index(str(getattr(command.callback, "__module__", ""))))
+for _command in app.registered_commands:
+    _command.rich_help_panel = ROOMS[str(getattr(_command.callback, "__module__", ""))]
+    _command.help = "\n\n".join(map(_wrap, inspect.cleandoc(_command.callback.__doc__ or "").split("\n\n")))
 
 
 def _show_version(wanted: bool) -> bool:
@@ -44,7 +68,7 @@ def options(
     """Extract persona vectors from language models, and steer with them (arXiv 2507.21509)."""
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
 
 

@@ -41,7 +41,7 @@ def monitor(
     model: ModelArg,
     vectors: VectorArgs,
     *,
-    layer: Layer,
+    layer: LayerOption,
     question: Questions,
     system: System = None,
     calibration: Calibrations = None,
@@ -60,21 +60,19 @@ def monitor(
     from persona_vectors.model import generation, prompts
     from persona_vectors.monitoring import heatmaps, trace
 
-    loaded_vectors, known = load_vectors(vectors), load_calibrations(calibration)
+    loaded_vectors, known, where = load_vectors(vectors), load_calibrations(calibration), layers(layer)
     loaded, tokenizer = load(model)
     encoded = [prompts.encode(tokenizer, prompts.chat_prompt(tokenizer, text, system=system)) for text in question]
     stops = generation.stop_tokens(loaded, tokenizer)
-    with trace.monitor(loaded, loaded_vectors, layer=layer, stops=stops) as read:
+    with trace.monitor(loaded, loaded_vectors, layer=where, stops=stops) as read:
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         made = generation.generate_tokens(loaded, tokenizer, encoded, reading=True, **sampling)
     places = read.percentiles(known) if known else {}
     rows = []
     for index, (text, (tokens, _)) in enumerate(zip(question, made)):
         kept = tokens[:max_new_tokens]
-        found = [
-            _row(read.last, vector.trait, index, heatmaps.token_texts(tokenizer, kept), places)
-            for vector in loaded_vectors
-        ]
+        texts = heatmaps.token_texts(tokenizer, kept)
+        found = [_row(read.last, key, index, texts, places) for key in read.last.keys]
         rows.append({"question": text, "answer": prompts.decode(tokenizer, tokens).strip(), "projections": found})
     echo_table(rows, as_json=as_json, text=lambda: _show(rows))
     if html:
@@ -98,6 +96,7 @@ def calibrate(
     temperature: Temperature = 1.0,
     seed: Seed = 0,
     batch_tokens: BatchTokens = None,
+    as_json: Json = False,
     load: Load,
 ) -> None:
     """Answer neutral questions, and keep the percentiles of their tokens' projections on a vector.
@@ -114,10 +113,17 @@ def calibrate(
     sampling["batch_tokens"] = batch_tokens
     found = calibration.calibrate(loaded, tokenizer, loaded_vector, asked, layer=where, **sampling)
     found.save(out)
-    for at, values in zip(found.layers, found.values):
-        shown = ", ".join(f"{percentile:g}: {value:+.3f}" for percentile, value in zip(found.percentiles, values))
-        typer.echo(f"{found.trait} at layer {at}, percentiles of {found.tokens:,} tokens: {shown}")
-    typer.echo(f"calibration -> {out}")
+    rows = [
+        {"trait": found.trait, "layer": at, "tokens": found.tokens, "percentiles": dict(zip(found.percentiles, values))}
+        for at, values in zip(found.layers, found.values)
+    ]
+    echo_table(rows, as_json=as_json, text=lambda: "\n".join(map(_percentiles, rows)))
+    typer.echo(f"calibration -> {out}", err=as_json)
+
+
+def _percentiles(row: dict[str, Any]) -> str:
+    shown = ", ".join(f"{percentile:g}: {value:.3f}" for percentile, value in row["percentiles"].items())
+    return f"{row['trait']} at layer {row['layer']}, percentiles of {row['tokens']:,} tokens: {shown}"
 
 
 def load_calibrations(paths: list[Path] | None) -> list[Any] | None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from persona_vectors.cli.options import (
+    Json,
     LayerOption,
     Load,
     MaxNewTokens,
@@ -19,6 +20,7 @@ from persona_vectors.cli.options import (
     Temperature,
     VectorArgs,
     app,
+    echo_table,
     layers,
     load_vectors,
     loads_models,
@@ -42,6 +44,7 @@ def steer(
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 1.0,
     seed: Seed = 0,
+    as_json: Json = False,
     load: Load,
 ) -> None:
     """Answer questions while vectors are added to the residual stream, once for each strength.
@@ -59,6 +62,7 @@ def steer(
     loaded_vectors = load_vectors(vectors)
     loaded, tokenizer = load(model)
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    rows: list[dict[str, Any]] = []
     for strength in strengths:
         with ExitStack() as stack:
             for vector in loaded_vectors:
@@ -66,8 +70,12 @@ def steer(
                 stack.enter_context(add.steer(loaded, vector, **edit))
             answers = generate(loaded, tokenizer, question, system=system, **sampling)
         for asked, answer in zip(question, answers):
-            typer.secho(f"{name} {strength:+g} | {asked}", bold=True)
-            typer.echo(f"{answer.strip()}\n")
+            rows.append({name: strength, "question": asked, "answer": answer.strip()})
+            if not as_json:
+                typer.secho(f"{name} {strength:+g} | {asked}", bold=True)
+                typer.echo(f"{answer.strip()}\n")
+    if as_json:
+        echo_table(rows, as_json=True, text=str)
 
 
 @app.command()

@@ -1,6 +1,8 @@
 import io
+import itertools
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -45,6 +47,32 @@ def test_every_command_has_help_and_stands_in_the_readme(command: str):
     assert f"persona-vectors {command}" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+EXAMPLES = [name for name in COMMANDS if "Example:\n" in str(get_command(app).commands[name].help)]
+
+
+def test_nearly_every_command_has_an_example():
+    assert {*COMMANDS} - {*EXAMPLES} <= {"traits", "info", "demo", "finetune"}
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_the_example_in_a_command_s_help_can_be_pasted(command: str):
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"}).output
+    lines = [line.strip() for line in shown.partition("Example:")[2].strip().splitlines()]
+    pasted = shlex.split("\n".join(itertools.takewhile(bool, lines)).replace("\\\n", " "))
+    assert pasted[:2] == ["persona-vectors", command]
+    get_command(app).commands[command].make_context(command, pasted[2:])
+
+
+def test_help_says_the_defaults_and_what_stands_in_brackets():
+    shown = CliRunner().invoke(app, ["extract", "--help"], env={"COLUMNS": "200"}).output
+    assert "[default: 1000]" in shown and "contrast[:PAIRS], sentiment" in shown
+
+
+def test_what_has_results_prints_them_as_json_too():
+    without = {name for name in COMMANDS if "as_json" not in {p.name for p in get_command(app).commands[name].params}}
+    assert without <= {"new-trait", "demo", "chat", "finetune"}
+
+
 def test_extract_info_and_steer(tiny, trait_file, tmp_path):
     out = tmp_path / "v.safetensors"
     printed, _ = run("extract", tiny, trait_file, *SMALL, "--out", out)
@@ -60,6 +88,8 @@ def test_extract_info_and_steer(tiny, trait_file, tmp_path):
     assert "coef -1 | Hi" in printed and "coef +1 | Hi" in printed
     printed, _ = run("steer", tiny, out, "--layer", "all", "--dose", 0.1, "--question", "Hi", "--device", "cpu")
     assert "dose +0.1 | Hi" in printed
+    printed, _ = run("steer", tiny, out, "--layer", 1, "--coef=-1,1", "--question", "Hi", "--device", "cpu", "--json")
+    assert [(row["coef"], row["question"]) for row in json.loads(printed)] == [(-1, "Hi"), (1, "Hi")]
 
 
 @pytest.fixture
@@ -77,6 +107,8 @@ def test_monitor_prints_projections_and_writes_a_page(tiny, vector_file, tmp_pat
     assert "[/b]<b>Hi" in printed and printed.count("before the answer") == 2 and printed.count("calm") >= 2
     page = (tmp_path / "t.html").read_text("utf-8")
     assert page.count("<section>") == 2 and "<b>" not in page
+    rows = json.loads(run("monitor", tiny, vector_file, "--layer", "0,2", *options[2:], *questions, "--json")[0])
+    assert [found["vector"] for found in rows[0]["projections"]] == ["calm@0", "calm@2"]
     assert "another vector called 'calm'" in run("monitor", tiny, *[vector_file] * 2, *options, *questions, code=2)[1]
     assert "layer 7 is out of range" in run("monitor", tiny, vector_file, "--layer", 7, *questions, code=2)[1]
 
@@ -108,7 +140,7 @@ def test_calibrate_says_where_tokens_lie_among_neutral_ones(tiny, vector_file, t
     printed, _ = run("calibrate", tiny, vector_file, *options, "--questions", tmp_path / "neutral.txt", "--out", out)
     found = Calibration.load(out)
     assert (found.trait, found.layers, found.prompts) == ("calm", (1,), 2)
-    assert f"calm at layer 1, percentiles of {found.tokens} tokens: 1: {found.values[0][0]:+.3f}" in printed
+    assert f"calm at layer 1, percentiles of {found.tokens} tokens: 1: {found.values[0][0]:.3f}" in printed
     asked = [*options, "--question", "Hi", "--calibration", out]
     printed, _ = run("monitor", tiny, vector_file, *asked, "--html", tmp_path / "t.html")
     assert "mean percentile" in printed and "among the tokens of neutral" in (tmp_path / "t.html").read_text("utf-8")

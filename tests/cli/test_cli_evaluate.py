@@ -39,6 +39,8 @@ def test_evaluate_prints_plain_and_edited(tiny, trait_file, vector):
     out, _ = run("evaluate", tiny, trait_file, "--vector", vector, "--layer", 1, "--coef", 2, *small)
     assert [line[:16].strip() for line in out.splitlines()[1:3]] == ["plain", "with the options"]
     assert "6 answers to 2 questions" in out
+    out, _ = run("evaluate", tiny, trait_file, "--vector", vector, "--layer", "1,2", "--dose=-1,1", *small)
+    assert [line[:16].strip() for line in out.splitlines()[1:4]] == ["plain", "dose -1", "dose +1"]
     out, _ = run("evaluate", tiny, trait_file, "--vector", vector, "--layer", 1, "--cap", -3, *small)
     assert "with the options" in out
     out, _ = run("evaluate", tiny, "optimistic", "--max-new-tokens", 2, "--judge", "sentiment", "--device", "cpu")
