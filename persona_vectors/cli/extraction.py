@@ -84,7 +84,7 @@ def extract(
     ] = "response_mean",
     skip_reasoning: SkipReasoning = False,
     seed: Seed = 0,
-    rollouts: Annotated[Path | None, typer.Option(help="keep the answers here; the same command goes on there")] = None,
+    rollouts: Annotated[Path | None, typer.Option(help="keep the answers here (default: in runs/extract)")] = None,
     from_: Annotated[
         tuple[Path, Path] | None,
         typer.Option("--from", metavar="POS NEG", help="ready-made rollouts: our JSONL or official CSVs"),
@@ -98,7 +98,7 @@ def extract(
     """Extract a trait's persona vector from a model and save it.
 
     Generates answers under the trait's positive and negative instructions, has them judged, and takes the difference of
-    mean activations at every layer. Interrupted with --rollouts FILE, the same command goes on where it stopped.
+    mean activations at every layer. Interrupted, the same command goes on where it stopped.
 
     Example: persona-vectors extract smollm2-135m optimistic --samples 2 --max-new-tokens 40
     """
@@ -123,9 +123,21 @@ def extract(
         vectors = list(difference.extract_poolings_from(loaded, tokenizer, loaded_trait, ready, **options).values())
     else:
         drawing: dict[str, Any] = {"samples": samples, "first": first, "max_new_tokens": max_new_tokens, "seed": seed}
-        options |= {"pooling": pooling, "rollouts": rollouts}
+        options |= {"pooling": pooling, "rollouts": rollouts or _run_file(loaded, loaded_trait, drawing, options)}
+        typer.echo(f"answers: {options['rollouts']}", err=True)
         vectors = [difference.extract(loaded, tokenizer, loaded_trait, **drawing, **options)]
     _save(vectors, out, by_pooling=pooling == "all", as_json=as_json)
+
+
+def _run_file(model: Any, trait: Any, *settings: dict[str, Any]) -> Path:
+    """Return the file of a run's answers, one for each set of settings, so that the same command finds it."""
+    from persona_vectors.evaluation.judge import judge_name
+    from persona_vectors.model.blocks import model_name
+    from persona_vectors.model.identity import config_hash, hash_of
+
+    options = {name: value for given in settings for name, value in given.items()}
+    options |= {"judge": judge_name(options["judge"]), "trait": trait.model_dump(), "config": config_hash(model)}
+    return Path("runs") / "extract" / Path(model_name(model)).name / f"{trait.name}-{hash_of(options)[:8]}.jsonl"
 
 
 def _ready(sides: tuple[Path, Path], trait: Any, tokenizer: Any, *, scored: bool) -> list[Any]:

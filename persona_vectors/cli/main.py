@@ -32,6 +32,11 @@ PANELS = {
 ROOMS = {module.__name__: panel for panel, modules in PANELS.items() for module in modules}
 
 
+RESUMES = dict.fromkeys(("extract", "sweep", "flag"), "the same command goes on where it stopped")
+RESUMES["demo"] = "the same command goes on with the answers that it has drawn"
+RESUMES["finetune"] = "the same command with --resume goes on from the last checkpoint, if there is one"
+
+
 def _wrap(paragraph: str) -> str:
     """Return a paragraph as one line; an example of a command as lines that can be pasted."""
     text = " ".join(paragraph.split())
@@ -90,7 +95,7 @@ def main() -> None:
         show()
         code = getattr(error, "exit_code", 1)
     if code == 130:
-        typer.echo(
-            "interrupted: the same command goes on where it stopped, if it keeps its answers in a file", err=True
-        )
+        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        again = RESUMES.get(command, "nothing was kept, and the same command starts anew")
+        typer.echo(f"interrupted: {again}", err=True)
     sys.exit(code or 0)

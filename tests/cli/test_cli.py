@@ -29,6 +29,13 @@ COMMANDS = sorted(get_command(app).commands)
 SMALL = ["--judge", "none", "--samples", "1", "--max-new-tokens", "4", "--device", "cpu"]
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch) -> Path:
+    """Commands keep their answers under `runs` in the current folder: let that be an empty one."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    return Path.cwd()
+
+
 @pytest.fixture
 def tiny(tmp_path) -> Path:
     return save_tiny(tmp_path / "tiny")
@@ -308,6 +315,34 @@ def test_an_interrupt_exits_with_130(tiny, trait_file, tmp_path):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"interrupted: the same command goes on" in error.splitlines()[-1]
+
+
+def test_extract_keeps_its_answers_by_itself_and_others_for_other_settings(tiny, trait_file, tmp_path, elsewhere):
+    def extract(*more: object) -> str:
+        return run("extract", tiny, trait_file, *SMALL, *more, "--out", tmp_path / "v.safetensors")[1]
+
+    told = extract()
+    (kept,) = (elsewhere / "runs").rglob("loud-*.jsonl")
+    assert f"answers: {kept.relative_to(elsewhere)}" in told
+    whole = kept.read_text()
+    kept.write_text("\n".join(whole.split("\n")[:9]))  # as a killed run left it
+    extract("--pooling", "prompt_last")
+    assert kept.read_text() == whole
+    extract("--seed", 1)
+    assert len(list((elsewhere / "runs").rglob("*.jsonl"))) == 2 and kept.read_text() == whole
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("steer", "nothing was kept"),
+        ("flag", "goes on where it stopped"),
+        ("finetune", "--resume goes on from the last"),
+    ],
+)
+def test_an_interrupt_says_what_is_true_of_the_command(command, message):
+    with mock.patch("persona_vectors.cli.main.app", side_effect=KeyboardInterrupt):
+        assert message in run(command, "x", code=130)[1]
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(tiny, trait_file, tmp_path):
