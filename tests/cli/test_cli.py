@@ -128,13 +128,23 @@ def test_chat_steers_and_saves_by_command(tiny, vector_file, tmp_path):
         "/steer loud 2",
         "/steer calm x",
         f"/save {tmp_path / 'c.html'}",
+        "/compare Why?",
+        "/retry",
+        "/layer 2",
+        "/layer 9",
+        "/system Be loud.",
         "/off",
         "/huh",
     ]
     options = ["--layer", 1, "--device", "cpu", "--max-new-tokens", 4]
     with mock.patch.object(sys, "stdin", io.StringIO("\n".join(lines))):
         printed, _ = run("chat", tiny, vector_file, *options)
-    assert printed.count("before the answer") == 2 and printed.count("steered by +2, read after the edit") == 1
+    assert printed.count("before the answer") == 3 and printed.count("steered by +2, read before the edit") == 2
+    assert "calm +2> " in printed and "steering: calm +2" in printed and "steering: none" in printed
+    assert re.search(r"plain +. calm \+2", printed) and "system prompt: Be loud." in printed
+    assert "Layer 2.  high  and  low  projections on calm" in printed and "error: layer 9 is out of range" in printed
+    refused = ["chat", tiny, vector_file, "--layer", 9, "--device", "cpu"]
+    assert "layer 9 is out of range" in run(*refused, code=2)[1]
     assert "error: /steer loud 2: give one of calm" in printed and "error: /steer calm x" in printed
     assert printed.count("/reset") == 2  # at the beginning, and after a command that there is not
     assert "pv-heatmap" in (tmp_path / "c.html").read_text("utf-8")
