@@ -35,8 +35,10 @@ def contrast(
         list[str] | None, typer.Option(metavar="FILE", help="what to score, one for each vector in their order")
     ] = None,
     first: Annotated[int | None, typer.Option(help="take only the first N pairs of statements", min=10)] = None,
-    layer: Annotated[list[str] | None, typer.Option(help="layers to choose from (default: five in the middle)")] = None,
-    doses: Annotated[str, typer.Option(help="doses to choose from, fractions of the residual norm")] = "0.1,0.2,0.4",
+    layer: Annotated[
+        list[str] | None, typer.Option(metavar="LAYER", help="layers to choose from (default: five in the middle)")
+    ] = None,
+    doses: Annotated[list[str], typer.Option(help="to choose from: fractions of the residual norm")] = ["0.1,0.2,0.4"],  # noqa: B006
     controls: Annotated[int, typer.Option(help="random vectors of the same norm, half of each kind", min=2)] = 100,
     max_perplexity: Annotated[float, typer.Option(help="highest on plain facts, times the plain model's")] = 1.5,
     positions: Positions = "all",

@@ -16,6 +16,7 @@ from persona_vectors.cli.options import (
     Load,
     MaxNewTokens,
     ModelArg,
+    OptionalLayer,
     Positions,
     Samples,
     Seed,
@@ -44,9 +45,9 @@ def evaluate(
     trait: TraitArg,
     *,
     vector: Annotated[str | None, typer.Option(help="steer with this .safetensors file, or shipped vector")] = None,
-    layer: Annotated[int | None, typer.Option(help="the block to steer at (default: the recommended one)")] = None,
-    coef: Annotated[float | None, typer.Option(help="times the vector")] = None,
-    dose: Annotated[float | None, typer.Option(help="instead of --coef: a fraction of the residual norm")] = None,
+    layer: OptionalLayer = None,
+    coef: Annotated[list[str] | None, typer.Option(help="times the vector: -2,2 compares strengths")] = None,
+    dose: Annotated[list[str] | None, typer.Option(help="instead of --coef: fractions of the residual norm")] = None,
     positions: Positions = "all",
     cap: Annotated[float | None, typer.Option(help="instead of steering: keep the projection at or below this")] = None,
     system: System = None,
@@ -71,36 +72,54 @@ def evaluate(
     from persona_vectors.cli.judges import make_generate
     from persona_vectors.data.traits import load_trait
     from persona_vectors.evaluation.answers import evaluate as run
-    from persona_vectors.steering import add, bounds
 
     loaded_trait, elsewhere = load_trait(trait), make_generate(generate)
     loaded_vector = load_vectors([vector])[0] if vector else None
     if vector and generate:
         raise InputError("--generate has a server answer, and --vector edits the model here: leave one out")
-    given = 3 - [coef, dose, cap].count(None)
-    if vector and (given > 1 or (given == 0 and layer is not None) or (layer is None and cap is not None)):
+    given = [bool(coef), bool(dose), cap is not None].count(True)
+    if vector and (given > 1 or (given == 0 and layer) or (cap is not None and not layer)):
         raise InputError("with --vector give --layer, and one of --coef, --dose and --cap; or none: what it recommends")
-    if loaded_vector is not None and layer is None:
-        loaded_vector.recommended("steer")
+    edit: dict[str, Any] = {"layer": layers(layer) if layer else None, "cap": cap, "positions": positions}
+    edit |= {"coef": numbers(coef, option="--coef"), "dose": numbers(dose, option="--dose")}
     loaded, tokenizer = load(model)
+    states: dict[str, AbstractContextManager[Any]] = {"plain": nullcontext()}
+    if vector or system is not None:
+        states |= _edits(loaded, loaded_vector, **edit)
     scorer = _judge(judge, loaded, tokenizer, loaded_trait, load, check=trait if check_judge else None)
-
-    def edited() -> AbstractContextManager[Any]:
-        if loaded_vector is None:
-            return nullcontext()
-        if cap is not None and layer is not None:
-            return bounds.cap(loaded, loaded_vector, layer=layer, limit=cap)
-        return add.steer(loaded, loaded_vector, layer=layer, coef=coef, dose=dose, positions=positions)
-
+    options: dict[str, Any] = {"samples": samples, "max_new_tokens": max_new_tokens, "seed": seed}
+    options["generate"] = elsewhere
     rows = []
-    for name, prompt in [("plain", None), ("with the options", system)]:
-        if name == "plain" or vector or system is not None:
-            with nullcontext() if name == "plain" else edited():
-                options: dict[str, Any] = {"samples": samples, "max_new_tokens": max_new_tokens, "seed": seed}
-                options["generate"] = elsewhere
-                found = run(loaded, tokenizer, loaded_trait, judge=scorer, system=prompt, **options)
-                rows.append({"state": name, **_scores(found, _contrast(loaded, tokenizer, trait, prompt))})
+    for state, edited in states.items():
+        prompt = None if state == "plain" else system
+        with edited:
+            found = run(loaded, tokenizer, loaded_trait, judge=scorer, system=prompt, **options)
+            rows.append({"state": state, **_scores(found, _contrast(loaded, tokenizer, trait, prompt))})
     echo_table(rows, as_json=as_json, text=lambda: _evaluations(loaded_trait, rows))
+
+
+def _edits(
+    model: Any, vector: Any, *, layer: Any, cap: float | None, positions: str, **strengths: list[float] | None
+) -> dict[str, AbstractContextManager[Any]]:
+    """Return the edits that are asked for, by their names; they are checked before the plain answers are drawn."""
+    from persona_vectors.steering import add, bounds
+    from persona_vectors.vectors.directions import incremental
+
+    if vector is None:
+        return {"with the options": nullcontext()}
+    vector.check_fits(model)
+    if cap is not None:
+        incremental(vector, layer=layer, coef=cap, dose=None)
+        return {"with the options": bounds.cap(model, vector, layer=layer, limit=cap)}
+    edits: dict[str, AbstractContextManager[Any]] = {}
+    if layer is None:
+        use = vector.recommended("steer")
+        layer, strengths = use.layer, strengths if any(strengths.values()) else {"coef": [use.coef]}
+    for name, strength in [(name, value) for name, values in strengths.items() for value in values or ()]:
+        how: dict[str, Any] = {"layer": layer, "coef": None, "dose": None, name: strength}
+        incremental(vector, **how)
+        edits[f"{name} {strength:+g}"] = add.steer(model, vector, positions=positions, **how)
+    return edits if len(edits) > 1 else dict(zip(["with the options"], edits.values()))
 
 
 def _judge(spec: str, model: Any, tokenizer: Any, trait: Any, load: Load, *, check: str | None = None) -> Any:

@@ -85,7 +85,7 @@ def extract(
     skip_reasoning: SkipReasoning = False,
     seed: Seed = 0,
     generate: GenerateOption = None,
-    rollouts: Annotated[Path | None, typer.Option(help="keep the answers here; the same command goes on there")] = None,
+    rollouts: Annotated[Path | None, typer.Option(help="keep the answers here (default: in runs/extract)")] = None,
     from_: Annotated[
         tuple[Path, Path] | None,
         typer.Option("--from", metavar="POS NEG", help="ready-made rollouts: our JSONL or official CSVs"),
@@ -93,12 +93,13 @@ def extract(
     unfiltered: Annotated[
         bool, typer.Option("--unfiltered", help="with --from: keep all answers, scored or not")
     ] = False,
+    as_json: Json = False,
     load: Load,
 ) -> None:
     """Extract a trait's persona vector from a model and save it.
 
     Generates answers under the trait's positive and negative instructions, has them judged, and takes the difference of
-    mean activations at every layer. Interrupted with --rollouts FILE, the same command goes on where it stopped.
+    mean activations at every layer. Interrupted, the same command goes on where it stopped.
     With --generate openai:MODEL a server that has the same weights answers; the key is read from OPENAI_API_KEY.
 
     Example: persona-vectors extract smollm2-135m optimistic --samples 2 --max-new-tokens 40
@@ -121,9 +122,22 @@ def extract(
         vectors = list(difference.extract_poolings_from(loaded, tokenizer, loaded_trait, ready, **options).values())
     else:
         drawing: dict[str, Any] = {"samples": samples, "first": first, "max_new_tokens": max_new_tokens, "seed": seed}
-        options |= {"pooling": pooling, "rollouts": rollouts, "generate": elsewhere}
+        options |= {"pooling": pooling, "generate": elsewhere}
+        options["rollouts"] = rollouts or _run_file(loaded, loaded_trait, drawing, options)
+        typer.echo(f"answers: {options['rollouts']}", err=True)
         vectors = [difference.extract(loaded, tokenizer, loaded_trait, **drawing, **options)]
-    _save(vectors, out, by_pooling=pooling == "all")
+    _save(vectors, out, by_pooling=pooling == "all", as_json=as_json)
+
+
+def _run_file(model: Any, trait: Any, *settings: dict[str, Any]) -> Path:
+    """Return the file of a run's answers, one for each set of settings, so that the same command finds it."""
+    from persona_vectors.evaluation.judge import judge_name
+    from persona_vectors.model.blocks import model_name
+    from persona_vectors.model.identity import config_hash, hash_of
+
+    options = {name: value for given in settings for name, value in given.items()}
+    options |= {"judge": judge_name(options["judge"]), "trait": trait.model_dump(), "config": config_hash(model)}
+    return Path("runs") / "extract" / Path(model_name(model)).name / f"{trait.name}-{hash_of(options)[:8]}.jsonl"
 
 
 def _check(pooling: str, from_: tuple[Path, Path] | None, generate: str | None) -> None:
@@ -142,13 +156,15 @@ def _ready(sides: tuple[Path, Path], trait: Any, tokenizer: Any, *, scored: bool
     return [r for side, path in zip(("pos", "neg"), sides) for r in load_rollouts(path, side=side, **options)]
 
 
-def _save(vectors: list[Any], out: Path | None, *, by_pooling: bool) -> None:
+def _save(vectors: list[Any], out: Path | None, *, by_pooling: bool, as_json: bool) -> None:
     info = vectors[0].info
     limit = "no filter" if info["threshold"] is None else f"filter at {info['threshold']:g}"
     answers = f"{info['pos_answers']} positive and {info['neg_answers']} negative answers"
-    typer.echo(f"{info['pairs_kept']} pairs kept of {answers} ({limit})")
+    lines, rows = [f"{info['pairs_kept']} pairs kept of {answers} ({limit})"], []
     for vector in vectors:
         path = out or Path("vectors") / Path(vector.model).name / f"{vector.trait}.safetensors"
         path = path.with_suffix(f".{vector.pooling}{path.suffix}") if by_pooling else path
         replace(vector, info={**vector.info, "command": command_line()}).save(path)
-        typer.echo(f"{vector!r} -> {path}")
+        lines.append(f"{vector!r} -> {path}")
+        rows.append({"trait": vector.trait, "pooling": vector.pooling, "out": str(path), **info})
+    echo_table(rows, as_json=as_json, text=lambda: "\n".join(lines))

@@ -1,6 +1,5 @@
 """Commands that judge training data: flag, split and compare."""
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,15 +79,13 @@ def flag(
     --out flags.parquet --baseline prompt_last --html flags.html
     """
     from persona_vectors.cli.judges import make_generate
-    from persona_vectors.flagging import report, run
-    from persona_vectors.vectors.directions import layer_for
+    from persona_vectors.flagging import run
 
     _check_options(judge, trait, labels, vectors if store else [])
     loaded_vectors, elsewhere = load_vectors(vectors), make_generate(generate)
-    where = layer_for(loaded_vectors, layers(layer) if layer else None, purpose="flag")
-    if workers > 1 and load.keywords["device"] is None:  # the actors take the GPUs
-        load = partial(load, device="cpu")
-    loaded, tokenizer = load(model)
+    where = _where(loaded_vectors, layer)
+    on_cpu = workers > 1 and load.keywords["device"] is None  # the actors take the GPUs
+    loaded, tokenizer = load(model, **({"device": "cpu"} if on_cpu else {}))
     reading: dict[str, Any] = {"columns": columns, "split": split}
     options: dict[str, Any] = {"out": out, "score": score, "baseline": baseline, "answers": answers, **reading}
     options |= {"on_error": on_error, "turns": turns, "max_length": max_length, "max_new_tokens": max_new_tokens}
@@ -101,8 +98,20 @@ def flag(
     if judge and trait:
         _add_scores(judge, trait, loaded, tokenizer, load, data=data, flags=out, **reading)
     if html:
-        report.write_report(loaded, tokenizer, data, loaded_vectors, flags=out, out=html, **reading)
-        typer.echo(f"report -> {html}", err=as_json)
+        _write_page(html, loaded, tokenizer, data, loaded_vectors, flags=out, as_json=as_json, **reading)
+
+
+def _where(vectors: list[Any], layer: list[str] | None) -> Any:
+    from persona_vectors.vectors.directions import layer_for
+
+    return layer_for(vectors, layers(layer) if layer else None, purpose="flag")
+
+
+def _write_page(html: Path, *what: Any, as_json: bool, **reading: Any) -> None:
+    from persona_vectors.flagging.report import write_report
+
+    write_report(*what, out=html, **reading)
+    typer.echo(f"report -> {html}", err=as_json)
 
 
 def _check_options(judge: str | None, trait: str | None, labels: str | None, stored: list[str]) -> None:
@@ -133,6 +142,7 @@ def split(
     removed: Annotated[Path | None, typer.Option(help="where to write the flagged ones")] = None,
     judge_above: Annotated[float | None, typer.Option(help="remove from this judge's score on, too")] = None,
     split: Split = "train",
+    as_json: Json = False,
 ) -> None:
     """Split a dataset into what is kept and what was flagged, in its own format.
 
@@ -141,7 +151,8 @@ def split(
     from persona_vectors.flagging.split import split_dataset
 
     counts = split_dataset(data, flags, kept=kept, removed=removed, judge_above=judge_above, split=split)
-    typer.echo(", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()))
+    words = (f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+    echo_table([counts], as_json=as_json, text=lambda: ", ".join(words))
 
 
 @app.command()

@@ -14,6 +14,7 @@ from persona_vectors.cli.options import (
     Load,
     MaxNewTokens,
     ModelArg,
+    OptionalLayer,
     Questions,
     Seed,
     System,
@@ -28,9 +29,6 @@ from persona_vectors.cli.options import (
     read_questions,
 )
 
-Layer = Annotated[
-    int | None, typer.Option(help="the decoder block whose output is read, from 0 (default: the recommended one)")
-]
 Calibrations = Annotated[
     list[Path] | None,
     typer.Option("--calibration", help="colour by the place among neutral answers: each vector's file from calibrate"),
@@ -43,7 +41,7 @@ def monitor(
     model: ModelArg,
     vectors: VectorArgs,
     *,
-    layer: Layer = None,
+    layer: OptionalLayer = None,
     question: Questions,
     system: System = None,
     calibration: Calibrations = None,
@@ -64,7 +62,7 @@ def monitor(
     from persona_vectors.vectors.directions import layer_for
 
     loaded_vectors, known = load_vectors(vectors), load_calibrations(calibration)
-    where = layer_for(loaded_vectors, layer, purpose="monitor")
+    where = layer_for(loaded_vectors, layers(layer) if layer else None, purpose="monitor")
     loaded, tokenizer = load(model)
     encoded = [prompts.encode(tokenizer, prompts.chat_prompt(tokenizer, text, system=system)) for text in question]
     stops = generation.stop_tokens(loaded, tokenizer)
@@ -75,10 +73,8 @@ def monitor(
     rows = []
     for index, (text, (tokens, _)) in enumerate(zip(question, made)):
         kept = tokens[:max_new_tokens]
-        found = [
-            _row(read.last, vector.trait, index, heatmaps.token_texts(tokenizer, kept), places)
-            for vector in loaded_vectors
-        ]
+        texts = heatmaps.token_texts(tokenizer, kept)
+        found = [_row(read.last, key, index, texts, places) for key in read.last.keys]
         rows.append({"question": text, "answer": prompts.decode(tokenizer, tokens).strip(), "projections": found})
     echo_table(rows, as_json=as_json, text=lambda: _show(rows))
     if html:
@@ -102,6 +98,7 @@ def calibrate(
     temperature: Temperature = 1.0,
     seed: Seed = 0,
     batch_tokens: BatchTokens = None,
+    as_json: Json = False,
     load: Load,
 ) -> None:
     """Answer neutral questions, and keep the percentiles of their tokens' projections on a vector.
@@ -118,10 +115,17 @@ def calibrate(
     sampling["batch_tokens"] = batch_tokens
     found = calibration.calibrate(loaded, tokenizer, loaded_vector, asked, layer=where, **sampling)
     found.save(out)
-    for at, values in zip(found.layers, found.values):
-        shown = ", ".join(f"{percentile:g}: {value:+.3f}" for percentile, value in zip(found.percentiles, values))
-        typer.echo(f"{found.trait} at layer {at}, percentiles of {found.tokens:,} tokens: {shown}")
-    typer.echo(f"calibration -> {out}")
+    rows = [
+        {"trait": found.trait, "layer": at, "tokens": found.tokens, "percentiles": dict(zip(found.percentiles, values))}
+        for at, values in zip(found.layers, found.values)
+    ]
+    echo_table(rows, as_json=as_json, text=lambda: "\n".join(map(_percentiles, rows)))
+    typer.echo(f"calibration -> {out}", err=as_json)
+
+
+def _percentiles(row: dict[str, Any]) -> str:
+    shown = ", ".join(f"{percentile:g}: {value:.3f}" for percentile, value in row["percentiles"].items())
+    return f"{row['trait']} at layer {row['layer']}, percentiles of {row['tokens']:,} tokens: {shown}"
 
 
 def load_calibrations(paths: list[Path] | None) -> list[Any] | None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from persona_vectors.cli.options import (
+    Json,
     Load,
     MaxNewTokens,
     ModelArg,
@@ -20,6 +21,7 @@ from persona_vectors.cli.options import (
     Temperature,
     VectorArgs,
     app,
+    echo_table,
     layers,
     load_vectors,
     loads_models,
@@ -43,6 +45,7 @@ def steer(
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 1.0,
     seed: Seed = 0,
+    as_json: Json = False,
     load: Load,
 ) -> None:
     """Answer questions while vectors are added to the residual stream, once for each strength.
@@ -62,6 +65,7 @@ def steer(
     uses = [] if layer else [vector.recommended("steer") for vector in loaded_vectors]
     loaded, tokenizer = load(model)
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    rows: list[dict[str, Any]] = []
     for strength in strengths:
         with ExitStack() as stack:
             for vector in loaded_vectors:
@@ -69,9 +73,13 @@ def steer(
                 stack.enter_context(add.steer(loaded, vector, **edit))
             answers = generate(loaded, tokenizer, question, system=system, **sampling)
         for asked, answer in zip(question, answers):
-            shown = "; ".join(use.place for use in uses) if strength is None else f"{name} {strength:+g}"
-            typer.secho(f"{shown} | {asked}", bold=True)
-            typer.echo(f"{answer.strip()}\n")
+            rows.append({name: strength, "question": asked, "answer": answer.strip()})
+            if not as_json:
+                shown = "; ".join(use.place for use in uses) if strength is None else f"{name} {strength:+g}"
+                typer.secho(f"{shown} | {asked}", bold=True)
+                typer.echo(f"{answer.strip()}\n")
+    if as_json:
+        echo_table(rows, as_json=True, text=str)
 
 
 @app.command()

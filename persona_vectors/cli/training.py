@@ -27,6 +27,7 @@ def finetune(
         Path, typer.Argument(metavar="CONFIG", help="a JSON file: the official training config, or ours")
     ],
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in output_dir")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="start anew over what is in output_dir")] = False,
 ) -> None:
     """Train a LoRA adapter with the paper's settings, steered where the config says so.
 
@@ -38,7 +39,7 @@ def finetune(
     from persona_vectors.training.finetuning import finetune
 
     loaded = load_config(config)
-    finetune(loaded, resume=resume)
+    finetune(loaded, resume=resume, overwrite=overwrite)
     typer.echo(f"saved: {loaded.output_dir}")
 
 

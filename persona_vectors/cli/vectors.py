@@ -157,6 +157,7 @@ def whiten(
     shrinkage: Annotated[float, typer.Option(help="of the mean variance, added to each direction's")] = 0.1,
     moments: Annotated[Path | None, typer.Option(help="write the moments here, a later run's --reference")] = None,
     batch_tokens: BatchTokens = None,
+    as_json: Json = False,
     load: Load,
 ) -> None:
     """Make vectors for reading that weigh each direction by how little neutral answers vary along it.
@@ -181,11 +182,14 @@ def whiten(
         known = neutral_moments(loaded, tokenizer, reference, layer=where, **options)
     if moments:
         known.save(moments)
+    lines, rows = [], []
     for vector in loaded_vectors:
         made = known.whiten(vector, shrinkage=shrinkage)
         path = out if single else out / f"{vector.trait}.safetensors"
         made.save(path)
-        typer.echo(f"{made!r}, by {known.count} answers of {known.source} -> {path}")
+        lines.append(f"{made!r}, by {known.count} answers of {known.source} -> {path}")
+        rows.append({"trait": made.trait, "answers": known.count, "reference": known.source, "out": str(path)})
+    echo_table(rows, as_json=as_json, text=lambda: "\n".join(lines))
 
 
 @app.command(name="import")
@@ -197,6 +201,7 @@ def import_(
     format: Annotated[str | None, typer.Option(help=f"{FORMATS} (default: what the file looks like)")] = None,
     blocks: Annotated[int | None, typer.Option(help="the model's decoder blocks, where the file has fewer")] = None,
     experiment: Annotated[str | None, typer.Option(help="the id of one experiment in a capping config")] = None,
+    as_json: Json = False,
 ) -> None:
     """Convert another tool's vector file to ours, with its conventions made ours.
 
@@ -206,9 +211,9 @@ def import_(
 
     vector = import_vector(file, model=model, trait=trait, format=format, blocks=blocks, experiment=experiment)
     vector.save(out)
-    typer.echo(f"{vector!r} -> {out}")
-    for key, value in vector.info.items():
-        typer.echo(f"{key}: {value}")
+    facts = [f"{key}: {value}" for key, value in vector.info.items()]
+    row = {"trait": vector.trait, "model": vector.model, "out": str(out), **vector.info}
+    echo_table([row], as_json=as_json, text=lambda: "\n".join([f"{vector!r} -> {out}", *facts]))
 
 
 @app.command()
@@ -218,6 +223,7 @@ def export(
     out: Annotated[Path, typer.Option(help="the file to write")],
     layer: Annotated[int | None, typer.Option(help="one block alone (default: all of them)")] = None,
     hookpoint: Annotated[str, typer.Option(help="for lm-eval: a block's path in the model")] = "layers.{layer}",
+    as_json: Json = False,
 ) -> None:
     """Write a vector in another tool's format, and say what that format cannot hold.
 
@@ -227,4 +233,5 @@ def export(
     from persona_vectors.vectors.shipped import load_vector
 
     lost = export_vector(load_vector(vector), out=out, format=format, layer=layer, hookpoint=hookpoint)
-    typer.echo("\n".join([f"{format} -> {out}", *lost]))
+    row = {"format": format, "out": str(out), "lost": lost}
+    echo_table([row], as_json=as_json, text=lambda: "\n".join([f"{format} -> {out}", *lost]))

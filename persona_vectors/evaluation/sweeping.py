@@ -21,7 +21,7 @@ from persona_vectors.evaluation.judge import Answer, Judge, is_remote, judge_nam
 from persona_vectors.evaluation.judges import score_both
 from persona_vectors.evaluation.likelihood import neutral_perplexity
 from persona_vectors.evaluation.points import PLAIN, PROMPTED, Case, Point, Sweep, choose
-from persona_vectors.model.blocks import Layer, Model, chosen_layers, model_name, model_shape
+from persona_vectors.model.blocks import Layer, Model, chosen_layers, model_name
 from persona_vectors.model.identity import hash_of, identity
 from persona_vectors.steering.add import RowEdit
 from persona_vectors.vectors.controls import random_vectors
@@ -69,7 +69,7 @@ def sweep(
     chooses, reports = trait.questions.extract[:first], trait.questions.eval
     if not chooses or not reports:
         raise InputError(f"trait {trait.name!r} lacks questions to choose with (extract) or to report on (eval)")
-    vector.check_fits(*model_shape(model))
+    vector.check_fits(model)
     edit = partial(_edit, vector, doses is not None, positions)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     with writing(out):

@@ -17,16 +17,19 @@ from persona_vectors.model.wrappers import unwrap
 
 def identity(model: Model, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what tells this model and its template from another: name, revision, and hashes of both."""
-    volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "quantization_config")
-    model = unwrap(model)
-    config = {key: value for key, value in model.config.to_dict().items() if key not in volatile}
     return {
         "model": model_name(model),
-        "revision": getattr(model.config, "_commit_hash", None),
-        "config_hash": hash_of(config),
+        "revision": getattr(unwrap(model).config, "_commit_hash", None),
+        "config_hash": config_hash(model),
         "template_hash": hash_of(tokenizer.chat_template),
         "layers_x_hidden": list(model_shape(model)),
     }
+
+
+def config_hash(model: Model) -> str:
+    """Return a hash of a model's config, without what depends on how and where it was loaded."""
+    volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "quantization_config")
+    return hash_of({key: value for key, value in unwrap(model).config.to_dict().items() if key not in volatile})
 
 
 def hash_of(value: Any) -> str:

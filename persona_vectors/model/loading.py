@@ -1,5 +1,6 @@
 """Loading a model and its tokenizer: the embedded one, a Hub id, a folder or a .gguf file."""
 
+import difflib
 import hashlib
 import os
 import subprocess
@@ -43,6 +44,7 @@ def load_model(
     Raises InputError where there is no such model.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    _check_device(device)
     on_cpu = device == "cpu" and device_map is None
     dtype = dtype or (torch.float32 if on_cpu else torch.bfloat16)
     options: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
@@ -53,11 +55,29 @@ def load_model(
     elif str(name).endswith(".gguf"):
         model, tokenizer = _load_gguf(Path(name), options)
     else:
+        _check_name(str(name))
         model, tokenizer = _load(name, options)
     model.config._name_or_path = str(name) if not Path(name).exists() else Path(name).resolve().name
     if device_map is None:
         model.to(device)
     return model.eval(), tokenizer
+
+
+def _check_name(name: str) -> None:
+    """Raise InputError for a name that is nearly one there is, before the Hub is asked: offline that takes a minute."""
+    if "/" in name or Path(name).exists():
+        return
+    here = [path.parent.name for path in Path().glob("*/config.json")]
+    near = difflib.get_close_matches(name.lower(), [EMBEDDED, *here], cutoff=0.7)
+    if near:
+        raise InputError(f"no model {name!r}: did you mean {near[0]!r}?")
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(f"device is {device!r}, and torch has no such device here: give cpu, cuda or mps") from None
 
 
 def _load(name: str | Path, options: dict[str, Any]) -> tuple[Any, Any]:

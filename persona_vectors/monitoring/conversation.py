@@ -37,8 +37,9 @@ class Chat:
     def answer(self, text: str, show: Callable[[str, list[float]], object]) -> Readings:
         """Answer `text`, and return the projections of everything that was read: the conversation and the answer.
 
-        `show` is called for each token once the model has read it, with its text and its projection on each vector;
-        for the last one, which is never read, with no projections.
+        `show` is called for each token once the model has read it, with its text and its projection on each vector
+        before the steering's edit; for the last one, which is never read, with no projections. An interrupt (Ctrl-C)
+        ends the answer, and what was read of it stays in the conversation.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = encode(self.tokenizer, chat_text(self.tokenizer, messages, add_generation_prompt=True))
@@ -58,20 +59,25 @@ class Chat:
             shown = max(shown, len(texts))
 
         with ExitStack() as stack:
-            for name, coef in self.coefs.items():
-                stack.enter_context(steer(self.model, self.vectors[name], layer=self.layer, coef=coef))
             watched = list(self.vectors.values())
             trace = stack.enter_context(
                 monitor(self.model, watched, layer=self.layer, stops=stops, every=1, callback=show_new)
             )
-            [(answer, _)] = generate_tokens(
-                self.model,
-                self.tokenizer,
-                [prompt],
-                max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature,
-                seed=[row_seed(self.seed, len(messages))],
-            )
+            for name, coef in self.coefs.items():  # inside the monitor, which so reads before their edits
+                stack.enter_context(steer(self.model, self.vectors[name], layer=self.layer, coef=coef))
+            try:
+                [(answer, _)] = generate_tokens(
+                    self.model,
+                    self.tokenizer,
+                    [prompt],
+                    max_new_tokens=self.max_new_tokens,
+                    temperature=self.temperature,
+                    seed=[row_seed(self.seed, len(messages))],
+                )
+            except KeyboardInterrupt:
+                if not shown:
+                    raise
+                answer = [t for t in trace.last.tokens[0, len(prompt) :].tolist() if t not in stops]
         for last in token_texts(self.tokenizer, answer)[shown:]:
             show(last, [])
         self.messages = [*messages, {"role": "assistant", "content": decode(self.tokenizer, answer)}]

@@ -48,7 +48,7 @@ def steer(
     Raises InputError for a vector or a layer that does not fit, or where none is given nor recommended, and
     RuntimeError where the hook never fired, in training at the first step.
     """
-    vector.check_fits(*model_shape(model))
+    vector.check_fits(model)
     check_positions(positions)
     if layer is None:
         use = vector.recommended("steer")
@@ -82,7 +82,7 @@ def steer_rows(model: Model, rows: Sequence[RowEdit | None]) -> Iterator[None]:
     shifts: dict[int, dict[str, Tensor]] = {}
     for index, row in enumerate(rows):
         if row is not None:
-            row.vector.check_fits(layers, hidden)
+            row.vector.check_fits(model)
             row.vector.check_edits()
             check_positions(row.positions)
             at = shifts.setdefault(one_layer(row.layer, layers), {})

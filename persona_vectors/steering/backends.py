@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.model.blocks import Layer, decoder_layers, model_shape, one_layer
+from persona_vectors.model.blocks import Layer, decoder_layers, one_layer
 from persona_vectors.model.wrappers import unwrap
 from persona_vectors.vectors.directions import incremental
 from persona_vectors.vectors.vector import PersonaVector
@@ -40,7 +40,7 @@ def steer_trace(
 
     Call it before anything in the trace reads a later block. See `steer` for `coef`, `dose` and several layers.
     """
-    vector.check_fits(*model_shape(model))
+    vector.check_fits(model)
     strength, directions = incremental(vector, layer=layer, coef=coef, dose=dose)
     for index, direction in directions.items():
         block = nnsight_block(model, index)

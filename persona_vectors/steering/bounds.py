@@ -91,7 +91,7 @@ def steer_where(
     """
     index = one_layer(layer, model_shape(model)[0])
     unit = unit_directions(model, [watch or vector], index)[index]
-    vector.check_fits(*model_shape(model))
+    vector.check_fits(model)
     vector.check_edits()
     shift = finite(coef) * vector.direction(index).float()
 

@@ -85,16 +85,22 @@ def finetune(
     tokenizer: PreTrainedTokenizerBase | None = None,
     callbacks: Sequence[TrainerCallback | MakesCallback] = (),
     resume: bool = False,
+    overwrite: bool = False,
 ) -> Any:
     """Train a LoRA adapter with trl's SFTTrainer and save it to the config's `output_dir`; returns the Trainer.
 
     `model` and `tokenizer` are loaded by the config's name unless both are given; a given model is wrapped in the
     adapter. A callback that needs the Trainer is given as a function of it:
     `callbacks=[lambda trainer: pv.ProjectionCallback(trainer, vector, layer=20, questions=questions)]`.
-    `resume` goes on from the last checkpoint in `output_dir`.
+    `resume` goes on from the last checkpoint in `output_dir`, `overwrite` starts anew over what is there.
+
+    Raises InputError where `output_dir` holds something, and neither is asked for.
     """
     from transformers.trainer_utils import get_last_checkpoint
 
+    folder = Path(config.output_dir)
+    if folder.is_dir() and any(folder.iterdir()) and not resume and not overwrite:
+        raise InputError(f"{folder} is not empty: resume (--resume) what is there, or overwrite (--overwrite) it")
     if (model is None) != (tokenizer is None):
         raise InputError("model and tokenizer belong together: give both, or neither to load the config's")
     if model is None or tokenizer is None:

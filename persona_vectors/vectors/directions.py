@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.model.blocks import Layer, Model, chosen_layers, model_shape
+from persona_vectors.model.blocks import Layer, Model, chosen_layers
 from persona_vectors.vectors.vector import PersonaVector
 
 Key = str
@@ -89,7 +89,7 @@ def unit_directions(
     if not vectors:
         raise InputError("no vectors: give one PersonaVector or more")
     for index, vector in enumerate(vectors):
-        vector.check_fits(*model_shape(model))
+        vector.check_fits(model)
         vectors[0].check_same_model(vector)
         if vector.trait in [other.trait for other in vectors[:index]]:
             raise InputError(

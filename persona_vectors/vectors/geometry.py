@@ -92,7 +92,7 @@ def logit_lens(
     The vector is scaled by the final norm's weight, where it has one, as the residual stream is. What later blocks make
     of it is not in this; at early layers it says little.
     """
-    vector.check_fits(*model_shape(model))
+    vector.check_fits(model)
     head = model.get_output_embeddings()
     if head is None:
         raise InputError(f"{type(model).__name__} has no output matrix: give a language model")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import operator
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path
+from persona_vectors.model.blocks import Model, model_name, model_shape
+from persona_vectors.model.identity import config_hash
 from persona_vectors.vectors.uses import Use, from_json, recommended, to_json
 
 FORMAT = 1
@@ -203,12 +206,23 @@ class PersonaVector:
             commit = hub.upload(repo, files, message=f"{self!r}")
         return f"{name}@{commit}"
 
-    def check_fits(self, model_layers: int, hidden: int) -> None:
-        """Raise InputError where a model has another number of layers or another hidden size."""
-        if tuple(self.directions.shape) != (model_layers, hidden):
+    def check_fits(self, model: Model) -> None:
+        """Raise InputError where a model has another number of layers or another hidden size; warn of another model.
+
+        That is one of another name whose config is not the one that the vector's file says.
+        """
+        layers, hidden = model_shape(model)
+        if tuple(self.directions.shape) != (layers, hidden):
             raise InputError(
-                f"{self!r} does not fit a model of {model_layers} layers x {hidden}: "
+                f"{self!r} does not fit a model of {layers} layers x {hidden}: "
                 "steer the model that the vector was extracted from, or extract one from this model"
+            )
+        known, name = self.info.get("config_hash"), model_name(model)
+        if known and name != self.model and known != config_hash(model):
+            warnings.warn(
+                f"{self!r} is of another model than {name}, whose config differs: extract one from {name}; or where "
+                f"that was made from {self.model}, say so: dataclasses.replace(vector, model={name!r})",
+                stacklevel=3,
             )
 
     def check_edits(self) -> None:

@@ -1,6 +1,8 @@
 import io
+import itertools
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,6 +29,13 @@ COMMANDS = sorted(get_command(app).commands)
 SMALL = ["--judge", "none", "--samples", "1", "--max-new-tokens", "4", "--device", "cpu"]
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch) -> Path:
+    """Commands keep their answers under `runs` in the current folder: let that be an empty one."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    return Path.cwd()
+
+
 @pytest.fixture
 def tiny(tmp_path) -> Path:
     return save_tiny(tmp_path / "tiny")
@@ -45,6 +54,32 @@ def test_every_command_has_help_and_stands_in_the_readme(command: str):
     assert f"persona-vectors {command}" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+EXAMPLES = [name for name in COMMANDS if "Example:\n" in str(get_command(app).commands[name].help)]
+
+
+def test_nearly_every_command_has_an_example():
+    assert {*COMMANDS} - {*EXAMPLES} <= {"traits", "info", "demo", "finetune"}
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_the_example_in_a_command_s_help_can_be_pasted(command: str):
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"}).output
+    lines = [line.strip() for line in shown.partition("Example:")[2].strip().splitlines()]
+    pasted = shlex.split("\n".join(itertools.takewhile(bool, lines)).replace("\\\n", " "))
+    assert pasted[:2] == ["persona-vectors", command]
+    get_command(app).commands[command].make_context(command, pasted[2:])
+
+
+def test_help_says_the_defaults_and_what_stands_in_brackets():
+    shown = CliRunner().invoke(app, ["extract", "--help"], env={"COLUMNS": "200"}).output
+    assert "[default: 1000]" in shown and "contrast[:PAIRS], sentiment" in shown
+
+
+def test_what_has_results_prints_them_as_json_too():
+    without = {name for name in COMMANDS if "as_json" not in {p.name for p in get_command(app).commands[name].params}}
+    assert without <= {"new-trait", "demo", "chat", "finetune"}
+
+
 def test_extract_info_and_steer(tiny, trait_file, tmp_path):
     out = tmp_path / "v.safetensors"
     printed, _ = run("extract", tiny, trait_file, *SMALL, "--out", out)
@@ -60,6 +95,8 @@ def test_extract_info_and_steer(tiny, trait_file, tmp_path):
     assert "coef -1 | Hi" in printed and "coef +1 | Hi" in printed
     printed, _ = run("steer", tiny, out, "--layer", "all", "--dose", 0.1, "--question", "Hi", "--device", "cpu")
     assert "dose +0.1 | Hi" in printed
+    printed, _ = run("steer", tiny, out, "--layer", 1, "--coef=-1,1", "--question", "Hi", "--device", "cpu", "--json")
+    assert [(row["coef"], row["question"]) for row in json.loads(printed)] == [(-1, "Hi"), (1, "Hi")]
 
 
 @pytest.fixture
@@ -77,6 +114,8 @@ def test_monitor_prints_projections_and_writes_a_page(tiny, vector_file, tmp_pat
     assert "[/b]<b>Hi" in printed and printed.count("before the answer") == 2 and printed.count("calm") >= 2
     page = (tmp_path / "t.html").read_text("utf-8")
     assert page.count("<section>") == 2 and "<b>" not in page
+    rows = json.loads(run("monitor", tiny, vector_file, "--layer", "0,2", *options[2:], *questions, "--json")[0])
+    assert [found["vector"] for found in rows[0]["projections"]] == ["calm@0", "calm@2"]
     assert "another vector called 'calm'" in run("monitor", tiny, *[vector_file] * 2, *options, *questions, code=2)[1]
     assert "layer 7 is out of range" in run("monitor", tiny, vector_file, "--layer", 7, *questions, code=2)[1]
 
@@ -89,13 +128,23 @@ def test_chat_steers_and_saves_by_command(tiny, vector_file, tmp_path):
         "/steer loud 2",
         "/steer calm x",
         f"/save {tmp_path / 'c.html'}",
+        "/compare Why?",
+        "/retry",
+        "/layer 2",
+        "/layer 9",
+        "/system Be loud.",
         "/off",
         "/huh",
     ]
     options = ["--layer", 1, "--device", "cpu", "--max-new-tokens", 4]
     with mock.patch.object(sys, "stdin", io.StringIO("\n".join(lines))):
         printed, _ = run("chat", tiny, vector_file, *options)
-    assert printed.count("before the answer") == 2 and printed.count("steered by +2, read after the edit") == 1
+    assert printed.count("before the answer") == 3 and printed.count("steered by +2, read before the edit") == 2
+    assert "calm +2> " in printed and "steering: calm +2" in printed and "steering: none" in printed
+    assert re.search(r"plain +. calm \+2", printed) and "system prompt: Be loud." in printed
+    assert "Layer 2.  high  and  low  projections on calm" in printed and "error: layer 9 is out of range" in printed
+    refused = ["chat", tiny, vector_file, "--layer", 9, "--device", "cpu"]
+    assert "layer 9 is out of range" in run(*refused, code=2)[1]
     assert "error: /steer loud 2: give one of calm" in printed and "error: /steer calm x" in printed
     assert printed.count("/reset") == 2  # at the beginning, and after a command that there is not
     assert "pv-heatmap" in (tmp_path / "c.html").read_text("utf-8")
@@ -108,7 +157,7 @@ def test_calibrate_says_where_tokens_lie_among_neutral_ones(tiny, vector_file, t
     printed, _ = run("calibrate", tiny, vector_file, *options, "--questions", tmp_path / "neutral.txt", "--out", out)
     found = Calibration.load(out)
     assert (found.trait, found.layers, found.prompts) == ("calm", (1,), 2)
-    assert f"calm at layer 1, percentiles of {found.tokens} tokens: 1: {found.values[0][0]:+.3f}" in printed
+    assert f"calm at layer 1, percentiles of {found.tokens} tokens: 1: {found.values[0][0]:.3f}" in printed
     asked = [*options, "--question", "Hi", "--calibration", out]
     printed, _ = run("monitor", tiny, vector_file, *asked, "--html", tmp_path / "t.html")
     assert "mean percentile" in printed and "among the tokens of neutral" in (tmp_path / "t.html").read_text("utf-8")
@@ -197,6 +246,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, trait_file, tmp_path):
         ([*steer, "--layer", 9, "--coef", 1], "layer 9 is out of range"),
         ([*steer, "--layer", "x", "--coef", 1], "give 13, or 13,22, or 10-20, or all"),
         ([*steer, "--layer", 1], "give either --coef"),
+        ([*steer[:-1], "cuda:77", "--layer", 1, "--coef", 1], "torch has no such device here"),
+        ([*steer, "--layer", 1, "--coef", "nan"], "coef or dose is nan: give finite numbers"),
         (
             ["steer", tiny, other, "--question", "Hi", "--layer", 1, "--coef", 1],
             "does not fit a model of 3 layers x 32",
@@ -214,6 +265,16 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, trait_file, tmp_path):
         assert line.startswith("error: ") and message in line, (arguments, error)
         assert not end and not printed and not any(bar.strip() and "it" not in bar and "/" not in bar for bar in bars)
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_warning_is_one_line_and_the_run_goes_on(tiny, tmp_path):
+    other = PersonaVector("calm", "else", torch.ones(3, 32), info={"config_hash": "b"})
+    other.save(tmp_path / "v.safetensors")
+    asked = ["--layer", 1, "--coef", 1, "--question", "Hi", "--max-new-tokens", 2, "--device", "cpu"]
+    printed, error = run("steer", tiny, tmp_path / "v.safetensors", *asked)
+    assert "Hi" in printed
+    (line,) = [line for line in error.splitlines() if "another model" in line]
+    assert line.startswith("warning: PersonaVector('calm', 3 layers x 32, else) is of another model than tiny")
 
 
 def test_usage_errors_exit_with_2():
@@ -264,6 +325,34 @@ def test_an_interrupt_exits_with_130(tiny, trait_file, tmp_path):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"interrupted: the same command goes on" in error.splitlines()[-1]
+
+
+def test_extract_keeps_its_answers_by_itself_and_others_for_other_settings(tiny, trait_file, tmp_path, elsewhere):
+    def extract(*more: object) -> str:
+        return run("extract", tiny, trait_file, *SMALL, *more, "--out", tmp_path / "v.safetensors")[1]
+
+    told = extract()
+    (kept,) = (elsewhere / "runs").rglob("loud-*.jsonl")
+    assert f"answers: {kept.relative_to(elsewhere)}" in told
+    whole = kept.read_text()
+    kept.write_text("\n".join(whole.split("\n")[:9]))  # as a killed run left it
+    extract("--pooling", "prompt_last")
+    assert kept.read_text() == whole
+    extract("--seed", 1)
+    assert len(list((elsewhere / "runs").rglob("*.jsonl"))) == 2 and kept.read_text() == whole
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("steer", "nothing was kept"),
+        ("flag", "goes on where it stopped"),
+        ("finetune", "--resume goes on from the last"),
+    ],
+)
+def test_an_interrupt_says_what_is_true_of_the_command(command, message):
+    with mock.patch("persona_vectors.cli.main.app", side_effect=KeyboardInterrupt):
+        assert message in run(command, "x", code=130)[1]
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(tiny, trait_file, tmp_path):

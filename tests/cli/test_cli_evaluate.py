@@ -6,6 +6,7 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -40,12 +41,18 @@ def test_evaluate_prints_plain_and_edited(tiny, trait_file, vector):
     out, _ = run("evaluate", tiny, trait_file, "--vector", vector, "--layer", 1, "--coef", 2, *small)
     assert [line[:16].strip() for line in out.splitlines()[1:3]] == ["plain", "with the options"]
     assert "6 answers to 2 questions" in out
+    out, _ = run("evaluate", tiny, trait_file, "--vector", vector, "--layer", "1,2", "--dose=-1,1", *small)
+    assert [line[:16].strip() for line in out.splitlines()[1:4]] == ["plain", "dose -1", "dose +1"]
     out, _ = run("evaluate", tiny, trait_file, "--vector", vector, "--layer", 1, "--cap", -3, *small)
     assert "with the options" in out
     out, _ = run("evaluate", tiny, "optimistic", "--max-new-tokens", 2, "--judge", "sentiment", "--device", "cpu")
     assert "with the options" not in out and "60 answers to 20 questions" in out
     _, err = run("evaluate", tiny, trait_file, "--vector", vector, "--layer", 1, code=2)
     assert "one of --coef, --dose and --cap" in err
+    with mock.patch("persona_vectors.model.generation.generate_tokens", side_effect=AssertionError("answered first")):
+        steered = ["evaluate", tiny, trait_file, "--vector", vector, *small]
+        assert "give finite numbers" in run(*steered, "--layer", 1, "--coef", "nan", code=2)[1]
+        assert "layer 9 is out of range" in run(*steered, "--layer", 9, "--coef", 1, code=2)[1]
     _, err = run("evaluate", tiny, "optimistic", *small, "--judge", "sentiment", "--check-judge")
     assert "sentiment (VADER): AUROC 0." in err
     _, err = run("evaluate", tiny, "evil", *small, "--judge", "contrast", "--check-judge", code=2)

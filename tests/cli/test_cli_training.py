@@ -66,6 +66,10 @@ def test_a_finished_training_resumes_to_nothing_more(config, tmp_path):
     weights = (tmp_path / "tuned" / "adapter_model.safetensors").read_bytes()
     run("finetune", config, "--resume")
     assert (tmp_path / "tuned" / "adapter_model.safetensors").read_bytes() == weights
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "tuned").rglob("*"))
+    assert "tuned is not empty: resume (--resume) what is there, or overwrite" in run("finetune", config, code=2)[1]
+    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "tuned").rglob("*")) == before
+    run("finetune", config, "--overwrite")
 
 
 def test_bad_input_says_what_to_do(tiny, config, tmp_path):

@@ -33,6 +33,24 @@ def test_an_unknown_model_says_what_to_give(name: str):
         load_model(name)
 
 
+NEAR = [("smollm2", "smollm2-135m"), ("SmolLM-135m", "smollm2-135m"), ("tini", "tiny")]
+
+
+@pytest.mark.parametrize(("name", "meant"), NEAR)
+def test_a_mistyped_name_is_answered_with_a_near_one_and_no_network(name, meant, tmp_path, monkeypatch):
+    save_tiny(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "_load", lambda *_: pytest.fail("the Hub was asked"))
+    with pytest.raises(InputError, match=f"no model '{name}': did you mean '{meant}'"):
+        load_model(name, device="cpu")
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "gpu"])
+def test_a_device_that_is_not_there_is_told_before_loading(device):
+    with pytest.raises(InputError, match=f"device is '{device}', and torch has no such device"):
+        load_model("smollm2-135m", device=device)
+
+
 def test_a_folder_that_is_no_model(tmp_path):
     with pytest.raises(InputError, match="cannot load model"):
         load_model(tmp_path)

@@ -161,7 +161,7 @@ def test_finetune_steers_and_the_shift_of_its_adapter_is_that_of_the_model(data,
         watch = partial(ProjectionCallback, vectors=vector, layer=1, questions=QUESTIONS, every=1)
         options = config(data, tmp_path, steering_config=steered) if steered else config(data, tmp_path)
         built = zoo.build("llama")
-        trainer = finetune(parse_config(options), model=built, tokenizer=tokenizer, callbacks=[watch])
+        trainer = finetune(parse_config(options), model=built, tokenizer=tokenizer, callbacks=[watch], overwrite=True)
         (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, ProjectionCallback))
         ends.append({n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad})
         assert hooks(trainer.model) == 0

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ from safetensors.torch import save_file
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path
+from persona_vectors.model.blocks import model_name
+from persona_vectors.model.identity import config_hash
+from persona_vectors.steering.add import steer
 from persona_vectors.vectors.controls import random_null, random_vector
 from persona_vectors.vectors.vector import PersonaVector
 
@@ -50,6 +54,20 @@ def test_vectors_of_different_models_do_not_mix(other: dict):
     vector = make(info={"config_hash": "a"} if "info" in other else {})
     with pytest.raises(InputError, match="different models"):
         vector + make(**other)
+
+
+def test_a_vector_of_another_model_of_the_same_shape_is_told(model, recwarn):
+    shape = {"directions": torch.ones(3, 32)}
+    own = make(model=model_name(model), info={"config_hash": "of an older release"}, **shape)
+    for fits in (own, make(model="a copy", info={"config_hash": config_hash(model)}, **shape), make(**shape)):
+        fits.check_fits(model)
+    assert not recwarn
+    other = make(model="else", info={"config_hash": "b"}, **shape)
+    with pytest.warns(UserWarning, match="is of another model than LlamaForCausalLM, whose config differs: extract"):
+        with steer(model, other, layer=1, coef=1.0):
+            model(torch.tensor([[5]]))
+    replace(other, model=model_name(model)).check_fits(model)  # insisted
+    assert not recwarn
 
 
 def test_a_random_vector_has_the_norms_and_no_resemblance():
