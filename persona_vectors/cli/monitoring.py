@@ -29,6 +29,9 @@ from persona_vectors.cli.options import (
     read_questions,
 )
 
+Layer = Annotated[
+    int | None, typer.Option(help="the decoder block whose output is read, from 0 (default: the recommended one)")
+]
 Calibrations = Annotated[
     list[Path] | None,
     typer.Option("--calibration", help="colour by the place among neutral answers: each vector's file from calibrate"),
