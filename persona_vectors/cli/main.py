@@ -13,6 +13,7 @@ from persona_vectors.cli import (
     extraction,
     flagging,
     monitoring,
+    serving,
     steering,
     training,
     vectors,
@@ -21,7 +22,8 @@ from persona_vectors.cli.options import app
 from persona_vectors.data.errors import InputError
 
 ROOMS = [
-    m.__name__ for m in (extraction, vectors, steering, monitoring, chat, evaluation, contrast, flagging, training)
+    m.__name__
+    for m in (extraction, vectors, steering, monitoring, chat, evaluation, contrast, flagging, training, serving)
 ]
 # Importing a module adds its commands; --help lists them in the order of the rooms.
 app.registered_commands.sort(key=lambda command: ROOMS.index(str(getattr(command.callback, "__module__", ""))))
