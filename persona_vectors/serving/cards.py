@@ -28,6 +28,7 @@ def vector_card(vector: PersonaVector, layer: int) -> dict[str, Any]:
     known = {name: vector.info[name] for name in _TOLD if name in vector.info}
     return {
         "name": vector.trait,
+        "model": vector.model,
         "pooling": vector.pooling,
         "norm": float(vector.direction(layer).norm()),
         "per_dose": None if vector.residual_norms is None else per_dose(vector, layer),

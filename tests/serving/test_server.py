@@ -231,14 +231,17 @@ def test_health_and_figures(server):
     assert float(figures['persona_vectors_requests_total{status="200"}']) >= 1
 
 
-def test_our_judge_reads_the_model_s_own_expected_value(server, monkeypatch, tmp_path):
+def test_our_judge_reads_the_model_s_own_expected_value(server, monkeypatch):
+    """On a model that answers in digits, so that the numbers have their mass."""
     monkeypatch.setenv("OPENAI_API_KEY", "any")
-    entry = ask(server, max_tokens=1, logprobs=True, top_logprobs=20).choices[0].logprobs.content[0].top_logprobs
     served = server.served
-    ids = served.tokenizer(
-        pv.chat_prompt(served.tokenizer, "How are you?"), return_tensors="pt", add_special_tokens=False
-    )
+    digits = served.tokenizer("0123456789", add_special_tokens=False).input_ids
+    bias = served.model.lm_head.bias.clone()
+    monkeypatch.setattr(served.model.lm_head, "bias", torch.nn.Parameter(bias, requires_grad=False))
+    served.model.lm_head.bias[digits] = 99.0
+    judge = pv.OpenAIJudge(served.name, base_url=f"{server.url}/v1")
+    score = judge("Who?", "Me.", "Rate {question} {answer}")
+    ids = served.tokenizer(pv.chat_prompt(served.tokenizer, "Rate Who? Me."), add_special_tokens=False).input_ids
     with torch.no_grad():
-        logs = served.model(**ids).logits[0, -1].log_softmax(dim=-1).topk(20)
-    assert [item.logprob for item in entry] == pytest.approx(logs.values.tolist(), abs=1e-3)
-    assert [item.token for item in entry] == [served.tokenizer.decode([i]) for i in logs.indices.tolist()]
+        logs = served.model(torch.tensor([ids])).logits[0, -1].softmax(dim=-1)[digits]
+    assert score == pytest.approx(float(logs @ torch.arange(10.0) / logs.sum()), abs=1e-3)
