@@ -16,6 +16,7 @@ from persona_vectors.cli import (
     extraction,
     flagging,
     monitoring,
+    serving,
     steering,
     training,
     vectors,
@@ -25,7 +26,7 @@ from persona_vectors.data.errors import InputError
 
 PANELS = {
     "Traits and vectors": (extraction, vectors),
-    "Steer and watch": (steering, monitoring, chat),
+    "Steer and watch": (steering, monitoring, chat, serving),
     "Measure": (evaluation, contrast),
     "Training data and training": (flagging, training),
 }

@@ -1,0 +1,79 @@
+"""A server on a free port of this machine, in a thread."""
+
+import contextlib
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from helpers import make_tokenizer, vectors_of_their_own
+
+from persona_vectors.serving.plan import Served
+
+
+@dataclass
+class Running:
+    """A server, and what it serves."""
+
+    url: str
+    served: Served
+    engine: Any
+
+    def client(self, key: str = "any"):
+        from openai import OpenAI
+
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def idle(self) -> None:
+        """Wait until no row is in use."""
+        begin = time.monotonic()
+        while self.engine.load != (0, 0):
+            assert time.monotonic() - begin < 30
+            time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def running(served: Served, *, key: str | None = None, rows: int = 8, waiting: int = 64):
+    import uvicorn
+
+    from persona_vectors.serving.app import make_app
+    from persona_vectors.serving.guard import Guard
+
+    app = make_app(served, rows=rows, waiting=waiting)
+    config = uvicorn.Config(Guard(app, hosts=["127.0.0.1"], key=key), port=0, log_level="error", access_log=False)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield Running(f"http://127.0.0.1:{port}", served, app.state.engine)
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="session")
+def served() -> Served:
+    """The tiny model, which writes letters, and the vectors "t" and "u"."""
+    model, tokenizer = zoo.build("llama"), make_tokenizer()
+    letters = tokenizer("abcdefgh ", add_special_tokens=False).input_ids
+    bias = torch.full((len(model.lm_head.weight),), -99.0)
+    bias[letters] = 0.0
+    model.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
+    vectors = {vector.trait: vector for vector in vectors_of_their_own(model)}
+    return Served(model, tokenizer, vectors, 1)
+
+
+@pytest.fixture(scope="session")
+def start():
+    """What starts a server: `with start(served) as server`."""
+    return running
+
+
+@pytest.fixture(scope="module")
+def server(served):
+    with running(served) as found:
+        yield found

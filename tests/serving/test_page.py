@@ -1,0 +1,146 @@
+"""The page, in headless Chromium: type, stream, slide, compare, alarm, reload, export; hostile text stays text."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+import persona_vectors as pv
+
+pytestmark = pytest.mark.slow
+HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+
+
+def find(browser, name: str):
+    return browser.find_element(By.ID, name)
+
+
+def fill(browser, name: str, value: object) -> None:
+    script = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input', {bubbles: true}))"
+    browser.execute_script(script, find(browser, name), str(value))
+
+
+def say(browser, text: str) -> list[str]:
+    """Send a message; return the texts of the answers beside each other, when they have ended."""
+    fill(browser, "text", text)
+    find(browser, "text").send_keys(Keys.CONTROL, Keys.ENTER)
+    WebDriverWait(browser, 60).until(lambda _: not find(browser, "send").get_property("disabled"))
+    return answers(browser)
+
+
+def answers(browser) -> list[str]:
+    script = "return [...document.querySelectorAll('.turn:last-child .answer')].map(a => a.textContent)"
+    return browser.execute_script(script)
+
+
+@pytest.fixture
+def page(served, start, browser):
+    vectors = {**served.vectors, HOSTILE: replace(served.vectors["t"], trait=HOSTILE)}
+    with start(replace(served, vectors=vectors)) as server:
+        browser.get(server.url)
+        browser.execute_script("sessionStorage.clear()")
+        browser.refresh()
+        WebDriverWait(browser, 30).until(lambda _: browser.find_elements(By.CSS_SELECTOR, "#vectors fieldset"))
+        fill(browser, "temperature", 0)
+        fill(browser, "longest", 12)
+        yield browser
+
+
+def slide(browser, coef: float) -> None:
+    script = """const s = document.querySelector("#vectors input[type=range]"); s.value = arguments[0];
+        s.dispatchEvent(new Event("input")); return document.querySelector("#vectors input[step=any]").value"""
+    assert float(browser.execute_script(script, coef)) == pytest.approx(coef, abs=0.1)
+
+
+def test_a_conversation_steered_compared_coloured_and_taken_away(page, served):
+    plain = pv.generate(served.model, served.tokenizer, "Hi", max_new_tokens=12, temperature=0)
+    assert say(page, "Hi") == [plain]
+    assert "no edit was applied" in page.find_element(By.CSS_SELECTOR, ".turn").text
+    coloured = "return document.querySelectorAll('.answer span[title]').length"
+    assert page.execute_script(coloured) == 12
+    find(page, "new").click()
+    slide(page, 1.0)
+    coef = float(page.execute_script("return document.querySelector('#vectors input[step=any]').value"))
+    with pv.steer(served.model, served.vectors["t"], layer=1, coef=coef):
+        steered = pv.generate(served.model, served.tokenizer, "Hi", max_new_tokens=12, temperature=0)
+    assert say(page, "Hi") == [plain, steered]
+    find(page, "code").click()
+    code = page.find_element(By.CSS_SELECTOR, "#inside pre").get_property("textContent")
+    find(page, "close").click()
+    known = {f"{vector.model}/{name}": vector for name, vector in served.vectors.items()}
+    said: list[str] = []
+    code = code.replace("pv.load_model(", "load_model(").replace("pv.load_vector(", "load_vector(")
+    names = {"load_model": lambda _: (served.model, served.tokenizer), "load_vector": known.get, "print": said.append}
+    exec(code, names)
+    assert said == [steered]
+    say(page, "And then?")
+    assert page.execute_script("return document.querySelectorAll('#chart circle').length") == 6
+    page.refresh()
+    WebDriverWait(page, 30).until(lambda _: len(page.find_elements(By.CSS_SELECTOR, ".turn")) == 2)
+    kept = json.loads(page.execute_script("return sessionStorage.getItem('turns')"))
+    assert [turn["text"] for turn in kept] == ["Hi", "And then?"] and len(kept[0]["answers"][1]["tokens"]) == 12
+
+
+def test_an_alarm_stops_the_answer_and_is_seen(page):
+    say(page, "Hi")
+    script = "return [...document.querySelectorAll('.answer span')].map(s => Number(s.title.split(' ').at(-1)))"
+    values = page.execute_script(script)
+    find(page, "new").click()
+    fill(page, "alarm", sorted(values)[-2] + 0.001)
+    [answer] = say(page, "Hi")
+    assert len(answer) == values.index(max(values)) + 1
+    assert "ended by the alarm of t@1" in page.find_element(By.CSS_SELECTOR, ".turn .warn").text
+    assert page.find_elements(By.CSS_SELECTOR, "#chart line.alarm")
+
+
+def test_hostile_text_is_text_wherever_it_is_shown(page):
+    fill(page, "system", HOSTILE)
+    say(page, HOSTILE)
+    for button in page.find_elements(By.XPATH, "//button[text()='Evidence']"):
+        button.click()
+        assert page.find_element(By.CSS_SELECTOR, "#inside h2").text
+        find(page, "close").click()
+    find(page, "code").click()
+    assert "onerror" in find(page, "inside").text
+    find(page, "close").click()
+    assert page.title == "Persona vectors" and not page.find_elements(By.CSS_SELECTOR, "img, main script")
+    assert page.find_element(By.CSS_SELECTOR, ".turn .said").text == HOSTILE
+
+
+def test_an_error_is_said_and_stopping_frees_the_row(page):
+    page.execute_script("document.querySelector('#vectors input[type=number]').value = 99")
+    slide(page, 1.0)
+    say(page, "Hi")
+    assert "layer 99 is out of range" in page.find_element(By.CSS_SELECTOR, ".turn .warn").text
+    find(page, "new").click()
+    page.execute_script("document.querySelector('#vectors input[type=number]').value = 1")
+    fill(page, "longest", 100_000)
+    fill(page, "text", "Hi")
+    find(page, "send").click()
+    WebDriverWait(page, 30).until(lambda _: answers(page) and len(answers(page)[-1]) > 3)
+    find(page, "text").send_keys(Keys.ESCAPE)
+    WebDriverWait(page, 30).until(lambda _: not find(page, "send").get_property("disabled"))
+    assert "stopped" in find(page, "status").text
+
+
+def test_five_thousand_tokens_stay_responsive(page):
+    script = """const tokens = Array.from({length: 5000}, (_, i) => ({text: "word ", values: {"t@1": i % 7}}));
+        turns = [{text: "x", answers: [{title: "plain", tokens}], edits: []}]; show();
+        const begin = performance.now(); tokens.push({text: "new", values: {"t@1": 1}}); grow();
+        return performance.now() - begin"""
+    assert page.execute_script(script) < 500
+    assert page.execute_script("return document.querySelectorAll('.answer span').length") == 5001
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_is_wider_than_the_window_and_everything_has_a_name(page, width):
+    page.set_window_size(width, 900)
+    say(page, "unbroken" * 60)
+    assert page.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    nameless = """return [...document.querySelectorAll("input, select, textarea, button")].filter(e =>
+        !(e.labels?.length || e.textContent.trim() || e.getAttribute("aria-label"))).length"""
+    assert page.execute_script(nameless) == 0
+    page.set_window_size(1200, 1400)
