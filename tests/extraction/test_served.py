@@ -138,6 +138,9 @@ def test_a_function_may_give_the_answers(tmp_path, model, tokenizer, trait):
     assert [r.answer for r in kept(path)][-1] == "é"
     with pytest.raises(InputError, match="generate left 23 of 24 prompts without an answer"):
         extract(model, tokenizer, trait, generate=lambda *_: [[Completion(0, "a")]], **SMALL)
+    for wrong in ([0, 0], [24]):
+        with pytest.raises(InputError, match=rf"answered prompt {wrong[-1]} twice, or it is none of 24"):
+            extract(model, tokenizer, trait, generate=lambda *_: [[Completion(i, "a") for i in wrong]], **SMALL)  # noqa: B023
 
 
 def test_what_cannot_be_is_said_in_a_line(serve, tmp_path, model, tokenizer, trait, monkeypatch):
