@@ -24,12 +24,12 @@ class OpenAIGenerator:
 
     The prompts are sent to /v1/completions as the tokens of our own template, so that nothing is templated twice, and
     sampled from the whole distribution. The samples of a prompt are asked for in one request where the server can do
-    that. Token ids are taken where the server gives them (vLLM, SGLang, llama.cpp); else the text is tokenised here,
-    which is marked. The server's weights should be those that are read here: that the vocabulary is theirs is checked.
+    that. Token ids are taken where the server gives them (vLLM, SGLang, llama.cpp), and refused where they are of
+    another vocabulary; else the text is tokenised here, which is marked. Have the same weights served as are read here.
 
-    `concurrency` answers are under way at a time; a failed request is sent at most `attempts` times (see
-    `openai_client.ask`). The key is read from OPENAI_API_KEY, and the address from OPENAI_BASE_URL where `base_url` is
-    not given.
+    `concurrency` answers are under way at a time; on a slow server fewer, so that none waits `timeout` seconds. A
+    failed request is sent at most `attempts` times (see `openai_client.ask`). The key is read from OPENAI_API_KEY, and
+    the address from OPENAI_BASE_URL where `base_url` is not given.
     """
 
     model: str

@@ -9,7 +9,7 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Model, model_name
 from persona_vectors.model.generation import stop_tokens
 from persona_vectors.model.hooks import edits_are_active
-from persona_vectors.model.prompts import check_length, decode, encode, encode_answer
+from persona_vectors.model.prompts import check_length, decode, encode
 from persona_vectors.model.sampling import row_seed
 
 
@@ -58,23 +58,28 @@ def served_answers(
 ) -> Iterator[list[Served]]:
     """Have prompts answered by `generate`, and yield the answers as they come; `skip` needs none.
 
-    Raises InputError inside an edit of the model, where an answer is missing, and for tokens of another vocabulary.
+    Raises InputError inside an edit of the model, where a prompt does not get one answer, and for tokens of another
+    vocabulary.
     """
     if edits_are_active(model):
         raise InputError("the answers come from elsewhere, where nothing is edited: leave the `with`, or generate here")
     rows = [row for row in range(len(prompts)) if row not in skip]
-    open_rows, stops = set(rows), set(stop_tokens(model, tokenizer))
     if not rows:
         return
+    left, stops = set(range(len(rows))), set(stop_tokens(model, tokenizer))
     check_length(model, max(len(prompts[row]) for row in rows) + max_new_tokens)
     asked, checked = [prompts[row] for row in rows], False
     for batch in generate(asked, [row_seed(seed, row) for row in rows], max_new_tokens, temperature):
-        batch = [item._replace(row=rows[item.row]) for item in batch]
+        for item in batch:
+            if item.row not in left:
+                raise InputError(
+                    f"generate answered prompt {item.row} twice, or it is none of {len(rows)}: give one each"
+                )
+            left.remove(item.row)
         checked = checked or _same_vocabulary(tokenizer, model_name(model), batch)
-        open_rows -= {item.row for item in batch}
-        yield [_served(tokenizer, prompts[item.row], stops, item) for item in batch]
-    if open_rows:
-        raise InputError(f"generate left {len(open_rows)} of {len(rows)} prompts without an answer: give one to each")
+        yield [_served(tokenizer, asked[item.row], stops, item)._replace(row=rows[item.row]) for item in batch]
+    if left:
+        raise InputError(f"generate left {len(left)} of {len(rows)} prompts without an answer: give one to each")
 
 
 def _served(
@@ -85,8 +90,9 @@ def _served(
         tokens = item.tokens[:end]
         return Served(item.row, tokens, decode(tokenizer, tokens), item.ended, retokenised=False)
     before = str(tokenizer.decode(list(prompt), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-    begin, tokens = encode_answer(tokenizer, before, item.text)
-    if begin != list(prompt):  # the last token of the prompt and the first of the answer would have been one
+    whole = encode(tokenizer, before + item.text)
+    tokens = whole[len(prompt) :]
+    if whole[: len(prompt)] != list(prompt):  # the prompt's last token and the answer's first would have been one
         tokens = encode(tokenizer, item.text)
     return Served(item.row, tokens, item.text, item.ended, retokenised=True)
 

@@ -1,6 +1,7 @@
 """Answers from a server that fails as real ones do, from a function, and from llama.cpp's server."""
 
 import hashlib
+import json
 import threading
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from fault_server import FAULTS, FaultServer
-from helpers import make_tokenizer, plain_logprob, random_direction, run, save_tiny
+from helpers import make_tokenizer, plain_logprob, random_direction, run, save_tiny, write
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.traits import load_trait
@@ -17,6 +18,7 @@ from persona_vectors.evaluation.openai_generator import OpenAIGenerator
 from persona_vectors.evaluation.served import Completion
 from persona_vectors.extraction.difference import extract, extract_from
 from persona_vectors.extraction.rollouts import Rollout, load_rollouts, read_jsonl
+from persona_vectors.flagging.parts import Flags
 from persona_vectors.model.loading import embedded_gguf
 from persona_vectors.model.prompts import encode
 from persona_vectors.steering.add import steer
@@ -136,6 +138,9 @@ def test_a_function_may_give_the_answers(tmp_path, model, tokenizer, trait):
     assert [r.answer for r in kept(path)][-1] == "é"
     with pytest.raises(InputError, match="generate left 23 of 24 prompts without an answer"):
         extract(model, tokenizer, trait, generate=lambda *_: [[Completion(0, "a")]], **SMALL)
+    for wrong in ([0, 0], [24]):
+        with pytest.raises(InputError, match=rf"answered prompt {wrong[-1]} twice, or it is none of 24"):
+            extract(model, tokenizer, trait, generate=lambda *_: [[Completion(i, "a") for i in wrong]], **SMALL)  # noqa: B023
 
 
 def test_what_cannot_be_is_said_in_a_line(serve, tmp_path, model, tokenizer, trait, monkeypatch):
@@ -199,6 +204,28 @@ def test_the_command_line_names_the_server_s_model(serve, tmp_path, trait, monke
     assert PersonaVector.load(out).info["generate"] == "openai:m"
     assert "--generate is 'vllm': give openai:MODEL, and the server" in run(*asked, "vllm", code=2)[1]
     assert "leave one out" in run(*asked, "openai:m", "--from", "a", "b", code=2)[1]
+    options = ["--generate", "openai:m", "--max-new-tokens", 6]
+    told = run("evaluate", folder, tmp_path / "loud.json", "--judge", "sentiment", "--samples", 1, "--json", *options)
+    assert json.loads(told[0])[0]["answers"] == 2
+    assert (
+        "leave one out"
+        in run("evaluate", folder, "optimistic", "--vector", out, "--layer", 1, "--coef", 1, *options, code=2)[1]
+    )
+    data = write(tmp_path / "d.jsonl", [{"question": "How?", "answer": "So."}])
+    flags = [
+        "--data",
+        data,
+        "--layer",
+        1,
+        "--controls",
+        0,
+        "--cache",
+        tmp_path / "c.sqlite",
+        "--out",
+        tmp_path / "f.parquet",
+    ]
+    run("flag", folder, out, *flags, *options)
+    assert Flags.load(tmp_path / "f.parquet").settings["generate"] == "openai:m"
     monkeypatch.delenv("OPENAI_API_KEY")
     assert "OPENAI_API_KEY is not set: export your key" in run(*asked, "openai:m", code=2)[1]
 
