@@ -10,7 +10,6 @@ import typer
 from persona_vectors.cli.options import (
     BatchTokens,
     Json,
-    LayerOption,
     Load,
     MaxNewTokens,
     ModelArg,
@@ -92,7 +91,7 @@ def calibrate(
     model: ModelArg,
     vector: VectorArg,
     *,
-    layer: LayerOption,
+    layer: OptionalLayer = None,
     questions: Annotated[
         str, typer.Option(help="neutral ones: a text file, one a line; or a trait: its evaluation questions")
     ],
@@ -106,13 +105,15 @@ def calibrate(
 ) -> None:
     """Answer neutral questions, and keep the percentiles of their tokens' projections on a vector.
 
-    Example: persona-vectors calibrate smollm2-135m smollm2-135m/optimistic --layer 19 --questions neutral.txt
+    Example: persona-vectors calibrate smollm2-135m smollm2-135m/optimistic --questions neutral.txt
     --out optimistic.calibration.json
     """
     from persona_vectors.monitoring import calibration
+    from persona_vectors.vectors.directions import layer_for
     from persona_vectors.vectors.shipped import load_vector
 
-    loaded_vector, where, asked = load_vector(vector), layers(layer), read_questions(questions)
+    loaded_vector, asked = load_vector(vector), read_questions(questions)
+    where = layer_for([loaded_vector], layers(layer) if layer else None, purpose="monitor")
     loaded, tokenizer = load(model)
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     sampling["batch_tokens"] = batch_tokens

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import SupportsIndex
 
 import torch
 from jaxtyping import Float
+from scipy.optimize import brentq
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +15,7 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.data.progress import bar
 from persona_vectors.data.texts import neutral_texts
 from persona_vectors.model.blocks import Model, one_layer
+from persona_vectors.model.passes import Row
 from persona_vectors.model.prompts import chat_prompt, encode_answer
 from persona_vectors.model.tokens import answers_at
 from persona_vectors.model.wrappers import unwrap
@@ -20,7 +23,8 @@ from persona_vectors.steering.add import RowEdit, steer_rows
 from persona_vectors.vectors.directions import layer_for
 from persona_vectors.vectors.vector import PersonaVector
 
-_ROUNDS, _AT_ONCE = 4, 8
+_STEP, _FURTHEST = math.log(4), math.log(4**8)
+"""By how much coefficients are raised and lowered until they enclose the one that is sought, and how far."""
 
 
 def coef_at_kl(
@@ -37,8 +41,8 @@ def coef_at_kl(
     """Return the coefficient at which steering changes neutral text as much as `kl` says: a strength by its cost.
 
     The cost is the divergence KL(plain | steered) of the next token's distribution, in nats, at the answer tokens of
-    `texts`, questions and answers, by default on plain facts: returned is the smallest coefficient, to 1 %, at which
-    its `percentile` over the tokens reaches `kl`. So vectors and layers compare at equal cost, whatever their lengths.
+    `texts`, questions and answers, by default on plain facts: returned is the coefficient, to 1 %, at which its
+    `percentile` over the tokens reaches `kl`. So vectors and layers compare at equal cost, whatever their lengths.
     Without a layer it is the recommended one; `positions` are those of `steer`.
 
     Raises InputError where no coefficient reaches it.
@@ -46,42 +50,37 @@ def coef_at_kl(
     if not (kl > 0 and 0 < percentile <= 100):
         raise InputError(f"kl is {kl} and percentile {percentile}: give a positive number, and one up to 100")
     place = one_layer(layer_for([vector], layer, purpose="steer"), len(vector.directions))
+    rows = [encode_answer(tokenizer, chat_prompt(tokenizer, asked), text) for asked, text in texts or neutral_texts()]
+    plain = next_logprobs(model, rows, None)
 
-    def cost(coefs: Sequence[float]) -> list[float]:
-        edits = [RowEdit(vector, place, coef, positions) for coef in coefs]
-        found = token_kl(model, tokenizer, edits, texts or neutral_texts())
-        return found.double().quantile(percentile / 100, dim=1).tolist()
+    @cache
+    def excess(log_coef: float) -> float:
+        """Return log(cost / kl); it is about twice the logarithm of the coefficient, while that is small."""
+        edit = RowEdit(vector, place, math.exp(log_coef), positions)
+        edited = next_logprobs(model, rows, edit)
+        kls = torch.cat([(p.exp() * (p - q)).sum(dim=-1) for p, q in zip(plain, edited)])
+        value = float(kls.double().quantile(percentile / 100))
+        return math.log(max(value, 1e-12) / kl) if math.isfinite(value) else 99.0
 
-    coefs = [8.0**power for power in range(-4, 5)]
-    below, above = (0.0, 0.0), (math.inf, math.inf)
-    for _ in range(_ROUNDS):
-        for coef, value in zip(coefs, cost(coefs)):
-            if not value < kl:  # nan: the model is broken there
-                above = coef, value
-                break
-            below = coef, value
-        if not (below[0] and math.isfinite(above[0])):
-            raise InputError(
-                f"no coefficient of {vector!r} up to {coefs[-1]:g} has a KL of {kl:g} at layer {place}: give another kl"
-            )
-        ratio = (above[0] / below[0]) ** (1 / (_AT_ONCE + 1))
-        coefs = [below[0] * ratio**step for step in range(1, _AT_ONCE + 1)]
-    return above[0]
+    low = high = 0.0
+    while excess(high) < 0 and high < _FURTHEST:
+        high += _STEP
+    low = max(high - _STEP, low)
+    while excess(low) >= 0 and low > -_FURTHEST:
+        low -= _STEP
+    if not excess(low) < 0 <= excess(high):
+        raise InputError(f"no coefficient of {vector!r} has a KL of {kl:g} at layer {place}: give another kl")
+    return math.exp(brentq(excess, low, high, xtol=0.005))
 
 
-def token_kl(
-    model: Model, tokenizer: PreTrainedTokenizerBase, edits: Sequence[RowEdit], texts: Sequence[tuple[str, str]]
-) -> Float[Tensor, "edit token"]:
-    """Return KL(plain | edited) of the next token's distribution in nats, at every answer token."""
-    model = unwrap(model)
-    found = []
-    with torch.inference_mode(), bar(texts, desc="divergence from plain", unit="text") as shown:
-        for question, text in shown:
-            prompt, answer = encode_answer(tokenizer, chat_prompt(tokenizer, question), text)
-            ids = torch.tensor([prompt + answer] * (1 + len(edits)), device=model.device)
-            place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) - len(prompt)
-            with answers_at(place), steer_rows(model, [None, *edits]):
-                logits = model(input_ids=ids).logits[:, len(prompt) - 1 : -1]
-            plain, *edited = logits.float().log_softmax(dim=-1)
-            found.append(torch.stack([(plain.exp() * (plain - each)).sum(dim=-1) for each in edited]).cpu())
-    return torch.cat(found, dim=1)
+def next_logprobs(model: Model, rows: Sequence[Row], edit: RowEdit | None) -> list[Float[Tensor, "token vocab"]]:
+    """Return all tokens' log-probabilities at each of a row's answer tokens, under an edit or as the model is."""
+    model, found = unwrap(model), []
+    with torch.inference_mode(), bar(rows, desc="divergence from plain", unit="text") as shown:
+        for prompt, answer in shown:
+            ids = torch.tensor([prompt + answer], device=model.device)
+            place = torch.arange(ids.shape[1], device=ids.device)[None] - len(prompt)
+            with answers_at(place), steer_rows(model, [edit]):
+                logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+            found.append(logits.float().log_softmax(dim=-1))
+    return found

@@ -15,6 +15,7 @@ from persona_vectors.model.generation import generate_batches, stop_tokens
 from persona_vectors.model.prompts import chat_prompt, encode
 from persona_vectors.monitoring.percentiles import Calibration
 from persona_vectors.monitoring.trace import monitor
+from persona_vectors.vectors.directions import layer_for
 from persona_vectors.vectors.vector import PersonaVector
 
 PERCENTILES = (1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0)
@@ -26,7 +27,7 @@ def calibrate(
     vector: PersonaVector,
     questions: Sequence[str],
     *,
-    layer: Layer,
+    layer: Layer | None = None,
     percentiles: Sequence[float] = PERCENTILES,
     max_new_tokens: int = 128,
     temperature: float = 1.0,
@@ -35,12 +36,14 @@ def calibrate(
 ) -> Calibration:
     """Answer neutral questions, and return percentiles of the answer tokens' projections at each layer.
 
-    They are read while the answers are generated, on v/|v|, in the residual stream's units.
+    They are read while the answers are generated, on v/|v|, in the residual stream's units. Without a layer it is the
+    one that the vector's file recommends to monitor at.
 
     Raises InputError where there is no question, a percentile is not between 0 and 100, or no answer has a token.
     """
     if not questions or not percentiles or not all(0 <= p <= 100 for p in percentiles):
         raise InputError("calibrate needs one question or more, and percentiles from 0 to 100")
+    layers = chosen_layers(layer_for([vector], layer, purpose="monitor"), len(vector.directions))
     stops, found = stop_tokens(model, tokenizer), []
     with bar(desc=f"{vector.trait}: calibration", unit="answers", total=len(questions)) as shown:
         for batch in generate_batches(
@@ -52,7 +55,7 @@ def calibrate(
             seed=seed,
             batch_tokens=batch_tokens,
             reading=True,
-            during=lambda _: monitor(model, vector, layer=layer, stops=stops),
+            during=lambda _: monitor(model, vector, layer=layers, stops=stops),
         ):
             readings = batch.read.last
             found.append(readings.values[:, readings.answer])
@@ -65,7 +68,7 @@ def calibrate(
     return Calibration(
         trait=vector.trait,
         model=model_name(model),
-        layers=tuple(chosen_layers(layer, len(vector.directions))),
+        layers=tuple(layers),
         percentiles=tuple(ordered),
         values=tuple(map(tuple, values.tolist())),
         prompts=len(questions),

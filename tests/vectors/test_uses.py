@@ -106,6 +106,7 @@ def test_reading_without_a_layer_is_at_the_recommended_one(model, tokenizer, tmp
         talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So"}]
         read.append([trace["t"], pv.project(model, tokenizer, [talk], both, **options)["response_mean"]["t"]])
     assert all(torch.equal(a, b) for a, b in zip(*read))
+    assert pv.calibrate(model, tokenizer, both[0], ["How?"], max_new_tokens=3).layers == (2,)
     data = [{"question": "How?", "answer": "So."}]
     options = {"baseline": "prompt_last", "controls": 0}
     found = pv.flag(model, tokenizer, data, both[0], out=tmp_path / "f.parquet", **options)
@@ -141,6 +142,17 @@ def test_the_shipped_vectors_say_what_the_result_pages_say():
             assert found.effect == tuple(float(told[name]) for name in ("auroc", "low", "high"))
             assert (found.layer, str(found.evidence)) == (int(told["layer"]), told["evidence"])
             assert found.null == max(float(told[f"{kind} 95th"]) for kind in ("isotropic", "covariance"))
+
+
+def test_the_page_of_uses_says_what_the_files_say():
+    page = (ROOT / "notebooks" / "paper" / "uses.md").read_text("utf-8")
+    for name in pv.list_vectors():
+        vector = pv.load_vector(name)
+        (cells,) = [line.split(" | ")[1::2] for line in page.splitlines() if line.startswith(f"| {vector.trait} |")]
+        steer, monitor, flag = vector.uses.values()
+        place = f"layer {steer.layer}, {steer.coef:+.3g}"
+        assert cells[0] == (place if steer.evidence else f"no recommendation (tried: {place})")
+        assert cells[1:3] == [f"layer {monitor.layer}", f"layer {flag.layer}"]
 
 
 def test_the_shipped_optimistic_vector_steers_as_the_sweep_chose():
