@@ -99,6 +99,7 @@ class _Terminal:
 
     def take(self, line: str) -> None:
         """Carry out a line; raises InputError where it cannot."""
+        from persona_vectors.model.blocks import model_name
         from persona_vectors.monitoring.heatmaps import heatmap
 
         command, _, rest = line.partition(" ")
@@ -127,7 +128,8 @@ class _Terminal:
             self.talk.messages = [m for m in self.talk.messages if m["role"] == "system"]
             self.say("the conversation is empty")
         elif command == "/save" and rest and self.readings is not None:
-            heatmap(self.talk.tokenizer, self.readings, calibration=self.known).save(rest)
+            shown = {"calibration": self.known, "title": model_name(self.talk.model)}
+            heatmap(self.talk.tokenizer, self.readings, **shown).save(rest)
             self.say(f"token heatmap -> {rest}")
         else:
             self.console.print(HELP, markup=False)

@@ -80,7 +80,10 @@ def monitor(
         rows.append({"question": text, "answer": prompts.decode(tokenizer, tokens).strip(), "projections": found})
     echo_table(rows, as_json=as_json, text=lambda: _show(rows))
     if html:
-        pages = [heatmaps.heatmap(tokenizer, read, row=row, calibration=known) for row in range(len(question))]
+        pages = [
+            heatmaps.heatmap(tokenizer, read, row=row, calibration=known, title=f"{model}, {text!r}")
+            for row, text in enumerate(question)
+        ]
         heatmaps.save_heatmaps(pages, html)
         typer.echo(f"token heatmaps -> {html}", err=as_json)
 

@@ -8,9 +8,18 @@ import zoo
 from helpers import generate, random_direction, two_vectors
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.model.prompts import encode
-from persona_vectors.monitoring.heatmaps import _STRONGEST, _STYLE, Heatmap, heatmap, save_heatmaps, token_texts
+from persona_vectors.model.prompts import chat_text, encode
+from persona_vectors.monitoring.heatmaps import (
+    _STRONGEST,
+    _STYLE,
+    Heatmap,
+    _template,
+    heatmap,
+    save_heatmaps,
+    token_texts,
+)
 from persona_vectors.monitoring.percentiles import Calibration
+from persona_vectors.monitoring.readings import Readings
 from persona_vectors.monitoring.trace import monitor
 
 HOSTILE = [
@@ -48,7 +57,7 @@ def test_all_text_is_escaped_in_the_fragment_and_in_the_file(tmp_path):
         allowed = {"div", "style", "section", "h2", "small", "i", "p", "span", "html", "head", "meta", "title", "body"}
         assert {tag for tag, _ in page.tags} <= allowed
         assert all(
-            set(attributes) <= {"class", "style", "title", "charset", "name", "content", "lang"}
+            set(attributes) <= {"class", "style", "title", "charset", "name", "content", "lang", "tabindex"}
             for _, attributes in page.tags
         )
         assert all(text in page.texts for text in HOSTILE)
@@ -74,7 +83,7 @@ def test_one_row_a_vector_and_the_value_of_every_token(model, tokenizer):
 def test_the_colours_follow_the_value():
     values = [-9.0, -1.0, 0.0, 1.0, float("nan"), 100.0]
     html = Heatmap(list("abcdef"), {"v": values}, span=(-2, 2))._repr_html_()
-    found = re.findall(r'<i(?: class="(.)" style="--a: ([\d.]+)")? title="(.*?)">', html)
+    found = re.findall(r'<i tabindex="0"(?: class="(.)" style="--a: ([\d.]+)")? title="(.*?)">', html)
     strong = f"{_STRONGEST:.3f}"
     half = f"{_STRONGEST / 2:.3f}"
     assert found == [
@@ -119,12 +128,12 @@ def test_the_colours_follow_the_percentile_where_there_is_a_calibration(model, t
     places = trace.percentiles(calibration(vector))["t"][1].tolist()
     assert shown.percentiles == {"t": places} and shown.rows == {"t": trace["t"][1].tolist()}
     html = shown._repr_html_()
-    found = re.findall(r'<i(?: class="(.)" style="--a: ([\d.]+)")? title="(.*?)">', html)
+    found = re.findall(r'<i tabindex="0"(?: class="(.)" style="--a: ([\d.]+)")? title="(.*?)">', html)
     for (side, alpha, title), value, place in zip(found, shown.rows["t"], places):
         assert title == f"{value:+.3f}, percentile {place:.0f}" and side == ("h" if place > 50 else "l")
         assert float(alpha) == pytest.approx(abs(place - 50) / 50 * _STRONGEST, abs=1e-3)
     legend = re.sub(r"<.*?>", "", re.findall(r"<small>.*?</small>", html, re.DOTALL)[0])
-    assert legend == "0 50 100 percentile among the tokens of neutral answers"
+    assert legend == "0 away from it 50 towards it 100: percentile among the tokens of neutral answers"
     empty = Heatmap(["a", "b"], {"v": [1.0, float("nan")]}, percentiles={"v": [50.0, float("nan")]})._repr_html_()
     assert (
         'title="+1.000, percentile 50"' in empty and 'title="no value"' in empty and '<i class="h" title' not in empty
@@ -133,6 +142,35 @@ def test_the_colours_follow_the_percentile_where_there_is_a_calibration(model, t
         heatmap(tokenizer, trace, span=(0, 1), calibration=calibration(vector))
     with pytest.raises(InputError, match="'v' has 1 values for 2 tokens"):
         Heatmap(["a", "b"], {"v": [1.0, 2.0]}, percentiles={"v": [1.0]})
+
+
+def test_zero_has_no_colour_the_answer_makes_the_scale_and_the_template_is_grey(tokenizer):
+    text = chat_text(tokenizer, [{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    ids = encode(tokenizer, text)
+    values = [3000.0] * len(ids) + [-5.0, 0.0, 10.0, 10.0, 4000.0]
+    ids += [*encode(tokenizer, "abcd"), tokenizer.eos_token_id]
+    readings = Readings(
+        ("t",),
+        torch.tensor([[values]]),
+        torch.tensor([ids]),
+        torch.ones(1, len(ids), dtype=torch.bool),
+        len(ids) - 5,
+        (tokenizer.eos_token_id,),
+        {1: "before the edit"},
+    )
+    shown = heatmap(tokenizer, readings, title="tiny, 'Hi'")
+    assert [text for text, grey in zip(shown.tokens, shown.template) if not grey] == ["H", "i", "a", "b", "c", "d"]
+    assert shown.title == "tiny, 'Hi': layer 1; read before the edit"
+    tags = [(a.get("class"), a.get("style")) for tag, a in Page(shown._repr_html_()).tags if "tabindex" in a]
+    strong, half = f"--a: {_STRONGEST:.3f}", f"--a: {_STRONGEST / 2:.3f}"
+    assert tags[-5:] == [("l", half), (None, None), ("h", strong), ("h", strong), ("t", None)]
+    assert set(tags[:-5]) == {("t", None), ("h", strong)}
+
+
+def test_a_role_of_several_tokens_is_the_template_s():
+    ids, texts = [0, 5, 6, 7, 8], ["<s>", "ass", "istant", "\n", "user"]
+    assert _template({0}, ids, texts, 5) == [True, True, True, True, False]
+    assert _template({0}, ids, texts, 2) == [True, False, False, False, False]
 
 
 def test_the_default_span_is_not_moved_by_an_outlier():
