@@ -4,7 +4,6 @@ import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from persona_vectors.data.files import append, atomic_path
 from persona_vectors.data.progress import bar
 from persona_vectors.data.traits import Trait
 from persona_vectors.model.blocks import Model
-from persona_vectors.model.generation import generate_batches, generation_batches
+from persona_vectors.model.generation import generate_batches, generation_order
 from persona_vectors.model.prompts import chat_prompt, decode, encode, encode_answer
 
 FORMAT = 1
@@ -88,19 +87,16 @@ def draw_rollouts(
 ) -> Iterator[tuple[list[Rollout], Any]]:
     """Yield the rollouts of each batch that `file` lacks, and what `during` gave around it. Append them.
 
-    The batches and their seeds are always the same: a run that starts in the middle gives the same answers. A batch
-    that the file holds only in part is dropped from it, and answered again.
+    Their order and their seeds are always the same: a run that starts in the middle, in batches of another size, gives
+    the same answers.
     """
     prompts = [task["prompt_ids"] for task in tasks]
-    batches = generation_batches(model, prompts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
-    file.trim([len(batch) for batch in batches])
-    _check_known([tasks[i] for i in chain(*batches)], file)
-    done = len(file.rollouts)
+    order, done = generation_order(prompts), len(file.rollouts)
+    _check_known([tasks[i] for i in order], file)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     options |= {"batch_tokens": batch_tokens, "reading": True, "during": during}
-    known = set(list(chain(*batches))[:done])
     with bar(total=len(tasks), initial=done, desc=desc, unit="answer") as shown:
-        for batch in generate_batches(model, tokenizer, prompts, skip=known, **options):
+        for batch in generate_batches(model, tokenizer, prompts, skip=set(order[:done]), **options):
             answers = zip(batch.rows, batch.answers)
             yield [_rollout(tokenizer, tasks[row], ids, ended) for row, (ids, ended) in answers], batch.read
             shown.update(len(batch.rows))
@@ -136,23 +132,9 @@ class RolloutFile:
         self.settings = {"persona_vectors_rollouts": FORMAT, **settings}
         self.rollouts: list[Rollout] = []
         if self.path and self.path.is_file() and self.path.stat().st_size:
-            self._resume(self.path)
-        else:
-            self._rewrite()
-
-    def _resume(self, path: Path) -> None:
-        header, self.rollouts = read_jsonl(path, partial=True)
-        check_settings(path, header, self.settings)
-
-    def trim(self, batch_sizes: Sequence[int]) -> None:
-        """Drop a batch that was only partly written, and a line that was cut, from the end of the file."""
-        whole = 0
-        for size in batch_sizes:
-            if whole + size > len(self.rollouts):
-                break
-            whole += size
-        self.rollouts = self.rollouts[:whole]
-        self._rewrite()
+            header, self.rollouts = read_jsonl(self.path, partial=True)
+            check_settings(self.path, header, self.settings)
+        self._rewrite()  # without a line that was cut
 
     def append(self, rollouts: Sequence[Rollout]) -> None:
         """Add a batch in one write, and have it on the disk before returning."""

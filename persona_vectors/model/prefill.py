@@ -70,7 +70,7 @@ class _Prefill:
         return output
 
     def _end(self, _decoder: nn.Module, args: Any, kwargs: Any, _output: Any) -> None:
-        cache = next(each for each in (*args, *kwargs.values()) if isinstance(each, DynamicCache))
+        cache: Any = next(each for each in (*args, *kwargs.values()) if isinstance(each, DynamicCache))
         for layer in cache.layers:
             if layer.is_initialized and len(layer.keys) == len(self.first):
                 layer.batch_select_indices(self.lines.to(layer.keys.device))

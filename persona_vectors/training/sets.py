@@ -13,7 +13,6 @@ from persona_vectors.data.files import atomic_path, writing
 from persona_vectors.data.traits import Trait
 from persona_vectors.extraction.rollouts import Rollout, RolloutFile, draw_rollouts, plan
 from persona_vectors.model.blocks import Model
-from persona_vectors.model.generation import generation_budget
 from persona_vectors.model.identity import identity
 from persona_vectors.model.prompts import chat_prompt, encode
 
@@ -60,7 +59,6 @@ def make_training_sets(
         "questions": asked,
         "samples": samples,
         **drawing,
-        "batch_tokens": generation_budget(model, batch_tokens),
     }
     drawing |= {"batch_tokens": batch_tokens, "desc": f"{trait.name}: training answers"}
     with writing(out / "rollouts.jsonl"):
