@@ -11,10 +11,9 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.data.progress import bar
 from persona_vectors.model.blocks import Model
 from persona_vectors.model.devices import base, input_device
-from persona_vectors.model.memory import Budget
+from persona_vectors.model.memory import answers_budget
 from persona_vectors.model.prefill import shared_prompts
 from persona_vectors.model.prompts import (
-    batch_tokens_for,
     chat_prompt,
     chat_text,
     check_length,
@@ -27,8 +26,6 @@ from persona_vectors.model.wrappers import keeps_cache, unwrap
 
 Conversation = Sequence[Mapping[str, Any]]
 """Chat messages, each with a role and a content."""
-CACHED = 8
-"""How many times as many tokens a batch of answers has as a forward pass: only their keys and values are kept."""
 
 
 class Generated(NamedTuple):
@@ -131,7 +128,7 @@ def generate_batches(
     `during(rows)` is entered around the generation of each batch, to steer those rows or to read them.
     """
     todo = [i for i in range(len(prompts)) if i not in skip]
-    budget = Budget(model, "answers", batch_tokens or CACHED * batch_tokens_for(model))
+    budget = answers_budget(model, prompts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
     for batch, attempt in budget.batches([prompts[i] for i in todo], max_new_tokens):
         rows = [todo[i] for i in batch]
         with attempt, during(rows) if during else nullcontext() as read:
@@ -189,7 +186,8 @@ def generate(
     A question is a text, or the messages of a conversation that ends with the user: `[{"role": "user", ...}]`.
 
     The answers are those of the model as it stands, with every edit that is active. `temperature=0` is greedy.
-    `batch_tokens` is how many tokens a batch has at most, prompts and answers together.
+    `batch_tokens` is how many tokens a batch has at most, prompts and answers together; unless given, as many as the
+    free memory holds, and no more than are of use.
     """
     one = isinstance(questions, str) or _is_conversation(questions)
     asked: list[Any] = [questions] if one else list(questions)

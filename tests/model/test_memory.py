@@ -4,10 +4,13 @@ import weakref
 
 import pytest
 import torch
-from helpers import hooks, random_direction
+import zoo
+from helpers import DECODERS, hooks, random_direction
+from transformers import DynamicCache
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.evaluation.logprobs import answer_logprobs
+from persona_vectors.model import memory
 from persona_vectors.model.generation import generate, generate_batches
 from persona_vectors.model.pooling import pool, pool_while_generating
 from persona_vectors.monitoring.projection import token_projections
@@ -96,3 +99,43 @@ def test_any_other_error_is_raised(model, tokenizer):
     model.model.layers[1].mlp.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="a bug"):
         generate(model, tokenizer, ["How?", "Why?"], max_new_tokens=3)
+
+
+@pytest.mark.parametrize("tokens", [4, 40], ids=["within the window", "beyond it"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text", "qwen3_moe", "gpt_oss", "deepseek_v3", "llava"])
+def test_the_size_of_the_cache_is_known_before_there_is_one(name: str, tokens: int):
+    """Grouped heads, sliding windows, latent attention, a language model inside another one."""
+    model, ids = zoo.build(name), torch.full((1, tokens), 5)
+    for dtype in (torch.float32, torch.bfloat16):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model.to(dtype).get_decoder()(input_ids=ids, cache=cache, use_cache=True)
+        assert memory.cache_bytes(model, tokens) == sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_batches_are_what_the_free_memory_holds(name: str, monkeypatch):
+    model, prompts = zoo.build(name), [[5] * (3 + i % 4) for i in range(600)]
+    one = memory.row_bytes(model, 6, 26)
+    assert one > memory.row_bytes(model, 6, 16) or memory.cache_bytes(model, 26) == 0  # a state of fixed size
+    sizes = {}
+    for free in (0, 100 * one, 10**15, None):
+        monkeypatch.setattr(memory, "free_bytes", lambda _, free=free: free)
+        budget = memory.answers_budget(model, prompts, max_new_tokens=20)
+        sizes[free] = len(next(budget.batches(prompts, 20))[0])
+    assert sizes == {0: 1, 100 * one: 60, 10**15: 256, None: 256}
+    given = memory.answers_budget(model, prompts, max_new_tokens=20, batch_tokens=26 * 5)
+    assert len(next(given.batches(prompts, 20))[0]) == 5
+
+
+def test_experts_that_are_gathered_for_each_row_count_off_the_cpu(monkeypatch):
+    model = zoo.build("qwen3_moe")
+    plain = memory.row_bytes(model, 6, 26)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    experts = model.model.layers[0].mlp.experts
+    assert memory.row_bytes(model, 6, 26) - plain == 2 * sum(p[0].nbytes for p in experts.parameters())
+
+
+def test_the_free_memory_is_known_here(model):
+    free = memory.free_bytes(model)
+    assert free is None or 2**20 < free < 2**50
