@@ -34,14 +34,17 @@ def answer_logprobs(
         for step in forward_passes(model, rows, batch_tokens=budget, held_back=1, groups=groups):
             index = torch.tensor([members[0] for members in step.rows])
             place = step.position - torch.tensor([[len(rows[row][0])] for row in index], device=step.position.device)
-            with answers_at(place), steer_rows(model, [edits[row] for row in index]) if edits else nullcontext():
+            steered = steer_rows(model, [edits[row] for row in index]) if edits else nullcontext()
+            with step.attempt, answers_at(place), steered:
                 if not step.answers:
                     read_pass(model, step)
                     continue
                 logits = model(**step.inputs).logits[:, -place.shape[1] : -1]
-            counted = place[:, 1:] >= 0
-            targets = step.inputs["input_ids"][:, 1:][counted]
-            losses = torch.nn.functional.cross_entropy(logits[counted].float(), targets, reduction="none")
+                counted = place[:, 1:] >= 0
+                targets = step.inputs["input_ids"][:, 1:][counted]
+                losses = torch.nn.functional.cross_entropy(logits[counted].float(), targets, reduction="none")
+            if step.attempt.failed:
+                continue
             total.index_add_(0, index[counted.nonzero()[:, 0].cpu()], -losses.double().cpu())
             done.update(len(step.rows))
     count = torch.tensor([len(answer) for _, answer in rows], dtype=torch.float64)

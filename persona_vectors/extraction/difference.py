@@ -21,7 +21,7 @@ from persona_vectors.extraction.filtering import judge_rollouts, pairs, without_
 from persona_vectors.extraction.reads import Reads, no_reads
 from persona_vectors.extraction.rollouts import Rollout, RolloutFile, draw_rollouts, plan
 from persona_vectors.model.blocks import Model, model_name
-from persona_vectors.model.generation import generation_budget, stop_tokens
+from persona_vectors.model.generation import stop_tokens
 from persona_vectors.model.identity import hash_of, identity
 from persona_vectors.model.pooling import POOLINGS, pool_while_generating
 from persona_vectors.model.wrappers import keeps_cache, unwrap
@@ -73,7 +73,6 @@ def extract(
         "samples": samples,
         "questions": len(tasks) // (2 * len(trait.instruction) * samples),
         **drawing,
-        "batch_tokens": generation_budget(model, batch_tokens),
         "judge": judge_name(judge),
         "generate": generate and judge_name(generate),
         "skip_reasoning": skip_reasoning or None,  # None: as in files from before there was a choice
@@ -84,6 +83,7 @@ def extract(
         drawing["during"] = lambda _: pool_while_generating(model, **reading)
     limit = None if judge is None else threshold
     info = {key: value for key, value in settings.items() if key not in ("trait", "model", "questions")}
+    info["batch_tokens"] = batch_tokens
     options: dict[str, Any] = {"poolings": [pooling], "limit": limit, "min_pairs": min_pairs, "info": info}
     with writing(rollouts), no_reads() as reads:
         file = RolloutFile(rollouts, settings)

@@ -91,8 +91,8 @@ def draw_rollouts(
 ) -> Iterator[tuple[list[Rollout], Any]]:
     """Yield the rollouts that `file` lacks, batch by batch, and what `during` gave around each. Append them.
 
-    An answer depends on its task and the seed, and not on those that are there. With `generate` the answers come from
-    there, in whatever order, and nothing is read around them.
+    Each depends on its task and the seed alone: a run that goes on in the middle, in batches of another size, gives the
+    same ones. With `generate` the answers come from there, in whatever order, and nothing is read around them.
     """
     prompts = [task["prompt_ids"] for task in tasks]
     known = _answered(tasks, file)
@@ -146,13 +146,8 @@ class RolloutFile:
         self.settings = {"persona_vectors_rollouts": FORMAT, **settings}
         self.rollouts: list[Rollout] = []
         if self.path and self.path.is_file() and self.path.stat().st_size:
-            self._resume(self.path)
-        else:
-            self._rewrite()
-
-    def _resume(self, path: Path) -> None:
-        header, self.rollouts = read_jsonl(path, partial=True)
-        check_settings(path, header, self.settings)
+            header, self.rollouts = read_jsonl(self.path, partial=True)
+            check_settings(self.path, header, self.settings)
         self._rewrite()  # without a line that was cut
 
     def append(self, rollouts: Sequence[Rollout]) -> None:

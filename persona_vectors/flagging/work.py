@@ -14,7 +14,7 @@ from persona_vectors.evaluation.served import Generate, served_answers
 from persona_vectors.flagging.parts import part, read_table, write_table
 from persona_vectors.flagging.store import Baselines
 from persona_vectors.model.blocks import Model
-from persona_vectors.model.generation import CACHED, generate_batches, stop_tokens
+from persona_vectors.model.generation import generate_batches, stop_tokens
 from persona_vectors.model.gradients import answer_gradients
 from persona_vectors.model.passes import Row
 from persona_vectors.model.pooling import pool
@@ -22,6 +22,9 @@ from persona_vectors.model.prompts import outside_reasoning
 from persona_vectors.monitoring.trace import monitor
 from persona_vectors.vectors.directions import unit_directions
 from persona_vectors.vectors.vector import PersonaVector
+
+CACHED = 8
+"""How many times as many tokens a batch of answers has as a forward pass: only their keys and values are kept."""
 
 
 def answer_prompts(

@@ -11,23 +11,21 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.data.progress import bar
 from persona_vectors.model.blocks import Model
 from persona_vectors.model.devices import base, input_device
+from persona_vectors.model.memory import answers_budget
+from persona_vectors.model.prefill import shared_prompts
 from persona_vectors.model.prompts import (
-    batch_tokens_for,
     chat_prompt,
     chat_text,
     check_length,
     decode,
     encode,
     left_pad,
-    length_batches,
 )
 from persona_vectors.model.sampling import Draws, row_seed
 from persona_vectors.model.wrappers import keeps_cache, unwrap
 
 Conversation = Sequence[Mapping[str, Any]]
 """Chat messages, each with a role and a content."""
-CACHED = 8
-"""How many times as many tokens a batch of answers has as a forward pass: only their keys and values are kept."""
 
 
 class Generated(NamedTuple):
@@ -89,7 +87,7 @@ def generate_tokens(
         use_cache=use_cache and keeps_cache(model),
     )
     settings = {"generation_config": config, "logits_processor": LogitsProcessorList(draws)}
-    with torch.inference_mode():
+    with shared_prompts(model, prompts), torch.inference_mode():
         output = model.generate(input_ids=ids, attention_mask=mask, **settings)
     answers = output[:, 0 if model.config.is_encoder_decoder else ids.shape[1] :].tolist()
     ends = [next((i for i, token in enumerate(answer) if token in stops), None) for answer in answers]
@@ -105,16 +103,9 @@ class _Neutral(GenerationConfig):
         return super().update(defaults_only=defaults_only, allow_custom_entries=allow_custom_entries, **settings)
 
 
-def generation_budget(model: Model, batch_tokens: int | None = None) -> int:
-    """Return how many tokens a batch of prompts and answers has at most: `batch_tokens` where it is given."""
-    return batch_tokens or CACHED * batch_tokens_for(model)
-
-
-def generation_batches(
-    model: Model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_tokens: int | None = None
-) -> list[list[int]]:
-    """Return the batches, as indices of prompts, in the order in which `generate_batches` answers them."""
-    return length_batches(prompts, max_new_tokens, generation_budget(model, batch_tokens))
+def generation_order(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Return the order in which `generate_batches` answers prompts, as their indices: longest first."""
+    return sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
 
 
 def generate_batches(
@@ -133,15 +124,14 @@ def generate_batches(
     """Answer prompts, given as token ids, batch by batch; see `generate_tokens` for the sampling and for `reading`.
 
     An answer depends on its prompt, its place among the prompts and the seed, and not on the batches. `skip` holds
-    indices that need no answer.
+    indices that need no answer. Where memory runs out a batch is answered in halves, and the others are as small.
     `during(rows)` is entered around the generation of each batch, to steer those rows or to read them.
     """
-    batches = generation_batches(model, prompts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
-    for batch in batches:
-        rows = [i for i in batch if i not in skip]
-        if not rows:
-            continue
-        with during(rows) if during else nullcontext() as read:
+    todo = [i for i in range(len(prompts)) if i not in skip]
+    budget = answers_budget(model, prompts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
+    for batch, attempt in budget.batches([prompts[i] for i in todo], max_new_tokens):
+        rows = [todo[i] for i in batch]
+        with attempt, during(rows) if during else nullcontext() as read:
             answers = generate_tokens(
                 model,
                 tokenizer,
@@ -151,6 +141,8 @@ def generate_batches(
                 seed=[row_seed(seed, i) for i in rows],
                 reading=reading,
             )
+        if attempt.failed:
+            continue
         yield Generated(rows, answers, read)
 
 
@@ -194,7 +186,8 @@ def generate(
     A question is a text, or the messages of a conversation that ends with the user: `[{"role": "user", ...}]`.
 
     The answers are those of the model as it stands, with every edit that is active. `temperature=0` is greedy.
-    `batch_tokens` is how many tokens a batch has at most, prompts and answers together.
+    `batch_tokens` is how many tokens a batch has at most, prompts and answers together; unless given, as many as the
+    free memory holds, and no more than are of use.
     """
     one = isinstance(questions, str) or _is_conversation(questions)
     asked: list[Any] = [questions] if one else list(questions)

@@ -52,10 +52,13 @@ def answer_gradients(
             weights = token_weights(step.position, [(len(rows[i][0]), kept[i]) for i in index], ["response_mean"])
             weights = weights[:, 0, 1:]
             counted, targets = weights > 0, step.inputs["input_ids"][:, 1:]
-            with torch.enable_grad():
+            states.clear()
+            with step.attempt, torch.enable_grad():
                 logits = own_tokens(model(**step.inputs).logits, step)[:, :-1][counted].float()
                 losses = cross_entropy(logits, targets[counted], reduction="none") * weights[counted]
-                gradients = torch.autograd.grad(-losses.sum(), [states.pop(k) for k in layers])
+                gradients = torch.autograd.grad(-losses.sum(), [states[k] for k in layers])
+            if step.attempt.failed:
+                continue
             found[index] = torch.stack([own_tokens(g, step).float().sum(dim=1).cpu() for g in gradients], dim=1)
             shown.update(len(index))
     return found

@@ -13,7 +13,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from persona_vectors.model.blocks import Model, model_shape
 from persona_vectors.model.devices import base, input_device, virtual_tokens
-from persona_vectors.model.prompts import batch_tokens_for, check_length, left_pad, length_batches
+from persona_vectors.model.memory import Attempt, Budget
+from persona_vectors.model.prompts import batch_tokens_for, check_length, left_pad
 from persona_vectors.model.wrappers import keeps_cache, unwrap
 
 Row = tuple[Sequence[int], Sequence[int]]
@@ -31,6 +32,8 @@ class Pass:
     """Each token's place in its row, prompt and answer together; -1 for padding."""
     answers: bool
     """False where it reads only a shared prompt."""
+    attempt: Attempt
+    """What to run it in: where that fails for want of memory, its rows come again in smaller passes."""
 
 
 class _SharedPrefix(DynamicLayer):
@@ -80,7 +83,7 @@ def forward_passes(
     encoder-decoder models), and rows that share no prompt, are read whole.
     """
     model = unwrap(model)
-    budget = batch_tokens or batch_tokens_for(model)
+    budget = Budget(model, "passes", batch_tokens or batch_tokens_for(model))
     check_length(model, max((len(prompt) + len(answer) for prompt, answer in rows), default=0))
     device = input_device(model)
     cache_name = cache_argument(model)
@@ -90,32 +93,40 @@ def forward_passes(
         prefixes.setdefault((tuple(prompt[: len(prompt) - held_back]), group), []).append(index)
     shared: list[tuple[Sequence[int], list[int]]]
     shared = [(key, members) for (key, _), members in prefixes.items() if len(members) > 1 and key and cache_name]
-    batches = [[shared[i] for i in batch] for batch in length_batches([key for key, _ in shared], 0, budget)]
+    for batch, attempt in budget.batches([key for key, _ in shared]):
+        assert cache_name is not None
+        chosen, cache = [shared[i] for i in batch], DynamicCache()
+        ids, mask = left_pad([key for key, _ in chosen], 0, device)
+        given: dict[str, Any] = {cache_name: cache}
+        yield _pass(ids, mask, mask, [lines for _, lines in chosen], given, attempt, answers=False)
+        if not attempt.failed:
+            yield from _answer_passes(rows, chosen, mask, given, budget)
     known = {row for _, members in shared for row in members}
     alone = [row for row in range(len(rows)) if row not in known]
     if alone:
-        batches.append([((), alone)])
-    for chosen in batches:
-        prefix_mask, layers = torch.zeros(len(chosen), 0, dtype=torch.long, device=device), None
-        if chosen[0][0]:
-            assert cache_name is not None
-            ids, prefix_mask = left_pad([key for key, _ in chosen], 0, device)
-            cache = DynamicCache()
-            yield _pass(ids, prefix_mask, prefix_mask, [lines for _, lines in chosen], {cache_name: cache}, False)
-            layers = cache.layers
-        members = [(line, row) for line, (_, lines) in enumerate(chosen) for row in lines]
-        known_tokens = [len(key) for key, _ in chosen]
-        members = [(line, row) for line, row in members if len(rows[row][0]) + len(rows[row][1]) > known_tokens[line]]
-        rest = [[*rows[row][0], *rows[row][1]][known_tokens[line] :] for line, row in members]
-        for batch in length_batches(rest, 0, budget):
-            ids, mask = _right_pad([rest[i] for i in batch], device)
-            lines = torch.tensor([members[i][0] for i in batch], device=device)
-            lent: dict[Any, Any] = {}
-            if layers is not None:
-                lent = {cache_name: DynamicCache()}
-                lent[cache_name].layers = [_SharedPrefix(layer, lines) for layer in layers]
-            whole = torch.cat([prefix_mask[lines], mask], dim=1)
-            yield _pass(ids, mask, whole, [[members[i][1]] for i in batch], lent, True)
+        yield from _answer_passes(rows, [((), alone)], torch.zeros(1, 0, dtype=torch.long, device=device), {}, budget)
+
+
+def _answer_passes(
+    rows: Sequence[Row],
+    chosen: Sequence[tuple[Sequence[int], list[int]]],
+    prefix_mask: Tensor,
+    given: dict[str, Any],
+    budget: Budget,
+) -> Iterator[Pass]:
+    """Yield the passes over what follows the prefixes that are `given` as a cache; over whole rows where it is none."""
+    members = [(line, row) for line, (_, lines) in enumerate(chosen) for row in lines]
+    known_tokens = [len(key) for key, _ in chosen]
+    members = [(line, row) for line, row in members if len(rows[row][0]) + len(rows[row][1]) > known_tokens[line]]
+    rest = [[*rows[row][0], *rows[row][1]][known_tokens[line] :] for line, row in members]
+    for batch, attempt in budget.batches(rest):
+        ids, mask = _right_pad([rest[i] for i in batch], prefix_mask.device)
+        lines = torch.tensor([members[i][0] for i in batch], device=prefix_mask.device)
+        lent: dict[str, Any] = {name: DynamicCache() for name in given}
+        for name, cache in given.items():
+            lent[name].layers = [_SharedPrefix(layer, lines) for layer in cache.layers]
+        whole = torch.cat([prefix_mask[lines], mask], dim=1)
+        yield _pass(ids, mask, whole, [[members[i][1]] for i in batch], lent, attempt, answers=True)
 
 
 def read_pass(model: Model, step: Pass) -> None:
@@ -143,12 +154,14 @@ def own_tokens(hidden: Float[Tensor, "line read hidden"], step: Pass) -> Float[T
     return hidden[:, -step.position.shape[1] :]
 
 
-def _pass(ids: Tensor, mask: Tensor, whole: Tensor, rows: list[list[int]], cache: dict, answers: bool) -> Pass:
+def _pass(
+    ids: Tensor, mask: Tensor, whole: Tensor, rows: list[list[int]], cache: dict, attempt: Attempt, *, answers: bool
+) -> Pass:
     position = (whole.cumsum(dim=1) - 1)[:, -ids.shape[1] :]
     inputs = {"input_ids": ids, "use_cache": bool(cache), **cache}
     if cache:  # without one the padding is on the right, where no token sees it, and no mask is the faster way
         inputs |= {"attention_mask": whole, "position_ids": position.clamp(min=0)}
-    return Pass(inputs, rows, position.masked_fill(mask == 0, -1), answers)
+    return Pass(inputs, rows, position.masked_fill(mask == 0, -1), answers, attempt)
 
 
 def _right_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -63,13 +63,15 @@ def pool(
         for step in forward_passes(model, rows, batch_tokens=batch_tokens):
             first = [(len(rows[members[0]][0]), kept[members[0]]) for members in step.rows]
             weights = token_weights(step.position, first, [*poolings, "response_mean"])
-            with suppress(EnoughRead):
+            sums.clear()
+            with step.attempt, suppress(EnoughRead):
                 read_pass(model, step)
+            if step.attempt.failed:
+                continue
             line = [i for i, members in enumerate(step.rows) for _ in members]
             target = torch.tensor([row for members in step.rows for row in members])
             pooled.means.index_add_(0, target, torch.stack([s.cpu() for s, _ in sums], dim=2)[line])
             pooled.norms.index_add_(0, target, torch.stack([n.cpu() for _, n in sums], dim=1)[line])
-            sums.clear()
             if step.answers:
                 shown.update(len(step.rows))
     return pooled

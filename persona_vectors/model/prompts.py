@@ -230,15 +230,3 @@ def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device | str
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
-
-
-def length_batches(prompts: Sequence[Sequence[int]], extra: int, budget: int) -> list[list[int]]:
-    """Return batches of indices, longest first, of at most `budget` tokens each, with `extra` tokens a row."""
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    batches: list[list[int]] = []
-    for i in order:
-        if batches and (len(batches[-1]) + 1) * (len(prompts[batches[-1][0]]) + extra) <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches

@@ -200,8 +200,10 @@ def read_projections(
 
     with edit_blocks(model, {layer: reader(layer) for layer in units}), torch.inference_mode():
         for step in forward_passes(model, rows, batch_tokens=batch_tokens, held_back=1):
-            with suppress(EnoughRead):
+            with step.attempt, suppress(EnoughRead):
                 read_pass(model, step)
+            if step.attempt.failed:
+                continue
             values = torch.cat([read[layer] for layer in units], dim=2)
             position = step.position.cpu()
             for line, members in enumerate(step.rows):

@@ -15,7 +15,6 @@ from persona_vectors.evaluation.judge import judge_name
 from persona_vectors.evaluation.served import Generate
 from persona_vectors.extraction.rollouts import Rollout, RolloutFile, draw_rollouts, plan
 from persona_vectors.model.blocks import Model
-from persona_vectors.model.generation import generation_budget
 from persona_vectors.model.identity import identity
 from persona_vectors.model.prompts import chat_prompt, encode
 
@@ -64,7 +63,6 @@ def make_training_sets(
         "questions": asked,
         "samples": samples,
         **drawing,
-        "batch_tokens": generation_budget(model, batch_tokens),
         "generate": generate and judge_name(generate),
     }
     drawing |= {"batch_tokens": batch_tokens, "desc": f"{trait.name}: training answers", "generate": generate}

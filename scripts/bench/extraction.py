@@ -13,9 +13,10 @@ from bench.peers import official, repeng, steering_vectors
 from persona_vectors.model.blocks import Model
 from persona_vectors.model.generation import generate_tokens, stop_tokens
 from persona_vectors.model.loading import EMBEDDED
+from persona_vectors.model.memory import Budget
 from persona_vectors.model.passes import Row
 from persona_vectors.model.pooling import POOLINGS, pool, pool_while_generating
-from persona_vectors.model.prompts import batch_tokens_for, length_batches
+from persona_vectors.model.prompts import batch_tokens_for
 
 
 def extraction(
@@ -49,7 +50,7 @@ def extraction(
     found["extraction"] = report_extraction(reading)
 
     asked = [distinct[i % prompts] for i in range(prompts * samples)]
-    chosen = length_batches(asked, answer_tokens, 8 * budget)[0]
+    chosen, _ = next(Budget(model, "bench", 8 * budget).batches(asked, answer_tokens))
     generating = reading_methods(model, tokenizer, [asked[i] for i in chosen], answer_tokens)
     run_rounds(generating, rounds, model.device)
     found["generation"] = report_generation(generating, generating[:2])

@@ -19,8 +19,9 @@ from persona_vectors.flagging.work import answer_means
 from persona_vectors.model.blocks import Model, decoder_layers
 from persona_vectors.model.generation import generate_tokens, stop_tokens
 from persona_vectors.model.loading import EMBEDDED
+from persona_vectors.model.memory import Budget
 from persona_vectors.model.passes import Row
-from persona_vectors.model.prompts import batch_tokens_for, length_batches
+from persona_vectors.model.prompts import batch_tokens_for
 from persona_vectors.monitoring.trace import monitor
 from persona_vectors.vectors.directions import unit_directions
 from persona_vectors.vectors.moments import neutral_moments
@@ -77,13 +78,13 @@ def flagging_methods(
         official_projection(model, rows, vector, layer)
 
     def plain(rows: Sequence[Row]) -> None:
-        for batch in length_batches([p for p, _ in rows], new_tokens, 8 * batch_tokens):
+        for batch, _ in Budget(model, "bench", 8 * batch_tokens).batches([p for p, _ in rows], new_tokens):
             prompts = [rows[i][0] for i in batch]
             generate_tokens(model, tokenizer, prompts, max_new_tokens=new_tokens, temperature=0, reading=True)
 
     def reading(rows: Sequence[Row]) -> None:
         stops = stop_tokens(model, tokenizer)
-        for batch in length_batches([p for p, _ in rows], new_tokens, 8 * batch_tokens):
+        for batch, _ in Budget(model, "bench", 8 * batch_tokens).batches([p for p, _ in rows], new_tokens):
             with monitor(model, vector, layer=layer, stops=stops) as trace:
                 prompts = [rows[i][0] for i in batch]
                 generate_tokens(model, tokenizer, prompts, max_new_tokens=new_tokens, temperature=0, reading=True)

@@ -105,14 +105,25 @@ def test_a_run_that_was_cut_anywhere_goes_on_to_the_same_answers(tmp_path, model
     text = whole.read_bytes()
     lines = text.splitlines(keepends=True)
     calls = []
-    for cut in (len(lines[0]) + 3, sum(map(len, lines[:8])), len(text) // 2, len(text) - 5):
+    cuts = (len(lines[0]) + 3, sum(map(len, lines[:8])), len(text) // 2, len(text) - 5)
+    for cut, width in zip(cuts, (400, 70, 1000, None)):  # in batches of another size
         path, judge = tmp_path / f"cut{cut}.jsonl", FakeJudge()
         path.write_bytes(text[:cut])
-        again = extract(model, tokenizer, trait, judge=judge, rollouts=path, **SMALL)
+        again = extract(model, tokenizer, trait, judge=judge, rollouts=path, **SMALL | {"batch_tokens": width})
         assert path.read_bytes() == text
         calls.append(judge.calls)
         torch.testing.assert_close(again.directions, vector.directions, rtol=1e-3, atol=1e-5)
     assert calls[0] == 2 * 48 > calls[2] > calls[3]  # what is on the disk is not made again
+
+
+def test_batches_of_any_size_give_the_same_answers_and_the_same_vector(tmp_path, model, tokenizer, trait):
+    made = []
+    for width in (1, 70, 200, 1000, None):  # one row a batch, a few, all 48
+        path, options = tmp_path / f"{width}.jsonl", SMALL | {"batch_tokens": width}
+        made.append((extract(model, tokenizer, trait, judge=FakeJudge(), rollouts=path, **options), path.read_bytes()))
+    for vector, text in made[1:]:
+        assert text == made[0][1]
+        torch.testing.assert_close(vector.directions, made[0][0].directions, rtol=1e-3, atol=1e-5)
 
 
 def test_the_same_seed_gives_the_same_answers_and_another_gives_others(tmp_path, model, tokenizer, trait):

@@ -12,7 +12,8 @@ from persona_vectors.model import loading, prompts
 from persona_vectors.model.blocks import model_name
 from persona_vectors.model.generation import generate, generate_tokens
 from persona_vectors.model.loading import load_model
-from persona_vectors.model.prompts import chat_prompt, encode_answer, fold_system_role, length_batches
+from persona_vectors.model.memory import Budget
+from persona_vectors.model.prompts import chat_prompt, encode_answer, fold_system_role
 
 REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
 DROPS = "{% for m in messages if m['role'] != 'system' %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -118,8 +119,8 @@ def test_answers_end_at_the_end_token(model, tokenizer):
     assert all(len(ids) == 20 for ids, finished in rows if not finished)
 
 
-def test_batches_keep_to_the_budget_and_lose_nothing():
+def test_batches_keep_to_the_budget_and_lose_nothing(model):
     prompts = [[0] * n for n in (3, 9, 1, 4, 4, 30, 2)]
-    batches = length_batches(prompts, 2, 20)
+    batches = [batch for batch, _ in Budget(model, "test", 20).batches(prompts, 2)]
     assert sorted(i for batch in batches for i in batch) == list(range(7))
     assert all(len(b) == 1 or len(b) * (max(len(prompts[i]) for i in b) + 2) <= 20 for b in batches)

@@ -14,7 +14,7 @@ from persona_vectors.model.hooks import edits_are_active, pause_edits
 from persona_vectors.monitoring.trace import monitor
 from persona_vectors.steering.add import steer
 
-PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+PROMPTS = [[5, 6, 7], [5, 6, 7], [8, 9], [10, 11, 12, 13]]
 
 
 def answer(model, job: int) -> object:

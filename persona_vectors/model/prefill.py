@@ -1,0 +1,93 @@
+"""Prompts that answers share, read once in a call of `generate`."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from persona_vectors.model.blocks import Model, decoder_layers
+from persona_vectors.model.passes import cache_argument
+from persona_vectors.model.wrappers import unwrap
+
+
+@contextmanager
+def shared_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> Iterator[None]:
+    """Have the blocks read each distinct prompt once in the next call of `generate`, which has one row a prompt.
+
+    Only inside the blocks is there a row for each distinct prompt: hooks on them, and all that is around them, see
+    every row, and the cache has every row in the end. From the first block on whose rows have been edited differently
+    nothing is shared. Nor is it in models whose state cannot be.
+    """
+    model = unwrap(model)
+    distinct: dict[tuple[int, ...], int] = {}
+    lines = [distinct.setdefault(tuple(prompt), len(distinct)) for prompt in prompts]
+    masked = model.config._attn_implementation == "flex_attention"  # by what is no tensor
+    with ExitStack() as hooks:
+        if len(distinct) < len(prompts) and cache_argument(model) and not masked:
+            _Prefill(model, torch.tensor(lines), hooks)
+        yield
+
+
+class _Prefill:
+    """The hooks on one call's first pass, after which they are gone."""
+
+    def __init__(self, model: Any, lines: Int[Tensor, " row"], hooks: ExitStack) -> None:
+        self.lines, self.hooks = lines, hooks
+        self.first = torch.tensor([lines.tolist().index(line) for line in range(int(lines.max()) + 1)])
+        self.thread = threading.get_ident()
+        self.shared = True
+        self.hidden: Tensor | None = None
+        """What the last block gave to all rows."""
+        self._add(model.get_decoder().register_forward_hook, self._end, with_kwargs=True)
+        for block in decoder_layers(model):
+            self._add(block.register_forward_pre_hook, self._before, with_kwargs=True)
+            self._add(block.register_forward_hook, self._after, prepend=True)
+
+    def _add(self, register: Callable[..., Any], hook: Callable[..., Any], **options: bool) -> None:
+        def own(*args: Any) -> Any:  # another thread's pass through the same model is none of ours
+            return hook(*args) if threading.get_ident() == self.thread else None
+
+        self.hooks.callback(register(own, **options).remove)
+
+    def _before(self, _block: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Give a block one row for each distinct prompt."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if self.shared and hidden is not self.hidden:
+            self.shared = torch.equal(hidden, _take(_take(hidden, self.first), self.lines))
+        return _taken((args, kwargs), self.first, len(self.lines)) if self.shared else None
+
+    def _after(self, _block: nn.Module, _args: Any, output: Any) -> Any:
+        """Give its output to all rows, before any other hook sees it."""
+        if not self.shared:
+            return None
+        output = _taken(output, self.lines, len(self.first))
+        self.hidden = output[0] if isinstance(output, (tuple, list)) else output
+        return output
+
+    def _end(self, _decoder: nn.Module, args: Any, kwargs: Any, _output: Any) -> None:
+        cache: Any = next(each for each in (*args, *kwargs.values()) if isinstance(each, DynamicCache))
+        for layer in cache.layers:
+            if layer.is_initialized and len(layer.keys) == len(self.first):
+                layer.batch_select_indices(self.lines.to(layer.keys.device))
+        self.hooks.close()
+
+
+def _take(values: Tensor, rows: Tensor, dim: int = 0) -> Tensor:
+    return values.index_select(dim, rows.to(values.device))
+
+
+def _taken(given: Any, rows: Tensor, count: int, name: str = "") -> Any:
+    """Return arguments in which every tensor of `count` rows has these `rows` instead."""
+    if isinstance(given, dict):
+        return {key: _taken(value, rows, count, str(key)) for key, value in given.items()}
+    if isinstance(given, (tuple, list)):
+        return type(given)([_taken(value, rows, count, name) for value in given])
+    if not isinstance(given, Tensor) or given.ndim < 2:
+        return given
+    dim = 1 if name == "position_ids" and given.ndim == 3 else 0  # a place for each axis of an image
+    return _take(given, rows, dim) if given.shape[dim] == count else given

@@ -1,0 +1,72 @@
+"""Prompts that rows share are read once: the answers, and what hooks see, are those of each row alone."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+import zoo
+from helpers import DECODERS, hooks, random_direction
+from torch import Tensor
+
+from persona_vectors.model.generation import generate_tokens, stop_tokens
+from persona_vectors.model.pooling import POOLINGS, pool_while_generating
+from persona_vectors.model.sampling import row_seed
+from persona_vectors.monitoring.trace import monitor
+from persona_vectors.steering.add import steer
+
+A, B = [5, 6, 7], [8, 9, 10, 11, 12]
+PROMPTS = [A, B, A, B, [13], A]
+SEEDS = [row_seed(1, i) for i in range(len(PROMPTS))]
+COEFS = [0.0, 3.0, 3.0, -4.0, 2.0, 9.0]
+
+
+def answer(model, tokenizer, rows: list[int], coefs: list[float] | None) -> tuple[list, list[Tensor], list[Tensor]]:
+    """Answers of some rows in one batch, each one's projections from its first real token on, and its means."""
+    options = {"max_new_tokens": 6, "seed": [SEEDS[i] for i in rows], "reading": True}
+    with ExitStack() as stack:
+        if coefs:
+            stack.enter_context(steer(model, random_direction(model), layer=1, coef=torch.tensor(coefs)))
+        stops = stop_tokens(model, tokenizer)
+        pooled = stack.enter_context(pool_while_generating(model, stops=stops, poolings=POOLINGS))
+        trace = stack.enter_context(monitor(model, random_direction(model), layer="all"))
+        answers = generate_tokens(model, tokenizer, [PROMPTS[i] for i in rows], **options)
+    assert len(trace.calls) == 1
+    values = torch.stack([trace[key] for key in trace.keys])
+    width = max(len(PROMPTS[i]) for i in rows)
+    spans = [(width - len(PROMPTS[i]), width + len(ids)) for i, (ids, _) in zip(rows, answers)]
+    return answers, [values[:, line, slice(*span)] for line, span in enumerate(spans)], list(pooled().means)
+
+
+@pytest.mark.parametrize("coefs", [None, COEFS], ids=["plain", "steered by row"])
+@pytest.mark.parametrize("name", [name for name in DECODERS if name != "recurrent_gemma"])  # which reads padding
+def test_rows_that_share_their_prompts_answer_as_each_alone(name: str, coefs: list[float] | None, tokenizer):
+    model = zoo.build(name)
+    answers, read, means = answer(model, tokenizer, [0, 1, 2, 3, 4, 5], coefs)
+    for i in range(len(PROMPTS)):
+        alone = answer(model, tokenizer, [i], coefs and [coefs[i]])
+        assert [answers[i]] == alone[0]
+        torch.testing.assert_close(read[i], alone[1][0], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(means[i], alone[2][0], rtol=1e-3, atol=1e-4)
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize(("coef", "last"), [(5.0, 3), (torch.tensor(COEFS), 6)], ids=["alike", "by row"])
+def test_each_distinct_prompt_is_read_once_up_to_where_rows_differ(model, tokenizer, coef: float | Tensor, last: int):
+    rows: list[list[int]] = [[] for _ in range(zoo.BLOCKS)]
+    for index, block in enumerate(model.model.layers):
+        block.mlp.register_forward_pre_hook(lambda _, args, index=index: rows[index].append(len(args[0])))
+    with steer(model, random_direction(model), layer=1, coef=coef):
+        generate_tokens(model, tokenizer, PROMPTS, max_new_tokens=3, temperature=0)
+    assert [seen[0] for seen in rows] == [3, 3, last]
+    assert all(set(seen[1:]) == {6} for seen in rows)
+
+
+def test_nothing_is_left_of_it_after_an_error(model, tokenizer):
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].mlp.register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        generate_tokens(model, tokenizer, PROMPTS, max_new_tokens=3)
+    handle.remove()
+    assert hooks(model) == 0
