@@ -103,11 +103,6 @@ class _Neutral(GenerationConfig):
         return super().update(defaults_only=defaults_only, allow_custom_entries=allow_custom_entries, **settings)
 
 
-def generation_order(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Return the order in which `generate_batches` answers prompts, as their indices: longest first."""
-    return sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-
-
 def generate_batches(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
