@@ -146,13 +146,8 @@ class RolloutFile:
         self.settings = {"persona_vectors_rollouts": FORMAT, **settings}
         self.rollouts: list[Rollout] = []
         if self.path and self.path.is_file() and self.path.stat().st_size:
-            self._resume(self.path)
-        else:
-            self._rewrite()
-
-    def _resume(self, path: Path) -> None:
-        header, self.rollouts = read_jsonl(path, partial=True)
-        check_settings(path, header, self.settings)
+            header, self.rollouts = read_jsonl(self.path, partial=True)
+            check_settings(self.path, header, self.settings)
         self._rewrite()  # without a line that was cut
 
     def append(self, rollouts: Sequence[Rollout]) -> None:
