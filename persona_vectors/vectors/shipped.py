@@ -34,7 +34,8 @@ def load_vector(name: str | Path) -> PersonaVector:
     if Path(name).is_file() or str(name).endswith(".safetensors"):
         return PersonaVector.load(name)
     files = _files()
-    on_hub = None if str(name) in files else hub.parse(str(name))
+    local = str(name) in files or Path(name).parent.is_dir()  # a path that lacks its end is not asked of the Hub
+    on_hub = None if local else hub.parse(str(name))
     if on_hub is not None:
         return PersonaVector.load(hub.download(on_hub))
     if str(name) not in files:

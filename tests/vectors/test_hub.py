@@ -151,8 +151,10 @@ def test_who_may_not_is_told_and_no_token_is_in_an_error(hub, vector, monkeypatc
     assert not hub.repos.get(REPO)
 
 
-def test_names_that_are_none(vector):
-    for name in ("a/b", "a/../b", "a//b/c", "../a/b/c", "a/b/c@", "a/b/c@x@y"):
+def test_names_that_are_none(vector, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vectors" / "tiny").mkdir(parents=True)
+    for name in ("vectors/tiny/calm", "a/b", "a/../b", "a//b/c", "../a/b/c", "a/b/c@", "a/b/c@x@y"):
         with pytest.raises(InputError, match=r"no vector is called .*org/repo/vector on the Hub"):
             pv.load_vector(name)
     with pytest.raises(InputError, match="is no name on the Hub: give org/name"):
