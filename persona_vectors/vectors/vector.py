@@ -4,7 +4,7 @@ import hashlib
 import json
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -66,6 +66,29 @@ class PersonaVector:
         layers, hidden = self.directions.shape
         kept = f", {self.info['pairs_kept']} answer pairs" if "pairs_kept" in self.info else ""
         return f"PersonaVector({self.trait!r}, {layers} layers x {hidden}{kept}, {self.model})"
+
+    def __eq__(self, other: object) -> bool:
+        """Say whether another vector has the same directions and says the same of them."""
+        if not isinstance(other, PersonaVector):
+            return NotImplemented
+        plain = all(getattr(self, name) == getattr(other, name) for name in ("trait", "model", "pooling"))
+        tensors = [(getattr(self, name), getattr(other, name)) for name in _TENSORS]
+        same = all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in tensors)
+        return plain and same and dict(self.info) == dict(other.info)
+
+    def __hash__(self) -> int:
+        return hash((self.trait, self.model, tuple(self.directions.shape)))
+
+    def __getitem__(self, layer: SupportsIndex) -> Float[Tensor, " hidden"]:
+        """Return one layer's direction, `vector[13]`; raises InputError where there is no such layer."""
+        return self.direction(layer)
+
+    def __iter__(self) -> Iterator[Float[Tensor, " hidden"]]:
+        return iter(self.directions)
+
+    def norm(self) -> Float[Tensor, " layer"]:
+        """Return the length of every layer's direction."""
+        return self.directions.norm(dim=1)
 
     def direction(self, layer: SupportsIndex) -> Float[Tensor, " hidden"]:
         """Return one layer's direction; raises InputError where there is no such layer."""
