@@ -121,6 +121,8 @@ __all__ = sorted(_MODULE_OF)
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for, so that importing the package is fast."""
+    if name == "__version__":
+        return import_module("importlib.metadata").version("persona-vectors-toolkit")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'persona_vectors' has no attribute {name!r}")
     return getattr(import_module(f"persona_vectors.{_MODULE_OF[name]}"), name)

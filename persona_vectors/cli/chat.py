@@ -128,7 +128,7 @@ class _Terminal:
             self.talk.messages = [m for m in self.talk.messages if m["role"] == "system"]
             self.say("the conversation is empty")
         elif command == "/save" and rest and self.readings is not None:
-            shown = {"calibration": self.known, "title": model_name(self.talk.model)}
+            shown: dict[str, Any] = {"calibration": self.known, "title": model_name(self.talk.model)}
             heatmap(self.talk.tokenizer, self.readings, **shown).save(rest)
             self.say(f"token heatmap -> {rest}")
         else:

@@ -1,5 +1,7 @@
 """Progress bars of long work, and the one switch that silences them."""
 
+import time
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -8,6 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 _state = {"shown": True}
+_open: list[Any] = []
 _silent: ContextVar[bool] = ContextVar("silent", default=False)
 
 
@@ -29,4 +32,16 @@ def without_bars() -> Iterator[None]:
 def bar(items: Iterable[Any] | None = None, *, desc: str, unit: str, total: int | None = None, initial: int = 0) -> Any:
     """Return a tqdm bar, over `items` or moved with `.update(n)`; what is done within a second shows none."""
     silenced = {} if _state["shown"] and not _silent.get() else {"disable": True}  # else tqdm looks at TQDM_DISABLE
-    return tqdm(items, desc=desc, unit=unit, total=total, initial=initial, delay=1, leave=False, **silenced)
+    made = tqdm(items, desc=desc, unit=unit, total=total, initial=initial, delay=1, leave=False, **silenced)
+    _open[:] = [known for known in _open if known() is not None and not known().disable] + [weakref.ref(made)]
+    return made
+
+
+def pulse(text: str) -> None:
+    """Say on the innermost open bar how far its next step is: twice a second, and once the bar itself is shown."""
+    shown = next((bar for bar in (known() for known in reversed(_open)) if bar is not None and not bar.disable), None)
+    if shown is not None and not _silent.get():
+        now = time.time()
+        if now - shown.start_t >= shown.delay and now - shown.last_print_t >= 0.5:
+            shown.last_print_t = now
+            shown.set_postfix_str(text)

@@ -75,6 +75,12 @@ class Trait(BaseModel):
             raise ValueError(f"lacks the placeholder {' and '.join(missing)}")
         return text
 
+    def __repr__(self) -> str:
+        counts = f"{len(self.questions.extract)} + {len(self.questions.eval)} questions"
+        return f"Trait({self.name!r}, {len(self.instruction)} instruction pairs, {counts})"
+
+    __str__ = __repr__
+
     def graded_prompts(self) -> list[str]:
         """Return eight system prompts, from one that forbids the trait to one that demands it (paper, section 3.3)."""
         yes, no = self.positive_adjective, self.negative_adjective
@@ -128,6 +134,15 @@ def load_trait(name_or_path: str | Path) -> Trait:
         if path.parent.name == "trait_data_extract" and sibling.is_file():
             data["questions"] = {"extract": data["questions"], "eval": _read_json(sibling).get("questions", [])}
     return _parse(data, path.stem, name)
+
+
+def as_trait(trait: Trait | str | Path) -> Trait:
+    """Return a trait, or the one that a name or a path means; raises InputError for anything else."""
+    if isinstance(trait, (str, Path)):
+        return load_trait(trait)
+    if not isinstance(trait, Trait):
+        raise InputError(f"trait is {type(trait).__name__}: give a Trait, a shipped one's name or a JSON file's path")
+    return trait
 
 
 def _read_json(path: Path) -> Any:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +13,7 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.data.intervals import Interval, mean_interval
 from persona_vectors.data.progress import bar
 from persona_vectors.data.tables import Table
-from persona_vectors.data.traits import Trait
+from persona_vectors.data.traits import Trait, as_trait
 from persona_vectors.evaluation.beside import score_batches
 from persona_vectors.evaluation.judge import Answer, Judge, is_remote, judge_name
 from persona_vectors.evaluation.judges import score_both
@@ -133,7 +134,7 @@ class Evaluation(Table):
 def evaluate(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
-    trait: Trait,
+    trait: Trait | str | Path,
     *,
     judge: Judge | None,
     questions: Sequence[str] | None = None,
@@ -155,8 +156,9 @@ def evaluate(
     Raises InputError where there is no question, for `generate` inside an edit, and where the judge abstained on every
     answer.
     """
-    judge = check_given(judge)
-    asked = trait.questions.eval if questions is None else tuple(questions)
+    trait, judge = as_trait(trait), check_given(judge)
+    given = [questions] if isinstance(questions, str) else questions
+    asked = trait.questions.eval if given is None else tuple(given)
     if not asked or samples < 1:
         raise InputError(
             f"trait {trait.name!r} has no questions to evaluate on: add questions.eval, or give questions="

@@ -14,7 +14,7 @@ from persona_vectors.data.files import writing
 from persona_vectors.data.intervals import mean_interval
 from persona_vectors.data.ledger import Ledger
 from persona_vectors.data.progress import bar
-from persona_vectors.data.traits import Trait
+from persona_vectors.data.traits import Trait, as_trait
 from persona_vectors.evaluation.answers import Ask, answer_batches, check_abstentions, check_given, number
 from persona_vectors.evaluation.beside import score_batches
 from persona_vectors.evaluation.judge import Answer, Judge, is_remote, judge_name
@@ -32,7 +32,7 @@ from persona_vectors.vectors.vector import PersonaVector
 def sweep(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
-    trait: Trait,
+    trait: Trait | str | Path,
     vector: PersonaVector,
     *,
     judge: Judge | None,
@@ -64,7 +64,7 @@ def sweep(
 
     Raises InputError where no point is coherent, the judge scores nothing, or a stage lacks questions.
     """
-    judge = check_given(judge)
+    trait, judge = as_trait(trait), check_given(judge)
     layers, strengths = chosen_layers(layer, len(vector.directions)), _strengths(coefs, doses)
     chooses, reports = trait.questions.extract[:first], trait.questions.eval
     if not chooses or not reports:

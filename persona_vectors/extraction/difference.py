@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import writing
-from persona_vectors.data.traits import Trait
+from persona_vectors.data.traits import Trait, as_trait
 from persona_vectors.evaluation.beside import score_batches
 from persona_vectors.evaluation.judge import Judge, is_remote, judge_name
 from persona_vectors.evaluation.served import Generate
@@ -33,7 +33,7 @@ MIN_PAIRS = 10
 def extract(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
-    trait: Trait,
+    trait: Trait | str | Path,
     *,
     judge: Judge | None,
     samples: int = 10,
@@ -63,7 +63,7 @@ def extract(
 
     Raises InputError where fewer than `min_pairs` pairs are kept, saying what was dropped.
     """
-    model = _checked(model, [pooling])
+    model, trait = _checked(model, [pooling]), as_trait(trait)
     tasks = plan(tokenizer, trait, first=first, samples=samples)
     drawing: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     settings = {

@@ -35,7 +35,10 @@ def decoder_layers(model: Model) -> nn.ModuleList:
 
 def model_shape(model: Model) -> tuple[int, int]:
     """Return (number of decoder blocks, hidden size)."""
-    config = unwrap(model).config.get_text_config(decoder=True)
+    found = unwrap(model)
+    if not hasattr(found, "config"):
+        raise InputError(f"model is {type(found).__name__}: the model comes first, such as load_model's first value")
+    config = found.config.get_text_config(decoder=True)
     return getattr(config, "num_decoder_layers", None) or config.num_hidden_layers, config.hidden_size
 
 

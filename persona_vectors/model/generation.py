@@ -21,7 +21,7 @@ from persona_vectors.model.prompts import (
     encode,
     left_pad,
 )
-from persona_vectors.model.sampling import Draws, row_seed
+from persona_vectors.model.sampling import Draws, Pulse, row_seed
 from persona_vectors.model.wrappers import keeps_cache, unwrap
 
 Conversation = Sequence[Mapping[str, Any]]
@@ -86,7 +86,7 @@ def generate_tokens(
         pad_token_id=pad,
         use_cache=use_cache and keeps_cache(model),
     )
-    settings = {"generation_config": config, "logits_processor": LogitsProcessorList(draws)}
+    settings = {"generation_config": config, "logits_processor": LogitsProcessorList([*draws, Pulse(length)])}
     with shared_prompts(model, prompts), torch.inference_mode():
         output = model.generate(input_ids=ids, attention_mask=mask, **settings)
     answers = output[:, 0 if model.config.is_encoder_decoder else ids.shape[1] :].tolist()

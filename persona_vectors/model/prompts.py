@@ -39,6 +39,8 @@ def chat_text(
 
     See `chat_prompt` for the errors; a template that leaves out tools, or calls of them, is one too.
     """
+    if not hasattr(tokenizer, "chat_template"):
+        raise InputError(f"tokenizer is {type(tokenizer).__name__}: the model comes first, and then its tokenizer")
     name = tokenizer.name_or_path
     if not tokenizer.chat_template:
         raise InputError(

@@ -8,6 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from persona_vectors.data.progress import pulse
+
 
 def row_seed(seed: int, number: int) -> int:
     """Return the seed of answer `number` of a run: those of two runs with seeds side by side have nothing in common."""
@@ -32,6 +34,18 @@ class Draws(LogitsProcessor):
         uniform = _hashed(self.seeds.to(scores.device) + _MIX[0] * (token + 1))
         noisy = scores.double() / self.temperature - (-uniform.log()).log()
         return torch.full_like(scores, -torch.inf).scatter_(1, noisy.argmax(dim=1, keepdim=True), 0.0)
+
+
+class Pulse(LogitsProcessor):
+    """Change nothing, and say on the open progress bar how many of `length` tokens the answers have."""
+
+    def __init__(self, length: int) -> None:
+        self.done, self.length = 0, length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.done += 1
+        pulse(f"token {self.done} of at most {self.length}")
+        return scores
 
 
 _MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)

@@ -23,7 +23,7 @@ from persona_vectors.monitoring.turns import Conversation, Turn, answered_turns,
 from persona_vectors.vectors.directions import Key, layer_for, projections, unit_directions, vector_keys, vector_list
 from persona_vectors.vectors.moments import Moments
 from persona_vectors.vectors.nulls import Nulls, nulls_of, vectors_alone, with_nulls
-from persona_vectors.vectors.vector import PersonaVector
+from persona_vectors.vectors.shipped import VectorLike
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ def project(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Conversation],
-    vectors: PersonaVector | Sequence[PersonaVector],
+    vectors: VectorLike | Sequence[VectorLike],
     *,
     layer: Layer | None = None,
     poolings: Sequence[str] = ("prompt_last", "response_mean"),

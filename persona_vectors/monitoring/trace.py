@@ -17,7 +17,7 @@ from persona_vectors.model.wrappers import unwrap
 from persona_vectors.monitoring.percentiles import Calibration
 from persona_vectors.monitoring.readings import Readings
 from persona_vectors.vectors.directions import Key, layer_for, projections, unit_directions, vector_keys, vector_list
-from persona_vectors.vectors.vector import PersonaVector
+from persona_vectors.vectors.shipped import VectorLike
 
 
 class _Columns:
@@ -200,7 +200,7 @@ class Trace:
 @contextmanager
 def monitor(
     model: Model,
-    vectors: PersonaVector | Sequence[PersonaVector],
+    vectors: VectorLike | Sequence[VectorLike],
     *,
     layer: Layer | None = None,
     every: int = 1,

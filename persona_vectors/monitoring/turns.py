@@ -52,6 +52,8 @@ def answered_turns(
     tokenizer: PreTrainedTokenizerBase, number: int, conversation: Any, by_turn: bool, skip_reasoning: bool
 ) -> Iterator[Turn]:
     """Yield a conversation's last answer, or all of its answers."""
+    if isinstance(conversation, str):
+        raise InputError(f"conversation {number} is a text: give a question and its answer as a tuple, or messages")
     if len(conversation) == 2 and isinstance(conversation[0], str):
         conversation = [{"role": r, "content": c} for r, c in zip(("user", "assistant"), conversation)]
     ends = [i for i, message in enumerate(conversation) if message["role"] == "assistant" and i > 0]

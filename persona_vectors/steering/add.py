@@ -12,13 +12,14 @@ from persona_vectors.model.blocks import Layer, Model, model_shape, one_layer
 from persona_vectors.model.hooks import Edit, edit_blocks
 from persona_vectors.model.tokens import Tokens, check_positions
 from persona_vectors.vectors.directions import Strength, finite, incremental
+from persona_vectors.vectors.shipped import VectorLike, as_vector
 from persona_vectors.vectors.vector import PersonaVector
 
 
 @contextmanager
 def steer(
     model: Model,
-    vector: PersonaVector,
+    vector: VectorLike,
     *,
     layer: Layer | None = None,
     coef: Strength | None = None,
@@ -48,6 +49,7 @@ def steer(
     Raises InputError for a vector or a layer that does not fit, or where none is given nor recommended, and
     RuntimeError where the hook never fired, in training at the first step.
     """
+    vector = as_vector(vector)
     vector.check_fits(model)
     check_positions(positions)
     if layer is None:

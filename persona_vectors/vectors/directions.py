@@ -1,8 +1,9 @@
 """Which layers and directions are meant, and projections on them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Layer, Model, chosen_layers
+from persona_vectors.vectors.shipped import VectorLike, as_vector
 from persona_vectors.vectors.vector import PersonaVector
 
 Key = str
@@ -24,9 +26,11 @@ def vector_keys(names: Sequence[str], layers: Sequence[int]) -> list[Key]:
     return list(names) if len(layers) == 1 else [f"{name}@{layer}" for layer in layers for name in names]
 
 
-def vector_list(vectors: PersonaVector | Sequence[PersonaVector]) -> list[PersonaVector]:
-    """Return one vector, or several, as a list."""
-    return [vectors] if isinstance(vectors, PersonaVector) else list(vectors)
+def vector_list(vectors: VectorLike | Sequence[VectorLike]) -> list[PersonaVector]:
+    """Return one vector, or several, as a list; raises InputError for what is none."""
+    one = isinstance(vectors, (PersonaVector, str, Path)) or not isinstance(vectors, Iterable)
+    given: Any = [vectors] if one else vectors
+    return [as_vector(vector) for vector in given]
 
 
 def layer_for(vectors: Sequence[PersonaVector], layer: Layer | None, *, purpose: str) -> Layer:
@@ -53,6 +57,8 @@ def per_dose(vector: PersonaVector, layer: int) -> float:
 
 def finite(strength: S) -> S:
     """Return the strength of an edit; raises InputError where it is no finite number."""
+    if isinstance(strength, (list, tuple)):
+        raise InputError(f"coef or dose is {strength}: give one number, or a tensor with one for each row of the batch")
     if not callable(strength) and not torch.as_tensor(strength, dtype=torch.float32).isfinite().all():
         raise InputError(f"coef or dose is {strength}: give finite numbers")
     return strength

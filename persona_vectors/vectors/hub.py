@@ -5,9 +5,11 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.vectors.card import MADE, vectors_card
 
 SUFFIX = ".safetensors"
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)/([\w. /-]*[\w.-])(?:@([\w./-]+))?")
@@ -53,6 +55,22 @@ def list_files(repo: str, *, revision: str | None = None) -> list[str]:
         paths = HfApi().list_repo_files(repo, revision=revision)
     at = "" if revision is None else f"@{revision}"
     return sorted(f"{repo}/{path.removesuffix(SUFFIX)}{at}" for path in paths if path.endswith(SUFFIX))
+
+
+def push(vector: Any, repo: str, *, private: bool) -> str:
+    """Commit a PersonaVector's file and its card to a repository; return the name to load it by."""
+    name = f"{repo}/{vector.trait}"
+    if parse(name) is None:
+        raise InputError(f"{name!r} is no name on the Hub: give org/name, and a trait of letters and digits")
+    old = open_repo(repo, private=private)
+    files: dict[str, Path | bytes] = {}
+    if not old or MADE in old:
+        files["README.md"] = vectors_card([vector], repo=repo, old=old).encode()
+    with TemporaryDirectory() as folder:
+        files[f"{vector.trait}{SUFFIX}"] = Path(folder) / "vector.safetensors"
+        vector.save(Path(folder) / "vector.safetensors")
+        commit = upload(repo, files, message=repr(vector))
+    return f"{name}@{commit}"
 
 
 def open_repo(repo: str, *, private: bool) -> str:

@@ -47,6 +47,19 @@ def load_vector(name: str | Path) -> PersonaVector:
     return PersonaVector.load(files[str(name)])
 
 
+VectorLike = PersonaVector | str | Path
+"""A vector, the path of its file, or the name of one that ships with the package."""
+
+
+def as_vector(vector: VectorLike) -> PersonaVector:
+    """Return a vector, or the one that a path or a name means; raises InputError for anything else."""
+    if isinstance(vector, (str, Path)):
+        return load_vector(vector)
+    if not isinstance(vector, PersonaVector):
+        raise InputError(f"a vector is {type(vector).__name__}: give a PersonaVector, its file's path or its name")
+    return vector
+
+
 def _files() -> dict[str, Path]:
     folder = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[0])
     return {f"{path.parent.name}/{path.stem}": path for path in folder.glob("*/*.safetensors")}

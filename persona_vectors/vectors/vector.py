@@ -4,11 +4,10 @@ import hashlib
 import json
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, SupportsIndex
 
 import torch
@@ -89,6 +88,29 @@ class PersonaVector:
     def recommended(self, purpose: str) -> Use:
         """Return where to use it: "steer", "monitor" or "flag"; raises InputError where there is no evidence."""
         return recommended(self.uses, purpose, repr(self))
+
+    def __eq__(self, other: object) -> bool:
+        """Say whether another vector has the same directions and says the same of them."""
+        if not isinstance(other, PersonaVector):
+            return NotImplemented
+        plain = all(getattr(self, name) == getattr(other, name) for name in ("trait", "model", "pooling"))
+        tensors = [(getattr(self, name), getattr(other, name)) for name in _TENSORS]
+        same = all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in tensors)
+        return plain and same and dict(self.info) == dict(other.info) and dict(self.uses) == dict(other.uses)
+
+    def __hash__(self) -> int:
+        return hash((self.trait, self.model, tuple(self.directions.shape)))
+
+    def __getitem__(self, layer: SupportsIndex) -> Float[Tensor, " hidden"]:
+        """Return one layer's direction, `vector[13]`; raises InputError where there is no such layer."""
+        return self.direction(layer)
+
+    def __iter__(self) -> Iterator[Float[Tensor, " hidden"]]:
+        return iter(self.directions)
+
+    def norm(self) -> Float[Tensor, " layer"]:
+        """Return the length of every layer's direction."""
+        return self.directions.norm(dim=1)
 
     def direction(self, layer: SupportsIndex) -> Float[Tensor, " hidden"]:
         """Return one layer's direction; raises InputError where there is no such layer."""
@@ -191,20 +213,9 @@ class PersonaVector:
         The repository, "org/name", is made where there is none, `private` or not. Its card tells of all vectors that
         were pushed to it; a card that somebody wrote is left alone. Raises InputError where it may not be written.
         """
-        from persona_vectors.vectors import card, hub
+        from persona_vectors.vectors.hub import push
 
-        name = f"{repo}/{self.trait}"
-        if hub.parse(name) is None:
-            raise InputError(f"{name!r} is no name on the Hub: give org/name, and a trait of letters and digits")
-        old = hub.open_repo(repo, private=private)
-        files: dict[str, Path | bytes] = {}
-        if not old or card.MADE in old:
-            files["README.md"] = card.vectors_card([self], repo=repo, old=old).encode()
-        with TemporaryDirectory() as folder:
-            files[f"{self.trait}.safetensors"] = Path(folder) / "vector.safetensors"
-            self.save(Path(folder) / "vector.safetensors")
-            commit = hub.upload(repo, files, message=f"{self!r}")
-        return f"{name}@{commit}"
+        return push(self, repo, private=private)
 
     def check_fits(self, model: Model) -> None:
         """Raise InputError where a model has another number of layers or another hidden size; warn of another model.

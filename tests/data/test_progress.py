@@ -1,5 +1,8 @@
+import re
+
 import persona_vectors as pv
-from persona_vectors.data.progress import bar
+from persona_vectors.data.progress import bar, pulse
+from persona_vectors.model.generation import generate
 
 
 def shown(capsys) -> str:
@@ -9,6 +12,40 @@ def shown(capsys) -> str:
             done.update()
         done.refresh()
     return capsys.readouterr().err
+
+
+def test_a_long_step_says_how_far_it_is_and_the_innermost_open_bar_says_it(capsys, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    with bar(total=1, desc="outer", unit="batch") as outer:
+        pulse("too early")
+        outer.start_t -= 5
+        with bar(total=3, desc="inner", unit="answer") as inner:
+            inner.start_t -= 5
+            inner.last_print_t -= 5
+            pulse("token 1 of 9")
+            pulse("at once again")
+        outer.last_print_t -= 5
+        pulse("goes on")
+    told = capsys.readouterr().err
+    assert re.search(r"inner.*token 1 of 9", told) and re.search(r"outer.*goes on", told)
+    assert "too early" not in told and "at once again" not in told
+    pulse("no bar is open")
+    assert capsys.readouterr().err == ""
+
+
+def test_one_batch_of_slow_answers_is_not_silent(model, tokenizer, capsys, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    clock = [1e9]
+
+    def later() -> float:
+        clock[0] += 1  # each look at the clock is a second after the last
+        return clock[0]
+
+    monkeypatch.setattr("persona_vectors.data.progress.time.time", later)
+    monkeypatch.setattr("tqdm.std.time", later)
+    generate(model, tokenizer, ["Hi", "Why?"], max_new_tokens=9)
+    told = re.findall(r"answers: +0%.*?token (\d) of at most 9", capsys.readouterr().err)
+    assert len(told) > 3  # while no answer is done
 
 
 def test_one_switch_silences_every_bar(capsys, monkeypatch):
