@@ -2,8 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
 
@@ -126,8 +126,10 @@ async def _answer(
     if asked.stream:
         figures.count(200)
         return StreamingResponse(_stream(replies, events), media_type="text/event-stream", headers=_NO_CACHE)
-    async with aclosing(events):
+    try:
         found = [event async for event in events]
+    finally:
+        plan.cancel()
     reply = replies.whole(found)
     figures.count(200)
     return JSONResponse(reply)
@@ -136,43 +138,39 @@ async def _answer(
 _NO_CACHE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
-async def _events(request: Request, plan: Plan, told: asyncio.Queue[Event]) -> AsyncGenerator[Event, None]:
-    """Yield what the answers tell until all have ended; free their rows where nobody listens any more."""
+async def _events(request: Request, plan: Plan, told: asyncio.Queue[Event]) -> AsyncIterator[Event]:
+    """Yield what the answers tell until all have ended; raises _Gone where nobody listens any more."""
     left = len(plan.jobs)
-    try:
-        while left:
-            try:
-                event = await asyncio.wait_for(told.get(), _POLL)
-            except asyncio.TimeoutError:
-                if await request.is_disconnected():
-                    raise _Gone from None
-                continue
-            if not told.qsize() and await request.is_disconnected():
-                raise _Gone
-            left -= isinstance(event[1], End)
-            yield event
-    finally:
-        for job in plan.jobs:
-            job.cancelled = True
+    while left:
+        try:
+            event = await asyncio.wait_for(told.get(), _POLL)
+        except asyncio.TimeoutError:
+            if await request.is_disconnected():
+                raise _Gone from None
+            continue
+        if not told.qsize() and await request.is_disconnected():
+            raise _Gone
+        left -= isinstance(event[1], End)
+        yield event
 
 
-async def _stream(replies: Replies, events: AsyncGenerator[Event, None]) -> AsyncIterator[str]:
+async def _stream(replies: Replies, events: AsyncIterator[Event]) -> AsyncIterator[str]:
     """Write server-sent events: JSON, which holds no line break."""
 
     def line(content: Any) -> str:
         return f"data: {json.dumps(content)}\n\n"
 
-    for chunk in replies.opening():
-        yield line(chunk)
-    async with aclosing(events):
-        try:
-            async for event in events:
-                yield line(replies.piece(event))
-        except Failed as error:
-            yield line(fault(500, str(error), "server_error")[1])
-            return
-        except _Gone:
-            return
-    for chunk in replies.closing():
-        yield line(chunk)
-    yield "data: [DONE]\n\n"
+    try:
+        for chunk in replies.opening():
+            yield line(chunk)
+        async for event in events:
+            yield line(replies.piece(event))
+        for chunk in replies.closing():
+            yield line(chunk)
+        yield "data: [DONE]\n\n"
+    except Failed as error:
+        yield line(fault(500, str(error), "server_error")[1])
+    except _Gone:
+        return
+    finally:  # also where the client has gone, and this is cancelled
+        replies.plan.cancel()

@@ -9,7 +9,7 @@ from persona_vectors.data.errors import InputError
 Number = Annotated[float, Field(allow_inf_nan=False)]
 B = TypeVar("B", bound=BaseModel)
 # What would change the answer, and is not done; clients send some of them with values that ask for nothing.
-_IGNORED = ("tools", "functions", "logit_bias", "frequency_penalty", "presence_penalty", "suffix", "echo")
+_IGNORED = ("tools", "functions", "logit_bias", "frequency_penalty", "presence_penalty", "suffix")
 
 
 class EditAsked(BaseModel):
@@ -112,6 +112,7 @@ class TextAsked(_Common):
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = Field(default=16, ge=1)
     logprobs: int | None = Field(default=None, ge=0, le=20)
+    echo: bool = False
 
     @property
     def longest(self) -> int:

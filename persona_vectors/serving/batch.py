@@ -60,7 +60,9 @@ class Batch:
         cache, ids = DynamicCache(), torch.tensor([row.prompt], device=self._device)
         mask = torch.ones_like(ids)
         with change_prompt(self.model, row.changes), self._reading(row.layers):
-            logits = self._run(ids, mask, mask.cumsum(dim=1) - 1, cache)
+            logits = self._run(ids, mask, mask.cumsum(dim=1) - 1, cache, {} if row.job.echo else self._last)
+        if row.job.echo:
+            row.read_prompt(logits[0])
         if self.rows:
             width = max(self.mask.shape[1], len(row.prompt))
             for own, new in zip(_layers(self.cache), _layers(cache)):  # into the new: an error leaves the old one whole
@@ -69,7 +71,7 @@ class Batch:
             mask = torch.cat([nn.functional.pad(each, (width - each.shape[1], 0)) for each in (self.mask, mask)])
         self.cache, self.mask = cache, mask
         self.rows.append(row)
-        return logits, self.values
+        return logits[:, -1].float(), self.values
 
     @torch.inference_mode()
     def keep(self, kept: Sequence[int]) -> None:
@@ -96,8 +98,8 @@ class Batch:
                 self._hooks = stack.pop_all()
         ids = torch.tensor(tokens, device=self._device)[:, None]
         self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
-        logits = self._run(ids, self.mask, self.mask.sum(dim=1, keepdim=True) - 1, self.cache)
-        return logits, self.values
+        logits = self._run(ids, self.mask, self.mask.sum(dim=1, keepdim=True) - 1, self.cache, self._last)
+        return logits[:, -1].float(), self.values
 
     def fail(self, error: BaseException) -> None:
         """Take the hooks away and forget every row, after a pass that was cut short by an error."""
@@ -108,10 +110,10 @@ class Batch:
         self.clear()
 
     def _run(
-        self, ids: Int[Tensor, "row token"], mask: Tensor, position: Tensor, cache: DynamicCache
-    ) -> Float[Tensor, "row vocab"]:
+        self, ids: Int[Tensor, "row token"], mask: Tensor, position: Tensor, cache: DynamicCache, last: dict[str, int]
+    ) -> Float[Tensor, "row read vocab"]:
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": position, self._cache_name: cache}
-        return self.model(**given, use_cache=True, **self._last).logits[:, -1].float()
+        return self.model(**given, use_cache=True, **last).logits
 
     def _close(self) -> None:
         hooks, self._hooks = self._hooks, None

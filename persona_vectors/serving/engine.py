@@ -83,13 +83,16 @@ class Engine:
                 self._step()
 
     def _admit(self) -> None:
-        """Read the prompts of jobs that find a place, the oldest first."""
+        """Read the prompts of jobs that find a place, the oldest first; those that nobody waits for lose theirs."""
+        with self._wake:
+            over = [job for job in self._queue if job.cancelled or time.monotonic() > job.deadline]
+            self._queue = deque(job for job in self._queue if job not in over)
+        for job in over:
+            self._given_up(Row(job, self.tokenizer, self._stops))
         while self._queue and len(self._rows) < self.size:
             with self._wake:
                 job = self._queue.popleft()
             row = Row(job, self.tokenizer, self._stops)
-            if self._given_up(row):
-                continue
             try:
                 passed = self._batch.join(row)
             except Exception as error:  # this row's fault alone: the others are as they were

@@ -75,6 +75,10 @@ class Served:
         return Change(asked.kind, vector, layer, amount, asked.positions)
 
 
+_ECHO = 2048
+"""Most tokens of a prompt whose log-probabilities are told: each has a number for every word that the model knows."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """The jobs of a request: `n` for each prompt, in order."""
@@ -82,6 +86,11 @@ class Plan:
     jobs: list[Job]
     changes: list[Change]
     seed: int
+
+    def cancel(self) -> None:
+        """Free the rows of jobs that have not ended."""
+        for job in self.jobs:
+            job.cancelled = True
 
 
 def make_plan(
@@ -101,6 +110,9 @@ def make_plan(
     prompts = _prompts(served, asked)
     if len(prompts) * asked.n > 64:
         raise InputError(f"{len(prompts)} prompts of {asked.n} answers each are more than 64: send several requests")
+    echo = isinstance(asked, TextAsked) and asked.echo
+    if echo and max(map(len, prompts), default=0) > _ECHO:
+        raise InputError(f"echo takes prompts of at most {_ECHO} tokens: give shorter ones")
     deadline, jobs = time.monotonic() + served.seconds, []
     for number in range(len(prompts) * asked.n):
         prompt = prompts[number // asked.n]
@@ -118,6 +130,7 @@ def make_plan(
                 row_seed(seed, number),
                 asked.stop,
                 asked.top,
+                echo,
                 changes,
                 keys,
                 ours.alarm,

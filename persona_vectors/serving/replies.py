@@ -122,7 +122,7 @@ class Replies:
         for token in tokens:
             offsets.append(at)
             at += len(token.text)
-        top = [{self._text(i): value for i, value in token.top} for token in tokens]
+        top = [{self._text(i): value for i, value in token.top} or None for token in tokens]
         logs = [token.logprob for token in tokens]
         return {"tokens": names, "token_logprobs": logs, "top_logprobs": top, "text_offset": offsets}
 

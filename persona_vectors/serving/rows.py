@@ -63,6 +63,8 @@ class Job:
     stop: Sequence[str] = ()
     top: int | None = None
     """How many of the likeliest tokens are told with each token's log-probability; None: not even that."""
+    echo: bool = False
+    """Whether the prompt's tokens are told too, and the one that ends the answer."""
     changes: Sequence[Change] = ()
     keys: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """The projections that are told: for each name the layer, and the vector's index."""
@@ -105,17 +107,22 @@ class Row:
             else:
                 self._release()
 
+    def read_prompt(self, logits: Float[Tensor, "token vocab"]) -> None:
+        """Tell the prompt's tokens, each with what the ones before it say of it."""
+        words = _Words(self.tokenizer)
+        for place, token in enumerate(self.prompt):
+            logprob, top = self._logs(logits[place - 1], token) if place else (None, [])
+            self.job.put(Token(words.add(token), token, logprob, top))
+
     def choose(self, logits: Float[Tensor, " vocab"], greedy: int) -> None:
         """Take the next token; `greedy` is the likeliest."""
         token = greedy if self._draws is None else self._draw(logits[None])
+        logprob, top = self._logs(logits, token)
         if token in self.stops:
+            if self.job.echo:
+                self.job.put(Token("", token, logprob, top))
             self.end("stop")
             return
-        logprob, top = None, []
-        if self.job.top is not None:
-            logs = logits.log_softmax(dim=-1)
-            logprob, best = float(logs[token]), logs.topk(self.job.top)
-            top = list(zip(best.indices.tolist(), best.values.tolist()))
         piece = self._words.add(token)
         self._text += piece
         self.tokens.append(token)
@@ -145,6 +152,14 @@ class Row:
         means = {key: _mean([values[key] for values in counted]) for key in self.job.keys if counted}
         thoughts = [i for i in range(len(self.tokens)) if self._values and i not in outside]
         self.job.put(End(reason, len(self.tokens), self._before, means, thoughts, alarm, error))
+
+    def _logs(self, logits: Float[Tensor, " vocab"], token: int) -> tuple[float | None, list[tuple[int, float]]]:
+        """Return a token's log-probability and the likeliest tokens, where they were asked for."""
+        if self.job.top is None:
+            return None, []
+        logs = logits.float().log_softmax(dim=-1)
+        best = logs.topk(self.job.top)
+        return float(logs[token]), list(zip(best.indices.tolist(), best.values.tolist()))
 
     def _draw(self, logits: Float[Tensor, "1 vocab"]) -> int:
         assert self._draws is not None

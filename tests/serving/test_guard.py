@@ -158,3 +158,13 @@ def test_the_command_refuses_an_open_address_without_a_key(tmp_path, monkeypatch
     random_direction(served.model).save(tmp_path / "v.safetensors")
     _, err = run("serve", tmp_path / "tiny", tmp_path / "v.safetensors", "--host", "0.0.0.0", "--device", "cpu", code=2)
     assert "set PERSONA_VECTORS_API_KEY" in err
+
+
+def test_a_missing_extra_is_named(served, monkeypatch):
+    import sys
+
+    from persona_vectors.serving.run import serve
+
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(InputError, match=r"persona-vectors-toolkit\[serve\]"):
+        serve(served.model, served.tokenizer, list(served.vectors.values()))

@@ -122,6 +122,24 @@ def test_completions_take_texts_and_tokens(server):
     assert stopped.choices[0].text == text[: text.index(text[2:4])] and stopped.choices[0].finish_reason == "stop"
 
 
+def test_lm_eval_finds_the_model_s_own_log_likelihoods(server):
+    """What its local-completions sends (max_tokens=1, echo, logprobs), read by its own parser."""
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    served = server.served
+    pairs = [("Once upon", " a bed"), ("a", "bcd"), ("Once upon", " a cage")]
+    tokens = [[served.tokenizer(text, add_special_tokens=False).input_ids for text in pair] for pair in pairs]
+    asked = {"prompt": [context + answer for context, answer in tokens], "temperature": 0, "max_tokens": 1, "seed": 1}
+    reply = server.client().completions.create(model=served.name, logprobs=1, echo=True, **asked)
+    found = LocalCompletionsAPI.parse_logprobs(reply.model_dump(), ctxlens=[len(context) for context, _ in tokens])
+    assert [choice.text[:-1] for choice in reply.choices] == ["".join(pair) for pair in pairs]
+    for (score, _), (context, answer) in zip(found, tokens):
+        with torch.no_grad():
+            logs = served.model(torch.tensor([context + answer])).logits[0].log_softmax(dim=-1)
+        expected = sum(float(logs[len(context) + i - 1, token]) for i, token in enumerate(answer))
+        assert score == pytest.approx(expected, abs=1e-3)
+
+
 def test_an_alarm_ends_the_answer_and_says_so(server):
     values = ask(server, project=["t"]).persona_vectors["choices"][0]["projections"]["t"]
     reply = ask(server, alarm={"t": sorted(values)[-2]})
