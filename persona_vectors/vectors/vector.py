@@ -93,10 +93,12 @@ class PersonaVector:
         """Say whether another vector has the same directions and says the same of them."""
         if not isinstance(other, PersonaVector):
             return NotImplemented
-        plain = all(getattr(self, name) == getattr(other, name) for name in ("trait", "model", "pooling"))
+        plain = all(
+            getattr(self, name) == getattr(other, name) for name in ("trait", "model", "pooling", "info", "uses")
+        )
         tensors = [(getattr(self, name), getattr(other, name)) for name in _TENSORS]
         same = all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in tensors)
-        return plain and same and dict(self.info) == dict(other.info) and dict(self.uses) == dict(other.uses)
+        return plain and same
 
     def __hash__(self) -> int:
         return hash((self.trait, self.model, tuple(self.directions.shape)))
@@ -218,10 +220,7 @@ class PersonaVector:
         return push(self, repo, private=private)
 
     def check_fits(self, model: Model) -> None:
-        """Raise InputError where a model has another number of layers or another hidden size; warn of another model.
-
-        That is one of another name whose config is not the one that the vector's file says.
-        """
+        """Raise InputError for another number of layers or hidden size; warn of a model of another name and config."""
         layers, hidden = model_shape(model)
         if tuple(self.directions.shape) != (layers, hidden):
             raise InputError(
