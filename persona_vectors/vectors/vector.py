@@ -93,9 +93,8 @@ class PersonaVector:
         """Say whether another vector has the same directions and says the same of them."""
         if not isinstance(other, PersonaVector):
             return NotImplemented
-        plain = all(
-            getattr(self, name) == getattr(other, name) for name in ("trait", "model", "pooling", "info", "uses")
-        )
+        names = ("trait", "model", "pooling", "info", "uses")
+        plain = all(getattr(self, name) == getattr(other, name) for name in names)
         tensors = [(getattr(self, name), getattr(other, name)) for name in _TENSORS]
         same = all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in tensors)
         return plain and same
