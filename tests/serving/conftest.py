@@ -59,6 +59,7 @@ def running(served: Served, *, key: str | None = None, rows: int = 8, waiting: i
 def served() -> Served:
     """The tiny model, which writes letters, and the vectors "t" and "u"."""
     model, tokenizer = zoo.build("llama"), make_tokenizer()
+    model.config.max_position_embeddings = 65_536  # an answer that nobody ends takes minutes
     letters = tokenizer("abcdefgh ", add_special_tokens=False).input_ids
     bias = torch.full((len(model.lm_head.weight),), -99.0)
     bias[letters] = 0.0

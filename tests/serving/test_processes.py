@@ -1,5 +1,6 @@
 """The server as a process: it drains when it is told to end, and a killed one loses open replies alone."""
 
+import json
 import signal
 import socket
 import subprocess
@@ -37,7 +38,8 @@ def stream(client, tokens: int):
 
 
 def test_sigterm_drains_and_a_kill_loses_open_replies_alone(tmp_path, model):
-    save_tiny(tmp_path / "tiny")
+    config = save_tiny(tmp_path / "tiny") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 65_536}))
     random_direction(model).save(tmp_path / "v.safetensors")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
