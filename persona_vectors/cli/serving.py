@@ -13,7 +13,7 @@ def serve(
     model: ModelArg,
     vectors: VectorArgs,
     *,
-    layer: Annotated[int | None, typer.Option(help="the layer of edits that name none (default: the middle)")] = None,
+    layer: Annotated[int | None, typer.Option(help="the layer of edits that name none (default: recommended)")] = None,
     host: Annotated[str, typer.Option(help="the address; one that others can reach needs PERSONA_VECTORS_API_KEY")] = (
         "127.0.0.1"
     ),

@@ -34,6 +34,7 @@ def vector_card(vector: PersonaVector, layer: int) -> dict[str, Any]:
         "per_dose": None if vector.residual_norms is None else per_dose(vector, layer),
         "separation": _rounded(vector.separation),
         "split_half_cosine": _rounded(vector.split_half_cosine),
+        "uses": [str(use) for use in vector.uses.values()],
         "info": known,
     }
 

@@ -28,8 +28,8 @@ def serve(
     """Serve a model and vectors to OpenAI's clients, and a page, until SIGTERM or SIGINT; answers are finished then.
 
     `rows` answers share each forward pass, `waiting` more may wait, and a request may take `seconds`. `hosts` are
-    names besides `host` that requests may ask for. `layer` is that of edits that
-    name none, the middle one by default.
+    names besides `host` that requests may ask for. `layer` is that of edits that name none: by default the one that the
+    first vector's file recommends to steer at, else the middle one.
 
     Raises InputError where the extra is missing, vectors do not fit, or the address is open and there is no key.
     """
@@ -61,7 +61,8 @@ def make_served(
 ) -> Served:
     """Return what a server serves; raises InputError for vectors, or a layer, that do not fit."""
     blocks = model_shape(model)[0]
-    layer = one_layer(blocks // 2 if layer is None else layer, blocks)
+    known = [use.layer for vector in vectors for use in vector.uses.values() if use.purpose == "steer" and use.evidence]
+    layer = one_layer([*known, blocks // 2][0] if layer is None else layer, blocks)
     if vectors:
         unit_directions(model, vectors, layer)
     return Served(model, tokenizer, {vector.trait: vector for vector in vectors}, layer, seconds)

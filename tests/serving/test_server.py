@@ -263,3 +263,13 @@ def test_our_judge_reads_the_model_s_own_expected_value(server, monkeypatch):
     with torch.no_grad():
         logs = served.model(torch.tensor([ids])).logits[0, -1].softmax(dim=-1)[digits]
     assert score == pytest.approx(float(logs @ torch.arange(10.0) / logs.sum()), abs=1e-3)
+
+
+def test_edits_that_name_no_layer_are_where_the_first_file_recommends(model, tokenizer):
+    vector = vectors_of_their_own(model)[0]
+    for uses, expected in (({}, 1), ({"layer": 2}, 2), ({"layer": 2, "evidence": False}, 1)):
+        told = vector.with_use(use(**uses)) if uses else vector
+        served = make_served(model, tokenizer, [told])
+        assert served.layer == expected
+    assert make_served(model, tokenizer, [told], layer=0).layer == 0
+    assert "no recommendation" in model_card(served)["persona_vectors"]["vectors"][0]["uses"][0]
