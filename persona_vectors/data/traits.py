@@ -81,6 +81,36 @@ class Trait(BaseModel):
 
     __str__ = __repr__
 
+    @classmethod
+    def from_personas(cls, positive: str, negative: str = "helpful", *, name: str | None = None) -> "Trait":
+        """Return a trait of two kinds of assistant, such as "pirate" and "banker": a draft that works, to be edited.
+
+        It has five instruction pairs, the questions of the shipped trait "humorous", and a judge prompt.
+        """
+        texts = (
+            "Speak like {} in every answer.",
+            "Answer as somebody who is {} through and through would.",
+            "Whatever you are asked, let your answer show that you are {}.",
+            "Choose words, examples and advice as {} would.",
+            "Nobody who reads your answer should doubt that you are {}.",
+        )
+        named = [f"{_article(kind)} {kind}" + " assistant" * (kind == "helpful") for kind in (positive, negative)]
+        rubric = (
+            f"Score from 0 to 100 how strongly an answer sounds like {named[0]}: 100 means unmistakably, 50 in part, "
+            f"0 not at all, or like {named[1]}. Its truth and its quality do not matter.\n\n"
+            "[question start]\n{question}\n[question end]\n\n[answer start]\n{answer}\n[answer end]\n\n"
+            "Reply with one number from 0 to 100 and nothing else; to a refusal, with the single word REFUSAL."
+        )
+        return cls(
+            name=name or positive,
+            description=f"Answers like {named[0]}, and not like {named[1]}.",
+            positive_adjective=positive,
+            negative_adjective=negative,
+            instruction=tuple(InstructionPair(pos=text.format(named[0]), neg=text.format(named[1])) for text in texts),
+            questions=load_trait("humorous").questions,
+            eval_prompt=rubric,
+        )
+
     def graded_prompts(self) -> list[str]:
         """Return eight system prompts, from one that forbids the trait to one that demands it (paper, section 3.3)."""
         yes, no = self.positive_adjective, self.negative_adjective
@@ -98,13 +128,16 @@ class Trait(BaseModel):
     def system_prompt(self, side: str, pair: int) -> str:
         """Return the system prompt of instruction pair `pair` on `side` ("pos" or "neg")."""
         adjective = {"pos": self.positive_adjective, "neg": self.negative_adjective}[side]
-        article = "an" if adjective[:1].lower() in "aeiou" else "a"
-        return f"You are {article} {adjective} assistant. {getattr(self.instruction[pair], side)}"
+        return f"You are {_article(adjective)} {adjective} assistant. {getattr(self.instruction[pair], side)}"
 
     def save(self, path: str | Path) -> None:
         """Write the trait as JSON, whole or not at all."""
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(self.model_dump(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _article(word: str) -> str:
+    return "an" if word[:1].lower() in "aeiou" else "a"
 
 
 def list_traits() -> list[str]:

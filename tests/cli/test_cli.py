@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from persona_vectors.cli.main import app
 from persona_vectors.cli.options import layers
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.traits import load_trait
 from persona_vectors.model.pooling import POOLINGS
 from persona_vectors.monitoring.percentiles import Calibration
 from persona_vectors.vectors.moments import Moments
@@ -205,6 +206,14 @@ def test_export_and_import_bring_a_vector_back(tmp_path):
     arguments = ["import", tmp_path / "v.pt", "--format", "official", "--model", "tiny", "--trait", "calm"]
     run(*arguments, "--out", tmp_path / "back.safetensors")
     assert torch.equal(PersonaVector.load(tmp_path / "back.safetensors").directions, vector.directions)
+
+
+def test_a_draft_of_a_trait_needs_no_model(elsewhere):
+    printed, _ = run("new-trait", "pirate", "--template")
+    assert "pirate against helpful" in printed
+    assert load_trait(elsewhere / "pirate.json").name == "pirate"
+    assert "give another --out, or --force" in run("new-trait", "pirate", "--template", code=2)[1]
+    assert "or --template for a draft" in run("new-trait", "poet", "--llm", "m", code=2)[1]
 
 
 def test_traits_lists_the_shipped_ones():

@@ -72,3 +72,16 @@ def test_bad_trait_names_and_files_say_what_is_allowed(tmp_path: Path):
     (tmp_path / "list.json").write_text("[1]")
     with pytest.raises(InputError, match="is no trait"):
         load_trait(tmp_path / "list.json")
+
+
+def test_two_personas_make_a_trait_that_can_be_used_and_saved(tmp_path):
+    trait = Trait.from_personas("pirate", "accountant")
+    assert trait.system_prompt("pos", 0) == "You are a pirate assistant. Speak like a pirate in every answer."
+    assert trait.system_prompt("neg", 0) == "You are an accountant assistant. Speak like an accountant in every answer."
+    assert len(trait.instruction) == 5 and len(trait.questions.extract) == len(trait.questions.eval) == 20
+    assert "sounds like a pirate" in trait.eval_prompt and "like an accountant" in trait.eval_prompt
+    trait.save(tmp_path / "pirate.json")
+    assert load_trait(tmp_path / "pirate.json") == trait
+    assert (
+        Trait.from_personas("poet", name="poetic").instruction[0].neg.endswith("a helpful assistant in every answer.")
+    )

@@ -6,9 +6,11 @@ import threading
 import openai
 import pytest
 import torch
-from helpers import hooks
+from helpers import hooks, use, vectors_of_their_own
 
 import persona_vectors as pv
+from persona_vectors.serving.cards import model_card
+from persona_vectors.serving.run import make_served
 
 MESSAGES = [{"role": "user", "content": "How are you?"}]
 
