@@ -16,7 +16,8 @@ from persona_vectors.data.files import append, atomic_path
 from persona_vectors.data.progress import bar
 from persona_vectors.data.traits import Trait
 from persona_vectors.model.blocks import Model
-from persona_vectors.model.generation import generate_batches, generation_order
+from persona_vectors.model.generation import generate_batches
+from persona_vectors.model.memory import longest_first
 from persona_vectors.model.prompts import chat_prompt, decode, encode, encode_answer
 
 FORMAT = 1
@@ -91,7 +92,7 @@ def draw_rollouts(
     the same answers.
     """
     prompts = [task["prompt_ids"] for task in tasks]
-    order, done = generation_order(prompts), len(file.rollouts)
+    order, done = longest_first(prompts), len(file.rollouts)
     _check_known([tasks[i] for i in order], file)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     options |= {"batch_tokens": batch_tokens, "reading": True, "during": during}
