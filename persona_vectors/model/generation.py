@@ -118,8 +118,9 @@ def generate_batches(
 ) -> Iterator[Generated]:
     """Answer prompts, given as token ids, batch by batch; see `generate_tokens` for the sampling and for `reading`.
 
-    An answer depends on its prompt, its place among the prompts and the seed, and not on the batches. `skip` holds
-    indices that need no answer. Where memory runs out a batch is answered in halves, and the others are as small.
+    They are answered in the order of `longest_first`. An answer depends on its prompt, its place among the prompts and
+    the seed, and not on the batches. `skip` holds indices that need no answer. Where memory runs out a batch is
+    answered in halves, and the others are as small.
     `during(rows)` is entered around the generation of each batch, to steer those rows or to read them.
     """
     todo = [i for i in range(len(prompts)) if i not in skip]
@@ -136,9 +137,8 @@ def generate_batches(
                 seed=[row_seed(seed, i) for i in rows],
                 reading=reading,
             )
-        if attempt.failed:
-            continue
-        yield Generated(rows, answers, read)
+        if not attempt.failed:
+            yield Generated(rows, answers, read)
 
 
 @overload

@@ -26,6 +26,11 @@ CPU_TOKENS = 8192
 """How many tokens a batch of answers has at most on a CPU, where width soon gains nothing."""
 
 
+def longest_first(rows: Sequence[Sequence[int]]) -> list[int]:
+    """Return the order in which rows are batched, whatever the batches' size: their indices, the longest row first."""
+    return sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+
+
 class Attempt:
     """Work in a `with` that may be too much for the memory: `failed` says so afterwards, and nothing is raised."""
 
@@ -59,7 +64,7 @@ class Budget:
         Where that failed its rows come again, in batches of half its size, for which there is memory once the caller
         has let go of what the failed attempt made. Raises InputError where one row alone is too much.
         """
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        order = longest_first(rows)
         while order:
             length = len(rows[order[0]]) + extra
             count = max(1, self.tokens // max(length, 1))

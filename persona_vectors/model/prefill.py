@@ -26,11 +26,17 @@ def shared_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> Iterator[N
     model = unwrap(model)
     distinct: dict[tuple[int, ...], int] = {}
     lines = [distinct.setdefault(tuple(prompt), len(distinct)) for prompt in prompts]
-    masked = model.config._attn_implementation == "flex_attention"  # by what is no tensor
     with ExitStack() as hooks:
-        if len(distinct) < len(prompts) and cache_argument(model) and not masked:
+        if len(distinct) < len(prompts) and _can_share(model):
             _Prefill(model, torch.tensor(lines), hooks)
         yield
+
+
+def _can_share(model: Any) -> bool:
+    masked = model.config._attn_implementation == "flex_attention"  # by what is no tensor
+    modules = (model, model.get_decoder(), *decoder_layers(model))
+    compiled = any(module._compiled_call_impl is not None for module in modules)  # anew for hooks that come and go
+    return cache_argument(model) is not None and not masked and not compiled
 
 
 class _Prefill:

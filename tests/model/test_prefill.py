@@ -10,6 +10,7 @@ from torch import Tensor
 
 from persona_vectors.model.generation import generate_tokens, stop_tokens
 from persona_vectors.model.pooling import POOLINGS, pool_while_generating
+from persona_vectors.model.prefill import shared_prompts
 from persona_vectors.model.sampling import row_seed
 from persona_vectors.monitoring.trace import monitor
 from persona_vectors.steering.add import steer
@@ -59,6 +60,14 @@ def test_each_distinct_prompt_is_read_once_up_to_where_rows_differ(model, tokeni
         generate_tokens(model, tokenizer, PROMPTS, max_new_tokens=3, temperature=0)
     assert [seen[0] for seen in rows] == [3, 3, last]
     assert all(set(seen[1:]) == {6} for seen in rows)
+
+
+def test_a_compiled_model_which_hooks_would_compile_anew_for_each_batch_gets_none(model):
+    with shared_prompts(model, PROMPTS):
+        assert hooks(model) > 0
+    model.compile(backend="eager")
+    with shared_prompts(model, PROMPTS):
+        assert hooks(model) == 0
 
 
 def test_nothing_is_left_of_it_after_an_error(model, tokenizer):
