@@ -5,13 +5,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from persona_vectors.data.progress import bar
 from persona_vectors.model.blocks import Layer, Model, chosen_layers, model_shape
 from persona_vectors.model.hooks import EnoughRead, edit_blocks, edits_are_active
 from persona_vectors.model.passes import Row, forward_passes, own_tokens, read_pass
+from persona_vectors.model.reads import read_blocks
 from persona_vectors.model.tokens import Tokens
 
 POOLINGS = ("response_mean", "prompt_mean", "prompt_last")
@@ -101,47 +102,54 @@ def token_weights(
 class _Running:
     """Sums over the tokens of a batch of answers that is being generated."""
 
-    def __init__(self, model: Model, poolings: Sequence[str], stops: Sequence[int]) -> None:
-        self.poolings, self.stops, self.layers = poolings, stops, model_shape(model)[0]
-        self.means: list[Tensor] = []
-        self.norms: list[Tensor] = []
-        self.alive: Bool[Tensor, "line 1"] | None = None
+    def __init__(self, poolings: Sequence[str], stops: Sequence[int]) -> None:
+        self.poolings, self.stops = poolings, stops
+        self.prompts: list[Float[Tensor, "layer line pooling hidden"]] = []
+        self.sums: dict[int, Float[Tensor, "layer line hidden"]] = {}
+        """The answers' sums, by the first of the layers that are read together."""
+        self.norms: dict[int, Float[Tensor, "layer line"]] = {}
 
-    def read(self, layer: int, hidden: Tensor, tokens: Tokens) -> None:
+    def read(self, layers: Sequence[int], states: Float[Tensor, "layer line token hidden"], tokens: Tokens) -> None:
+        first = layers[0]
         if not tokens.decoding:
-            return self._read_prompt(layer, hidden, tokens)
-        if layer == 0:
-            assert tokens.input_ids is not None and self.alive is not None
+            return self._read_prompt(first, states, tokens)
+        if first == 0:
+            assert tokens.input_ids is not None
             for stop in self.stops:
-                self.alive = self.alive & (tokens.input_ids != stop)
-            self.weight = self.alive.float()
-            self.count += self.weight
-        weight, state = self.weight.to(hidden.device), hidden[:, 0].float()
-        self.norms[layer].addcmul_(torch.linalg.vector_norm(state, dim=1, keepdim=True), weight)
+                self.alive = self.alive * (tokens.input_ids != stop)
+            self.count += self.alive
+        alive, last = self.alive.to(states.device), states[:, :, -1].float()
+        if first not in self.norms:
+            self.norms[first] = torch.zeros_like(last[..., 0])
+            self.sums[first] = torch.zeros_like(last)
+        self.norms[first].addcmul_(torch.linalg.vector_norm(last, dim=-1), alive[:, 0])
         if "response_mean" in self.poolings:
-            self.means[layer][:, self.poolings.index("response_mean")].addcmul_(state, weight)
+            self.sums[first].addcmul_(last, alive)
 
-    def _read_prompt(self, layer: int, hidden: Tensor, tokens: Tokens) -> None:
-        if layer == 0:
-            self.means, self.norms = [], []
-            self.alive = torch.ones(tokens.batch, 1, dtype=torch.bool, device=tokens.device)
-            self.count = torch.zeros(tokens.batch, 1, device=tokens.device, dtype=torch.float32)
+    def _read_prompt(self, first: int, states: Tensor, tokens: Tokens) -> None:
+        if first == 0:
+            self.prompts, self.sums, self.norms = [], {}, {}
+            self.alive = torch.ones(tokens.batch, 1, device=tokens.device, dtype=torch.float32)
+            self.count = torch.zeros_like(self.alive)
             real, answering = tokens.select("prompt"), tokens.select("response")
             assert real is not None and answering is not None
             last = real & answering
             shares = {"prompt_mean": real.float() / real.sum(dim=1, keepdim=True), "prompt_last": last.float()}
             nothing = torch.zeros_like(shares["prompt_last"])
             self.prompt_weights = torch.stack([shares.get(name, nothing) for name in self.poolings], dim=1)
-        self.means.append(self.prompt_weights.to(hidden.device) @ hidden.float())
-        self.norms.append(torch.zeros(hidden.shape[0], 1, device=hidden.device, dtype=torch.float32))
+        self.prompts.append(self.prompt_weights.to(states.device) @ states.float())
 
     def pooled(self) -> Pooled:
         """Return the means of the answers read so far."""
+        means = torch.cat([each.cpu() for each in self.prompts]).permute(1, 2, 0, 3)
+        norms = torch.zeros(len(means), means.shape[2], dtype=torch.float32)
         count = self.count.clamp(min=1).cpu()
-        means = torch.stack([mean.cpu() for mean in self.means], dim=2)
-        if "response_mean" in self.poolings:
-            means[:, self.poolings.index("response_mean")] /= count[:, None]
-        return Pooled(means, torch.cat([norm.cpu() for norm in self.norms], dim=1) / count)
+        for first, sums in self.sums.items():
+            here = slice(first, first + len(sums))
+            norms[:, here] = self.norms[first].cpu().T / count
+            if "response_mean" in self.poolings:
+                means[:, self.poolings.index("response_mean"), here] = (sums.cpu() / count).transpose(0, 1)
+        return Pooled(means, norms)
 
 
 @contextmanager
@@ -154,10 +162,6 @@ def pool_while_generating(
     answer; they and what follows are left out. The last token that `generate` samples is never fed back, so it is not
     averaged: ask for one token more than you keep (`generate_tokens(reading=True)` does).
     """
-    running = _Running(model, list(poolings), stops)
-
-    def reader(layer: int) -> Callable[[Tensor, Tokens], None]:
-        return lambda hidden, tokens: running.read(layer, hidden, tokens)
-
-    with edit_blocks(model, {layer: reader(layer) for layer in range(running.layers)}):
+    running = _Running(list(poolings), stops)
+    with read_blocks(model, range(model_shape(model)[0]), running.read):
         yield running.pooled

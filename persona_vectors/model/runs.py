@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
@@ -19,6 +20,12 @@ Edit = Callable[[Float[Tensor, "batch token hidden"], Tokens], Float[Tensor, "ba
 
 class EnoughRead(Exception):
     """Raised by an edit to end the forward pass at its block, and caught around the call: nothing above it is run."""
+
+
+class _Local(threading.local):
+    def __init__(self, every: WeakSet[Tokens]) -> None:
+        self.tokens = Tokens()
+        every.add(self.tokens)
 
 
 class Run:
@@ -36,20 +43,22 @@ class Run:
         """The tokens of the training passes since the last step, by block and by the address of the block's input."""
         self.elsewhere = False
         """Whether the model has run in a thread that has no edits of its own."""
-        self._local = threading.local()
+        self._every: WeakSet[Tokens] = WeakSet()
+        """Each thread's tokens."""
+        self._local = _Local(self._every)
 
     @property
     def tokens(self) -> Tokens:
         """What this thread's running pass reads."""
-        if not hasattr(self._local, "tokens"):
-            self._local.tokens = Tokens()
         return self._local.tokens
 
     def start_pass(self, given: Mapping[str, Any], before: list[Tokens], after: list[Tokens]) -> None:
         """Take in the decoder's arguments; `before` and `after` are the other edits' tokens."""
         tokens = self.tokens
+        self._note(tokens)
         tokens.start(given)
         tokens.around = before, after
+        tokens.applies = tokens.training or self.during == "always" or (self.during == "auto" and self.trained is None)
         if not tokens.training:
             return
         if self.during == "auto" and self.trained is None and self.fired:
@@ -59,31 +68,35 @@ class Run:
             )
         self.trained = copy.copy(tokens)
 
-    def start_block(self, layer: int, args: tuple) -> Tokens | None:
-        """Return the tokens of the pass that a block runs in, or None where it is not to be edited."""
-        tokens = self.tokens
-        if self.trained is not None:
-            address = address_of(args)
-            if layer in tokens.fired:  # checkpointing runs the block again, in `backward`
-                tokens = self.read.get((layer, address), self.trained)
-            elif tokens.training:
-                self.read[layer, address] = self.trained
+    def start_trained_block(self, tokens: Tokens, layer: int, args: tuple) -> Tokens:
+        """Return the tokens of the pass that a block runs in, once there has been training."""
+        assert self.trained is not None
+        address = address_of(args)
+        if layer in tokens.fired:  # checkpointing runs the block again, in `backward`
+            tokens = self.read.get((layer, address), self.trained)
+        elif tokens.training:
+            self.read[layer, address] = self.trained
         tokens.fired.add(layer)
-        if not (tokens.training or self.during == "always" or (self.during == "auto" and self.trained is None)):
-            return None
-        self.fired.add(layer)
-        self.since_step.add(layer)
         return tokens
+
+    def _note(self, tokens: Tokens) -> None:
+        """Take in which blocks a pass has been hooked in, once: at its end, or after it where it was cut off."""
+        if tokens.applies:
+            self.fired |= tokens.fired
+            self.since_step |= tokens.fired
+            tokens.applies = False
 
     def end_pass(self) -> None:
         """Check that every block was hooked in this pass."""
         when = "in this training step" if self.tokens.training else "in this forward pass"
         _check(self.edits.keys() - self.tokens.fired, when)
+        self._note(self.tokens)
 
     def before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Check, before an optimizer's step, that the edits took part in what led to it."""
         if self not in active.get():
             return
+        self._note(self.tokens)
         own = {id(parameter) for parameter in self.model.parameters()}
         if not self.fired or any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
             _check(self.edits.keys() - self.since_step, "before this optimizer step")
@@ -92,6 +105,8 @@ class Run:
 
     def end(self) -> None:
         """Check that every block was hooked inside the `with`."""
+        for tokens in self._every:
+            self._note(tokens)
         thread = "; it ran in another thread: start that by contextvars.copy_context().run"
         _check(self.edits.keys() - self.fired, "inside the `with`", thread * self.elsewhere)
 

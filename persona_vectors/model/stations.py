@@ -7,14 +7,16 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import GenerationMixin
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import decoder_layers
-from persona_vectors.model.calls import call_of, follow_calls
-from persona_vectors.model.runs import Run, active, adapters, address_of, without
+from persona_vectors.model.calls import follow_calls
+from persona_vectors.model.given import merged, named
+from persona_vectors.model.runs import Edit, Run, active, adapters, address_of, without
+from persona_vectors.model.tokens import Tokens
 
 _lock = threading.RLock()
 _stations: dict[int, "_Station"] = {}
@@ -57,6 +59,20 @@ def _leave(station: "_Station", run: Run) -> None:
             _eager.pop().__exit__(None, None, None)
 
 
+Edits = dict[int, list[tuple[Run, Tokens, Edit]]]
+
+
+class _Local(threading.local):
+    """What a station knows of one thread."""
+
+    def __init__(self) -> None:
+        self.outer: list[dict[str, Any]] = []
+        """What the modules around the decoder were given in the running pass."""
+        self.lent: tuple[Run, ...] = ()
+        self.edits: tuple[tuple[Run, ...], Edits] = (), {}
+        """What is done at each layer, as long as the thread's active runs are these."""
+
+
 class _Station:
     """The hooks on one decoder, its blocks and the modules around it."""
 
@@ -67,7 +83,7 @@ class _Station:
         self.open: list[Run] = []
         self.hooks: dict[nn.Module | int, Any] = {}
         self.signatures: dict[nn.Module, inspect.Signature] = {}
-        self.local = threading.local()
+        self.local = _Local()
         self.lent: tuple[Run, ...] = ()
         """Runs that the thread of continuous batching does, which has none of its own."""
         self.error: Exception | None = None
@@ -103,7 +119,7 @@ class _Station:
     def runs(self) -> list[Run]:
         """Return this thread's runs on this model, the outermost first."""
         own = [run for run in active.get() if run.decoder is self.decoder]
-        return own or list(getattr(self.local, "lent", ()))
+        return own or list(self.local.lent)
 
     @contextmanager
     def lend(self) -> Iterator[None]:
@@ -120,7 +136,7 @@ class _Station:
         """Before a module around the decoder, or the decoder itself: take in what the pass reads."""
         if kwargs is None:  # another thread is about to take the hook away
             return None
-        given = self._arguments(module, args, kwargs)
+        given = named(args, kwargs, self.signatures[module])
         if "write_index" in given and not active.get():
             self.local.lent = self.lent
         runs = self.runs()
@@ -128,63 +144,19 @@ class _Station:
             for run in self.open:
                 run.elsewhere = True
             return None
-        if module is self.chain[0] or not hasattr(self.local, "outer"):
+        if module is self.chain[0]:
             self.local.outer = []
         if module is not self.decoder:
             if not self.encoder_decoder:  # there the modules around it are given the encoder's tokens
                 self.local.outer.append(given)
             return None
-        found = self._merged(given, self.local.outer)
+        found = merged(given, self.local.outer, self.chain)
+        found["training"] = self.decoder.training and found["call"] is None and self._is_policy()
         self.local.outer = []
         self._start(runs, found)
         if isinstance(kwargs.get("logits_to_keep"), int):  # a decoder that leaves out tokens nobody asked the logits of
             return args, {**kwargs, "logits_to_keep": 0}
         return None
-
-    def _arguments(self, module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-        signature = self.signatures[module]
-        try:
-            given = dict(signature.bind(*args, **kwargs).arguments)
-        except TypeError:  # a wrapper that passes everything on
-            given = dict(kwargs)
-        for name in [n for n, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD]:
-            given.update(given.pop(name, {}))
-        return given
-
-    def _merged(self, given: dict[str, Any], outer: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the decoder's arguments, with those that only the modules around it were given.
-
-        A module around the decoder may turn a 2-D attention mask into another form, so the outermost one's counts, if
-        it is as wide as the pass: an adapter's virtual tokens make it wider.
-        """
-        read: Tensor = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
-        width = read.shape[1]
-
-        def first(name: str) -> Any:
-            return next((each[name] for each in outer if each.get(name) is not None), None)
-
-        masks = [each.get("attention_mask") for each in [*outer, given]]
-        flat = [mask for mask in masks if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= width]
-        text, ids = first("input_ids"), given.get("input_ids")
-        if ids is None and text is not None and text.shape[:2] == read.shape[:2]:
-            ids = text
-        call = next((call for call in map(call_of, self.chain) if call is not None), None)
-        caches = [each.get("cache", each.get("past_key_values", each.get("cache_params"))) for each in [*outer, given]]
-        if call is None:  # an adapter's prefix is a cache that the caller did not give
-            caches[1:] = []
-        return {
-            "input_ids": ids,
-            "inputs_embeds": read,
-            "text_width": text.shape[1] if ids is None and text is not None else None,
-            "attention_mask": flat[0] if flat else given.get("attention_mask"),
-            "labels": first("labels"),
-            "position_ids": given.get("position_ids"),
-            "cu_seq_lens_q": given.get("cu_seq_lens_q"),
-            "paged": "write_index" in given,
-            "cache": caches[-1],
-            "call": call,
-            "training": self.decoder.training and call is None and self._is_policy(),
-        }
 
     def _is_policy(self) -> bool:
         """Say whether the adapters are those that are trained: a reference of the same weights has others, or none."""
@@ -209,24 +181,49 @@ class _Station:
             run.end_pass()
         self.local.lent = ()
 
+    def _find_edits(self) -> Edits:
+        """Find this thread's edits at each layer, which are the same until others are active."""
+        found: Edits = {}
+        for run in self.runs():
+            for layer, edit in run.edits.items():
+                found.setdefault(layer, []).append((run, run.tokens, edit))
+        self.local.edits = (active.get() or self.local.lent, found)
+        return found
+
     def _block(self, layer: int) -> Any:
+        local = self.local
+
         def hook(block: nn.Module, args: tuple, output: Any) -> Any:
-            runs = [run for run in self.runs() if layer in run.edits]
-            again = not runs and torch.is_grad_enabled() and block.training
-            if again:  # in `backward`, whose threads on a GPU have no context, of a pass that was checkpointed
-                runs = [run for run in self.open if (layer, address_of(args)) in run.read]
+            (known, edits), again = local.edits, None
+            if known is not (active.get() or local.lent):
+                edits = self._find_edits()
+            found = edits.get(layer)
+            if found is None:
+                if not (torch.is_grad_enabled() and block.training):
+                    return None
+                # in `backward`, whose threads on a GPU have no context, of a pass that was checkpointed
+                key = layer, address_of(args)
+                found = again = [(run, run.read[key], run.edits[layer]) for run in self.open if key in run.read]
             hidden = output[0] if isinstance(output, (tuple, list)) else output
             changed = False
-            for run in runs:
-                tokens = run.read[layer, address_of(args)] if again else run.start_block(layer, args)
-                if tokens is None:
+            for run, tokens, edit in found:
+                if run.trained is None:
+                    tokens.fired.add(layer)
+                elif found is not again:
+                    tokens = run.start_trained_block(tokens, layer, args)
+                if not tokens.applies:
                     continue
-                if hidden.ndim != 3 or hidden.shape[1] != tokens.width:
+                shape = hidden.shape
+                if len(shape) != 3 or shape[1] != tokens.width:
                     raise InputError(
-                        f"block {layer} returns {list(hidden.shape)}, not [batch, token, hidden] of the pass's "
+                        f"block {layer} returns {list(shape)}, not [batch, token, hidden] of the pass's "
                         f"{tokens.width} tokens: not supported"
                     )
-                edited = self._edit(run.edits[layer], hidden, tokens)
+                try:
+                    edited = edit(hidden, tokens)
+                except InputError as error:
+                    self.error = error
+                    raise
                 if edited is not None:
                     tokens.edited.add(layer)
                     hidden, changed = edited, True
@@ -235,10 +232,3 @@ class _Station:
             return type(output)([hidden, *output[1:]]) if isinstance(output, (tuple, list)) else hidden
 
         return hook
-
-    def _edit(self, edit: Any, hidden: Tensor, tokens: Any) -> Tensor | None:
-        try:
-            return edit(hidden, tokens)
-        except InputError as error:
-            self.error = error
-            raise

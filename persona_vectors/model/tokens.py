@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.calls import Call
-from persona_vectors.model.packing import cached_length, packed_sequences
+from persona_vectors.model.packing import cached_length, packed_sequences, real_tokens
 
 POSITIONS = ("all", "prompt", "response", "labels")
 
@@ -29,8 +29,6 @@ class Tokens:
         self.input_ids: Tensor | None = None
         self.labels: Tensor | None = None
         """[batch, token], -100 where the loss counts no token; None where the pass was given none."""
-        self.mask: Tensor | None = None
-        """[batch, token], True for real tokens; None where all are. The virtual tokens of an adapter are not."""
         self.sequence: Tensor | None = None
         """[batch, token], which of the pass's sequences a token is of; None where a row is one sequence."""
         self.training = False
@@ -51,12 +49,30 @@ class Tokens:
         """True where the pass begins a prompt or a text; False where it continues the last one."""
         self.edited: set[int] = set()
         """The blocks whose output has been replaced by these edits."""
+        self.applies = False
+        """Whether the edits apply in the running pass."""
         self.fired: set[int] = set()
+        """The blocks that have run in it."""
         self.around: tuple[list[Tokens], list[Tokens]] = ([], [])
         """The other active edits of the running pass: those that come before these, and after."""
+        self.kept: list[Tensor] | None = None
+        """The outputs of blocks that wait to be read together; None where the pass is large or has gradients."""
+        self.copied: list[tuple[Tensor, Tensor]] | None = []
+        """Outputs with the copies kept instead; None once it is known that nothing changes them in place in a pass."""
         self._cache: Callable[[], Any] = lambda: None
         self._seen = 0
+        self._mask: Any = None
+        """The pass's attention mask; `_real` its real tokens once they were asked for."""
+        self._real: tuple[Tensor | None] | None = None
         self._selected: dict[str, Tensor | None] = {}
+
+    @property
+    def mask(self) -> Bool[Tensor, "batch token"] | None:
+        """True for real tokens; None where all are. The virtual tokens of an adapter are not."""
+        if self._real is None:
+            shape = self.batch, self.width
+            self._real = (real_tokens(self._mask, shape, self.begin, self.virtual, self.device),)
+        return self._real[0]
 
     @property
     def decoding(self) -> bool:
@@ -70,10 +86,11 @@ class Tokens:
         (self.batch, self.width), self.device = read.shape[:2], read.device
         self.input_ids, self.labels = ids, given.get("labels")
         self.training, self.fired, self._selected = bool(given.get("training")), set(), {}
+        self.kept = None if self.width > 1 or torch.is_grad_enabled() else []
         cache, call = given.get("cache"), given.get("call")
         self.paged = bool(given.get("paged"))
         self._place(cache, call, given.get("text_width"))
-        self.mask = None if self.paged else self._real(given.get("attention_mask"))
+        self._mask, self._real = given.get("attention_mask"), (None,) if self.paged else None
         self.sequence = None
         if call is None and self.width > 1:
             self.sequence = packed_sequences(
@@ -112,25 +129,6 @@ class Tokens:
             self.starts, self.boundary = True, None
         self.call, self._seen = call, self.begin + self.width
         self._cache = weakref.ref(cache) if cache is not None else lambda: None
-
-    def _real(self, mask: Any) -> Tensor | None:
-        """Return which tokens are real, from a mask of any form; None where all are."""
-        found = None
-        if isinstance(mask, Mapping):  # one for each kind of attention
-            mask = next(iter(mask.values()), None)
-        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= self.width:
-            end = self.begin + self.width
-            found = (mask[:, self.begin : end] if end <= mask.shape[1] else mask[:, -self.width :]).bool()
-        elif isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] == self.width > 1:
-            column = torch.arange(self.width, device=mask.device)
-            own = column + (self.begin if self.begin + self.width <= mask.shape[3] else mask.shape[3] - self.width)
-            sees_itself = mask[:, 0, column, own]
-            found = sees_itself if sees_itself.dtype == torch.bool else sees_itself >= 0
-            found = found.expand(self.batch, self.width)
-        if self.virtual and self.begin < self.virtual:
-            found = torch.ones(self.batch, self.width, dtype=torch.bool, device=self.device) if found is None else found
-            found = found & (torch.arange(self.width, device=found.device) >= self.virtual - self.begin)
-        return found
 
     def unpack(self, values: Shaped[Tensor, "batch token ..."]) -> Shaped[Tensor, "sequence place ..."]:
         """Return a row for each packed sequence, padded on the right; `values` as they are where rows are sequences."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.tables import Table
 from persona_vectors.model.blocks import Layer, Model
-from persona_vectors.model.hooks import edit_blocks, pause_edits
+from persona_vectors.model.hooks import pause_edits
+from persona_vectors.model.reads import read_blocks
 from persona_vectors.model.tokens import Tokens
 from persona_vectors.model.wrappers import unwrap
 from persona_vectors.monitoring.percentiles import Calibration
@@ -52,14 +53,14 @@ class _Columns:
 class _Call:
     """What is recorded of one call."""
 
-    def __init__(self, tokens: Tokens, layers: Sequence[int]) -> None:
+    def __init__(self, tokens: Tokens) -> None:
         self.batch, self.begin, self.generate = tokens.batch, tokens.begin, tokens.call
         self.virtual, self.around = tokens.virtual, tokens.around
         self.prompt_width = (tokens.width if tokens.boundary is None else tokens.boundary) - self.begin
         if tokens.boundary is None:
             self.prompt_width = tokens.unpack(torch.zeros(tokens.batch, tokens.width)).shape[1]
-        self.tokens, self.real = _Columns(), _Columns()
-        self.columns = {layer: _Columns() for layer in layers}
+        self.tokens, self.real, self.values = _Columns(), _Columns(), _Columns()
+        self.parts: list[Float[Tensor, "row token layer vector"]] = []  # of the running pass, until every layer's
 
     def new(self, columns: _Columns, tokens: Tokens) -> int:
         """Return where in a pass what is new begins: an uncached one reads again what is known."""
@@ -75,18 +76,17 @@ class _Call:
         if ids is None:
             ids = torch.full(shape, -1, device=tokens.device)
         new = self.new(self.tokens, tokens)
-        self.tokens.add(tokens.unpack(ids[:, new:].clone()))  # a view would keep all of it
+        self.tokens.add(tokens.unpack((ids[:, new:] if new else ids).clone()))  # a view would keep all of it
         if self.real.width < self.prompt_width:
             real = torch.ones(shape, dtype=torch.bool) if mask is None else mask
             self.real.add(tokens.unpack(real[:, new:]))
 
     @property
     def width(self) -> int:
-        """How many tokens every layer has read: an error may have cut the last pass, or drafts were not accepted."""
-        read = min(columns.width for columns in self.columns.values())
+        """How many tokens every layer has read: drafts may not have been accepted."""
         if self.generate is None or self.generate.length is None:
-            return read
-        return min(read, self.generate.length - 1 + self.virtual - self.begin)
+            return self.values.width
+        return min(self.values.width, self.generate.length - 1 + self.virtual - self.begin)
 
     def saw(self, layer: int) -> str:
         """Return "unedited", or where the values stand to the edits: an edit of a lower block comes before them."""
@@ -109,6 +109,7 @@ class Trace:
         self.names, self.layers, self.stops = list(names), list(units), tuple(stops)
         self.keys: tuple[Key, ...] = tuple(vector_keys(names, self.layers))
         self._units = units
+        self._stacked: dict[tuple[int, int, torch.device], Float[Tensor, "layer vector hidden"]] = {}
         self._calls: list[_Call] = []
 
     def __repr__(self) -> str:
@@ -162,33 +163,37 @@ class Trace:
         """The calls of which every layer has read something."""
         return [call for call in self._calls if call.width]
 
-    def _read(self, layer: int, hidden: Tensor, tokens: Tokens) -> int:
-        """Take in one block's output, only its new columns; return how many answer tokens a row has by now."""
-        if layer == self.layers[0]:
+    def _read(self, layers: Sequence[int], states: Float[Tensor, "layer batch token hidden"], tokens: Tokens) -> int:
+        """Take in blocks' outputs, only new columns; return how many answer tokens a row has, -1 before all layers."""
+        if layers[0] == self.layers[0]:
             if tokens.paged:
                 raise InputError(
                     "monitor does not follow continuous batching, whose requests come and go: use generate"
                 )
             if not self._calls or tokens.starts or tokens.batch != self._calls[-1].batch:
-                self._calls.append(_Call(tokens, self.layers))
+                self._calls.append(_Call(tokens))
             self._calls[-1].add_tokens(tokens)
-        call = self._calls[-1]
-        if self._units[layer].device != hidden.device:
-            self._units[layer] = self._units[layer].to(hidden.device)
-        columns = call.columns[layer]
-        new = hidden[:, call.new(columns, tokens) :].detach()
-        columns.add(tokens.unpack(projections(new, self._units[layer])))
-        return columns.width - call.prompt_width
+            self._calls[-1].parts = []
+        call, key = self._calls[-1], (layers[0], len(layers), states.device)
+        if key not in self._stacked:
+            self._stacked[key] = torch.stack([self._units[layer] for layer in layers]).to(states.device)
+        new = states[:, :, call.new(call.values, tokens) :]
+        values = projections(new.flatten(1, 2), self._stacked[key]).view(*new.shape[:3], -1)
+        call.parts.append(tokens.unpack(values.permute(1, 2, 0, 3)))
+        if layers[-1] != self.layers[-1]:
+            return -1
+        call.values.add(torch.cat([part.to(values.device) for part in call.parts], dim=2))
+        return call.values.width - call.prompt_width
 
     def _readings(self, call: _Call) -> Readings:
         width = call.width
-        values = torch.stack([call.columns[layer].read()[:, :width] for layer in self.layers])
-        known = call.real.read() if call.real.width else torch.zeros(values.shape[1], 0, dtype=torch.bool)
-        real = torch.ones(values.shape[1], width, dtype=torch.bool)
+        values = call.values.read()[:, :width]
+        known = call.real.read() if call.real.width else torch.zeros(len(values), 0, dtype=torch.bool)
+        real = torch.ones(len(values), width, dtype=torch.bool)
         real[:, : known.shape[1]] = known[:, :width]
         return Readings(
             self.keys,
-            values.permute(0, 3, 1, 2).flatten(0, 1),
+            values.permute(2, 3, 0, 1).flatten(0, 1),
             call.tokens.read()[:, :width],
             real,
             call.prompt_width,
@@ -232,18 +237,14 @@ def monitor(
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         stops = ends if isinstance(ends, list) else [] if ends is None else [ends]
     trace = Trace([vector.trait for vector in chosen], units, stops)
-    last = max(units)
 
-    def reader(index: int) -> Callable[[Tensor, Tokens], None]:
-        def read(hidden: Tensor, tokens: Tokens) -> None:
-            answered = trace._read(index, hidden, tokens)
-            if callback and index == last and answered >= 0 and answered % every == 0:
-                with pause_edits(model):
-                    callback(trace)
+    def read(layers: Sequence[int], states: Tensor, tokens: Tokens) -> None:
+        answered = trace._read(layers, states, tokens)
+        if callback and answered >= 0 and answered % every == 0:
+            with pause_edits(model):
+                callback(trace)
 
-        return read
-
-    with edit_blocks(model, {index: reader(index) for index in units}):
+    with read_blocks(model, trace.layers, read):
         yield trace
         if not trace._calls:
             raise InputError("the monitor saw no forward pass: call this same model inside the `with`")

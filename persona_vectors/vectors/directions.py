@@ -115,9 +115,9 @@ def unit_directions(
 
 
 def projections(
-    hidden: Float[Tensor, "batch token hidden"], units: Float[Tensor, "vector hidden"]
+    hidden: Float[Tensor, "batch token hidden"], units: Float[Tensor, "*batch vector hidden"]
 ) -> Float[Tensor, "batch token vector"]:
-    """Return projections in float32, also inside autocast."""
+    """Return projections in float32, also inside autocast; `units` are for all rows, or each row's own."""
     kind = hidden.device.type  # the context manager costs as much as the product, and is there for training alone
     with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-        return hidden.float() @ units.T
+        return hidden.float() @ units.mT

@@ -32,6 +32,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768,
         "tie_word_embeddings": False,
     },
+    "deep-thin": {  # a decoding step is Python and dispatch, as an eager one on a GPU is
+        "model_type": "llama",
+        "hidden_size": 64,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "vocab_size": 512,
+        "tie_word_embeddings": False,
+    },
     "tiny": {
         "model_type": "qwen2",
         "hidden_size": 64,
@@ -56,8 +66,10 @@ def load(name: str, shape: str | None, device: str | None) -> tuple[Model, Any]:
         return load_model(name, device=device)
     if shape not in SHAPES:
         raise InputError(f"no shape {shape!r}: give one of {', '.join(SHAPES)}")
-    if shape != "tiny" and not torch.cuda.is_available():
-        raise InputError(f"--shape {shape} needs a CUDA GPU, and this machine has none: give --shape tiny, or --model")
+    if shape == "qwen2.5-7b" and not torch.cuda.is_available():
+        raise InputError(
+            f"--shape {shape} needs a CUDA GPU, and this machine has none: give --shape deep-thin or tiny, or --model"
+        )
     return random_model(shape, device or ("cuda" if torch.cuda.is_available() else "cpu")), None
 
 

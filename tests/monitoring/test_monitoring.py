@@ -175,8 +175,7 @@ def test_memory_grows_with_the_text(model):
     with monitor(model, vectors, layer=[0, 2]) as trace:
         for _ in range(3):
             generate(model, [[5]], max_new_tokens=8, min_new_tokens=8)
-    columns = [column for call in trace._calls for column in call.columns.values()]
-    assert sum(part.numel() for column in columns for part in column.fresh) == 3 * 8 * 2 * 2
+    assert sum(part.numel() for call in trace._calls for part in call.values.fresh) == 3 * 8 * 2 * 2
 
     column, parts = _Columns(), torch.randn(1, 700, 2)
     for index in range(700):
@@ -197,8 +196,7 @@ def test_fifty_turns_on_one_cache_keep_one_number_a_token_and_vector(model):
                 text += tokens
                 model(torch.tensor([tokens]), past_key_values=cache, attention_mask=torch.ones(1, len(text)))
     assert len(trace.calls) == 50
-    kept = [column.read().numel() for call in trace._calls for column in call.columns.values()]
-    assert sum(kept) == 50 * 9 * 2
+    assert sum(call.values.read().numel() for call in trace._calls) == 50 * 9 * 2
     values = torch.cat([call["t"] for call in trace.calls], dim=1)
     torch.testing.assert_close(values[0], expected(model, vectors[0], 1, text), rtol=2e-4, atol=2e-4)
 
@@ -257,7 +255,7 @@ def test_the_callback_comes_every_k_tokens_and_alone_reads(model):
     assert widths == [5, 7, 9]
     with monitor(model, vector, layer=[0, 2]) as trace:
         generate(model)
-        assert all(not c.moved for c in trace._calls[-1].columns.values())
+        assert not trace._calls[-1].values.moved
 
 
 def test_a_callback_may_run_the_model(model):
