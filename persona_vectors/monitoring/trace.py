@@ -219,8 +219,7 @@ def monitor(
     once a prompt was read and after every `every` answer tokens: each reading waits for the device, and an error that
     it raises ends the generation. Edits are suspended inside it.
 
-    Without `layer` it is the one that the vectors' files recommend. `stops` are the tokens that end an answer; by
-    default those of the model's generation config.
+    Without `layer` it is the recommended one. `stops` are the tokens that end an answer; by default the model's own.
 
     A monitor opened inside a `steer` reads after its edit, one opened outside it before; `trace.calls[i].saw` says
     which. After beam search use `trace.last.follow_beams`. The sequences of a packed pass are a row each. Virtual
