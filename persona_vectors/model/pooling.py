@@ -108,6 +108,8 @@ class _Running:
         self.sums: dict[int, Float[Tensor, "layer line hidden"]] = {}
         """The answers' sums, by the first of the layers that are read together."""
         self.norms: dict[int, Float[Tensor, "layer line"]] = {}
+        self.alive: Float[Tensor, "line 1"]
+        self.count: Float[Tensor, "line 1"]
 
     def read(self, layers: Sequence[int], states: Float[Tensor, "layer line token hidden"], tokens: Tokens) -> None:
         first = layers[0]
