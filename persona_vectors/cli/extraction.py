@@ -132,8 +132,8 @@ def extract(
         vectors = list(difference.extract_poolings_from(loaded, tokenizer, loaded_trait, ready, **options).values())
     else:
         drawing: dict[str, Any] = {"samples": samples, "first": first, "max_new_tokens": max_new_tokens, "seed": seed}
-        options |= {"pooling": pooling, "generate": elsewhere}
-        options["rollouts"] = rollouts or _run_file(loaded, loaded_trait, drawing, options)
+        options["generate"] = elsewhere
+        options |= {"pooling": pooling, "rollouts": rollouts or _run_file(loaded, loaded_trait, drawing, options)}
         typer.echo(f"answers: {options['rollouts']}", err=True)
         vectors = [difference.extract(loaded, tokenizer, loaded_trait, **drawing, **options)]
     _save(vectors, out, by_pooling=pooling == "all", as_json=as_json)
@@ -145,8 +145,9 @@ def _run_file(model: Any, trait: Any, *settings: dict[str, Any]) -> Path:
     from persona_vectors.model.blocks import model_name
     from persona_vectors.model.identity import config_hash, hash_of
 
-    options = {name: value for given in settings for name, value in given.items()}
-    options |= {"judge": judge_name(options["judge"]), "trait": trait.model_dump(), "config": config_hash(model)}
+    options = {name: value for given in settings for name, value in given.items() if name != "batch_tokens"}
+    options |= {name: judge_name(options[name]) for name in ("judge", "generate")}
+    options |= {"trait": trait.model_dump(), "config": config_hash(model)}
     return Path("runs") / "extract" / Path(model_name(model)).name / f"{trait.name}-{hash_of(options)[:8]}.jsonl"
 
 

@@ -78,7 +78,7 @@ def test_help_says_the_defaults_and_what_stands_in_brackets():
 
 def test_what_has_results_prints_them_as_json_too():
     without = {name for name in COMMANDS if "as_json" not in {p.name for p in get_command(app).commands[name].params}}
-    assert without <= {"new-trait", "demo", "chat", "finetune"}
+    assert without <= {"new-trait", "demo", "chat", "finetune", "serve", "card"}
 
 
 def test_extract_info_and_steer(tiny, trait_file, tmp_path):

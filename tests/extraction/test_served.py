@@ -199,6 +199,7 @@ def test_the_command_line_names_the_server_s_model(serve, tmp_path, trait, monke
     folder, out = save_tiny(tmp_path / "tiny"), tmp_path / "loud.safetensors"
     trait.save(tmp_path / "loud.json")
     asked = ["extract", folder, tmp_path / "loud.json", "--judge", "none", "--out", out, "--generate"]
+    monkeypatch.chdir(tmp_path)  # where answers are kept
     monkeypatch.setenv("OPENAI_BASE_URL", serve().url)
     run(*asked, "openai:m", "--samples", 4, "--first", 1, "--max-new-tokens", 6)
     assert PersonaVector.load(out).info["generate"] == "openai:m"
