@@ -24,7 +24,11 @@ def model_card(served: Served) -> dict[str, Any]:
 
 
 def vector_card(vector: PersonaVector, layer: int) -> dict[str, Any]:
-    """Return what a vector's file says of it; `per_dose` is the coefficient as long as the residual stream."""
+    """Return what a vector's file says of it; `per_dose` is the coefficient as long as the residual stream.
+
+    `steer` is what it recommends to steer with, None without evidence.
+    """
+    use = next((use for use in vector.uses.values() if use.purpose == "steer" and use.evidence), None)
     known = {name: vector.info[name] for name in _TOLD if name in vector.info}
     return {
         "name": vector.trait,
@@ -34,6 +38,7 @@ def vector_card(vector: PersonaVector, layer: int) -> dict[str, Any]:
         "per_dose": None if vector.residual_norms is None else per_dose(vector, layer),
         "separation": _rounded(vector.separation),
         "split_half_cosine": _rounded(vector.split_half_cosine),
+        "steer": None if use is None else {"layer": use.layer, "coef": use.coef, "coherent": use.coherent},
         "uses": [str(use) for use in vector.uses.values()],
         "info": known,
     }

@@ -63,6 +63,7 @@ def test_a_conversation_steered_compared_coloured_and_taken_away(page, served):
     assert page.execute_script(coloured) == 12
     find(page, "new").click()
     slide(page, 1.0)
+    assert "There is no evidence for any strength" in page.find_element(By.CSS_SELECTOR, "#vectors .warn").text
     coef = float(page.execute_script("return document.querySelector('#vectors input[step=any]').value"))
     with pv.steer(served.model, served.vectors["t"], layer=1, coef=coef):
         steered = pv.generate(served.model, served.tokenizer, "Hi", max_new_tokens=12, temperature=0)

@@ -274,4 +274,7 @@ def test_edits_that_name_no_layer_are_where_the_first_file_recommends(model, tok
         served = make_served(model, tokenizer, [told])
         assert served.layer == expected
     assert make_served(model, tokenizer, [told], layer=0).layer == 0
-    assert "no recommendation" in model_card(served)["persona_vectors"]["vectors"][0]["uses"][0]
+    card = model_card(served)["persona_vectors"]["vectors"][0]
+    assert "no recommendation" in card["uses"][0] and card["steer"] is None
+    told = make_served(model, tokenizer, [vector.with_use(use(layer=2))])
+    assert model_card(told)["persona_vectors"]["vectors"][0]["steer"] == {"layer": 2, "coef": 2.0, "coherent": None}
