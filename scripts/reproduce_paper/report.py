@@ -52,9 +52,11 @@ def report(
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write a table as CSV, and as Markdown beside it."""
-    cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    values = [[row.get(name, "") for name in names] for row in rows]
+    cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in line] for line in values]
     with atomic_path(path.with_suffix(".csv")) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([list(rows[0]), *cells])
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *cells]
+        csv.writer(file).writerows([names, *cells])
+    lines = [names, ["---"] * len(names), *cells]
     with atomic_path(path.with_suffix(".md")) as temporary:
         temporary.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")

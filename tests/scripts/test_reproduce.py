@@ -1,5 +1,6 @@
 """The reproduction runs on a tiny model, and goes on where it stopped."""
 
+import csv
 import os
 import subprocess
 import sys
@@ -31,6 +32,8 @@ def test_the_quick_reproduction_writes_its_tables_and_resumes(tmp_path):
     tables = {path: path.read_text() for path in (tmp_path / "out").glob("*.md")}
     assert {path.name for path in tables} == {"sets.md", "correlations.md", "interventions.md"}
     assert "random, covariance of plain answers" in tables[tmp_path / "out" / "correlations.md"]
+    with (tmp_path / "out" / "correlations.csv").open(newline="") as file:
+        assert {row["direction"] for row in csv.DictReader(file) if row["paper"]} == {"optimistic"}  # names, not places
     controls = {path.name for path in runs if ", random" in path.name}
     assert {f"preventative -2, random {i} seed 0.json" for i in (0, 1)} < controls
     assert {f"CAFT, random {i} seed 0.json" for i in (0, 1)} < controls
