@@ -7,7 +7,9 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 FAULTS = ["429", "500", "timeout", "cut", "malformed", "empty"]
 
@@ -87,3 +89,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+@contextmanager
+def started() -> Iterator[Callable[..., FaultServer]]:
+    """Yield what starts a server, `start(reply, ...)`; they all end with the `with`."""
+    running: list[FaultServer] = []
+
+    def start(reply: Callable[[dict], dict | str], **options: Any) -> FaultServer:
+        running.append(FaultServer(reply, **options))
+        threading.Thread(target=running[-1].serve_forever, daemon=True).start()
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.shutdown()
+        server.server_close()

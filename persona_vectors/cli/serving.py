@@ -34,7 +34,6 @@ def serve(
 
     loaded_vectors = load_vectors(vectors)
     loaded, tokenizer = load(model)
-    typer.echo(f"Serving http://{host}:{port} (Ctrl-C ends it)", err=True)
     run(
         loaded,
         tokenizer,

@@ -1,6 +1,7 @@
 """Running the server until it is told to stop."""
 
 import signal
+import sys
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -48,6 +49,7 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn takes them meanwhile, and raises them again at the end
         signal.signal(number, signal.SIG_IGN)
     settings = {"access_log": False, "log_level": "warning", "server_header": False, "timeout_graceful_shutdown": 60}
+    print(f"Serving http://{host}:{port} (Ctrl-C ends it)", file=sys.stderr, flush=True)
     uvicorn.Server(uvicorn.Config(app, host=host, port=port, limit_concurrency=1000, **settings)).run()  # type: ignore[arg-type]
 
 

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from fault_server import FAULTS, FaultServer
+from fault_server import FAULTS, FaultServer, started
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.evaluation import openai_client, openai_judge
@@ -41,18 +41,13 @@ def reply(body: dict, *, logprobs: bool, refuses: str, reasons: bool) -> dict | 
 def serve(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
     monkeypatch.setattr(openai_client, "BACKOFF", 0.005)
-    running = []
+    with started() as start:
 
-    def start(share: float = 0.0, *, logprobs=True, refuses="", reasons=False, **options) -> FaultServer:
-        how = partial(reply, logprobs=logprobs, refuses=refuses, reasons=reasons)
-        running.append(FaultServer(how, share, **options))
-        threading.Thread(target=running[-1].serve_forever, daemon=True).start()
-        return running[-1]
+        def served(share: float = 0.0, *, logprobs=True, refuses="", reasons=False, **options) -> FaultServer:
+            how = partial(reply, logprobs=logprobs, refuses=refuses, reasons=reasons)
+            return start(how, share=share, **options)
 
-    yield start
-    for server in running:
-        server.shutdown()
-        server.server_close()
+        yield served
 
 
 def expected(text: str) -> float:

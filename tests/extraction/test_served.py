@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_server import FAULTS, FaultServer
+from fault_server import FAULTS, started
 from helpers import make_tokenizer, plain_logprob, random_direction, run, save_tiny, write
 
 from persona_vectors.data.errors import InputError
@@ -55,17 +55,8 @@ def reply(body: dict, *, style: str, most: int) -> dict | str:
 def serve(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
     monkeypatch.setattr(openai_client, "BACKOFF", 0.005)
-    running = []
-
-    def start(style: str = "vllm", *, most: int = 100, share: float = 0.0, **options) -> FaultServer:
-        running.append(FaultServer(partial(reply, style=style, most=most), share, **options))
-        threading.Thread(target=running[-1].serve_forever, daemon=True).start()
-        return running[-1]
-
-    yield start
-    for server in running:
-        server.shutdown()
-        server.server_close()
+    with started() as start:
+        yield lambda style="vllm", *, most=100, **options: start(partial(reply, style=style, most=most), **options)
 
 
 def kept(path: Path) -> list[Rollout]:
