@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `python scripts/reproduce_
 
 from persona_vectors.cli.options import Device, DType, ModelArg, load_by_name
 from persona_vectors.data.errors import InputError
-from persona_vectors.data.traits import load_trait
+from persona_vectors.data.traits import Questions, load_trait
 from persona_vectors.vectors.controls import random_vectors
 from persona_vectors.vectors.vector import PersonaVector
 from reproduce_paper.report import report
@@ -48,7 +48,7 @@ def main(
     learning_rate: Annotated[float, typer.Option(help="the paper's is 1e-5, for 7B models")] = 3e-4,
     randoms: Annotated[int, typer.Option(help="random vectors an intervention, half of each kind", min=2)] = 6,
     share: Annotated[str, typer.Option(help="train only runs i of n, as in 1/8, and write no tables")] = "1/1",
-    quick: Annotated[bool, typer.Option("--quick", help="two sets, one seed, few tokens: does it all run?")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="two sets, one seed, few questions: does it all run?")] = False,
     device: Device = None,
     dtype: DType = None,
 ) -> None:
@@ -60,6 +60,9 @@ def main(
     number, shares = map(int, share.split("/"))
     loaded, tokenizer = load_by_name(model, device=device, dtype=dtype)
     loaded_trait = load_trait(trait)
+    if quick:
+        few = Questions(extract=loaded_trait.questions.extract[:5], eval=loaded_trait.questions.eval[:5])
+        loaded_trait = loaded_trait.model_copy(update={"questions": few})
     vector = PersonaVector.load(vectors / f"{loaded_trait.name}.safetensors")
     found_others = [PersonaVector.load(path) for path in sorted(vectors.glob("*.safetensors"))]
     others = [other for other in found_others if other.trait != vector.trait]
