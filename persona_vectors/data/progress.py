@@ -32,7 +32,8 @@ def without_bars() -> Iterator[None]:
 def bar(items: Iterable[Any] | None = None, *, desc: str, unit: str, total: int | None = None, initial: int = 0) -> Any:
     """Return a tqdm bar, over `items` or moved with `.update(n)`; what is done within a second shows none."""
     silenced = {} if _state["shown"] and not _silent.get() else {"disable": True}  # else tqdm looks at TQDM_DISABLE
-    made = tqdm(items, desc=desc, unit=unit, total=total, initial=initial, delay=1, leave=False, **silenced)
+    options = {"smoothing": 0, "delay": 1, "leave": False} | silenced  # a batch ends at once: the mean rate tells most
+    made = tqdm(items, desc=desc, unit=unit, total=total, initial=initial, **options)
     _open[:] = [known for known in _open if known() is not None and not known().disable] + [weakref.ref(made)]
     return made
 

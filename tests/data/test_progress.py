@@ -57,3 +57,16 @@ def test_one_switch_silences_every_bar(capsys, monkeypatch):
     finally:
         pv.show_progress()
     assert "answers: 100%" in shown(capsys)
+
+
+def test_the_time_left_is_of_the_mean_rate_though_a_batch_s_answers_end_at_once(capsys, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    clock = [1e9]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    with bar(total=80, desc="answers", unit="answer") as done:
+        clock[0] += 100
+        for _ in range(40):
+            clock[0] += 0.001
+            done.update()
+        done.refresh()
+    assert "[01:40<01:40," in capsys.readouterr().err
