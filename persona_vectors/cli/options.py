@@ -41,6 +41,9 @@ Temperature = Annotated[float, typer.Option(help="0 is greedy", min=0)]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu (default: the best there is)")]
 DType = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 ... (default: bfloat16 on a GPU)")]
 DeviceMap = Annotated[str | None, typer.Option(help="let accelerate place the weights, say: auto")]
+Attention = Annotated[str | None, typer.Option("--attn-implementation", help="sdpa, eager, flash_attention_2 ...")]
+Quantization = Annotated[str | None, typer.Option(help="load in fewer bits: nf4 or int8 (.[quantize])")]
+TPPlan = Annotated[str | None, typer.Option(help="shard over torchrun's processes: auto; the first one writes")]
 Fold = Annotated[bool, typer.Option("--fold-system", help="put the system prompt into the user's turn")]
 Seed = Annotated[int, typer.Option(help="random seed: the same run gives the same answers")]
 Samples = Annotated[int, typer.Option(help="answers to each question", min=1)]
@@ -60,6 +63,9 @@ _LOADING: dict[str, tuple[Any, Any]] = {
     "device": (Device, None),
     "dtype": (DType, None),
     "device_map": (DeviceMap, None),
+    "attn_implementation": (Attention, None),
+    "quantization": (Quantization, None),
+    "tp_plan": (TPPlan, None),
     "fold_system": (Fold, False),
 }
 
@@ -86,6 +92,9 @@ def load_by_name(
     device: str | None = None,
     dtype: str | None = None,
     device_map: str | None = None,
+    attn_implementation: str | None = None,
+    quantization: str | None = None,
+    tp_plan: str | None = None,
     fold_system: bool = False,
 ) -> tuple[Any, Any]:
     """Return a model and its tokenizer, as the options of a command line say; raises InputError for a bad one."""
@@ -99,7 +108,9 @@ def load_by_name(
     kind = getattr(torch, dtype, None) if dtype else None
     if dtype and not isinstance(kind, torch.dtype):
         raise InputError(f"no dtype {dtype!r}: give float32, bfloat16 or float16")
-    model, tokenizer = load_model(name, device=device, dtype=kind, device_map=device_map)
+    placing: dict[str, Any] = {"device": device, "device_map": device_map, "tp_plan": tp_plan}
+    options: dict[str, Any] = {"attn_implementation": attn_implementation, "quantization": quantization}
+    model, tokenizer = load_model(name, dtype=kind, **placing, **options)
     return model, fold_system_role(tokenizer) if fold_system else tokenizer
 
 

@@ -11,9 +11,22 @@ from filelock import FileLock, Timeout
 
 from persona_vectors.data.errors import InputError
 
+_writes = True
+
+
+def only_first_writes() -> None:
+    """Have this process write nothing from now on, unless it is the first of those that torchrun started.
+
+    The others hold a shard of the same model and run the same program: what they would write is the same.
+    """
+    global _writes
+    _writes = os.environ.get("RANK", "0") == "0"
+
 
 def append(path: Path, text: str) -> None:
     """Add text to a file, and have it on the disk before returning."""
+    if not _writes:
+        return
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -26,7 +39,7 @@ def writing(path: str | Path | None) -> Iterator[None]:
 
     Raises InputError where one is writing it already.
     """
-    if path is None:
+    if path is None or not _writes:
         yield
         return
     path = Path(path)
@@ -53,11 +66,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     os.close(handle)
     try:
         yield Path(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
+        if _writes:
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+    finally:
         Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def import_pyarrow() -> tuple[Any, Any]:

@@ -17,6 +17,8 @@ def check(job: Any) -> None:
         raise InputError("this is an encoder-decoder model: samples are flagged with decoder-only language models")
     if edits_are_active(job.model):
         raise InputError("flag reads the plain model: call it outside of steer, ablate, cap, floor and monitor")
+    if getattr(job.model.config, "distributed_config", None) is not None:
+        raise InputError("flag's parts are not read by several processes: give device_map='auto' instead of tp_plan")
     if job.score not in SCORES:
         raise InputError(f"score is {job.score!r}: give one of {', '.join(SCORES)}")
     if job.score == "gradient" and job.answers is not None:

