@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.evaluation.points import Sweep
     from persona_vectors.evaluation.served import Completion
     from persona_vectors.evaluation.sweeping import sweep
+    from persona_vectors.extraction.diagnosis import Diagnosis, diagnose
     from persona_vectors.extraction.difference import extract, extract_from, extract_poolings_from
     from persona_vectors.extraction.rollouts import load_rollouts
     from persona_vectors.extraction.trait_writer import write_trait
@@ -80,6 +81,7 @@ _WHERE = {
     "evaluation.points": ["Sweep"],
     "evaluation.served": ["Completion"],
     "evaluation.sweeping": ["sweep"],
+    "extraction.diagnosis": ["Diagnosis", "diagnose"],
     "extraction.difference": ["extract", "extract_from", "extract_poolings_from"],
     "extraction.rollouts": ["load_rollouts"],
     "extraction.trait_writer": ["write_trait"],

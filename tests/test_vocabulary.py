@@ -113,6 +113,7 @@ VERBS = {
     "import": ["import_vector"],
     "export": ["export_vector"],
     "evaluate": ["evaluate", "steer"],
+    "diagnose": ["diagnose"],
 }
 
 
