@@ -45,7 +45,8 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.monitoring.trace import monitor
     from persona_vectors.steering.add import RowEdit, steer, steer_rows
     from persona_vectors.steering.backends import lens_hooks, steer_trace
-    from persona_vectors.steering.bounds import ablate, cap, floor, steer_where
+    from persona_vectors.steering.bounds import ablate, cap, floor, rotate, steer_where
+    from persona_vectors.steering.nearest import nearest_coef
     from persona_vectors.training.config import FinetuneConfig, load_config
     from persona_vectors.training.finetuning import finetune
     from persona_vectors.training.sets import make_training_sets
@@ -53,7 +54,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.training.watch import ProjectionCallback, penalize
     from persona_vectors.vectors.controls import random_vector
     from persona_vectors.vectors.exports import export_vector
-    from persona_vectors.vectors.geometry import logit_lens
+    from persona_vectors.vectors.geometry import logit_lens, orthogonalize
     from persona_vectors.vectors.imports import import_vector
     from persona_vectors.vectors.moments import Moments, neutral_moments
     from persona_vectors.vectors.plots import plot_vector
@@ -102,7 +103,8 @@ _WHERE = {
     "monitoring.trace": ["monitor"],
     "steering.add": ["RowEdit", "steer", "steer_rows"],
     "steering.backends": ["lens_hooks", "steer_trace"],
-    "steering.bounds": ["ablate", "cap", "floor", "steer_where"],
+    "steering.bounds": ["ablate", "cap", "floor", "rotate", "steer_where"],
+    "steering.nearest": ["nearest_coef"],
     "training.config": ["FinetuneConfig", "load_config"],
     "training.finetuning": ["finetune"],
     "training.sets": ["make_training_sets"],
@@ -110,7 +112,7 @@ _WHERE = {
     "training.watch": ["ProjectionCallback", "penalize"],
     "vectors.controls": ["random_vector"],
     "vectors.exports": ["export_vector"],
-    "vectors.geometry": ["logit_lens"],
+    "vectors.geometry": ["logit_lens", "orthogonalize"],
     "vectors.imports": ["import_vector"],
     "vectors.moments": ["Moments", "neutral_moments"],
     "vectors.plots": ["plot_vector"],

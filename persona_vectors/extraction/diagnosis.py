@@ -106,8 +106,8 @@ def diagnose(
     if len(names) < 2:
         raise InputError(
             f"{len(kept)} answer pairs of {counts['pos_answers']} positive and {counts['neg_answers']} negative "
-            f"answers pass the filter at {limit}, of {len(names)} questions, and a diagnosis needs two: give the rollouts file "
-            "of extract, or others with scores"
+            f"answers pass the filter at {limit}, of {len(names)} questions, and a diagnosis needs two: give the "
+            "rollouts file of extract, or others with scores"
         )
     question = torch.tensor([names.index(answer.question) for answer in pos])
     pooling = vector.pooling if vector.pooling in POOLINGS else POOLINGS[0]
