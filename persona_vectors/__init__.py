@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.evaluation.points import Sweep
     from persona_vectors.evaluation.served import Completion
     from persona_vectors.evaluation.sweeping import sweep
+    from persona_vectors.extraction.diagnosis import Diagnosis, diagnose
     from persona_vectors.extraction.difference import extract, extract_from, extract_poolings_from
     from persona_vectors.extraction.rollouts import load_rollouts
     from persona_vectors.extraction.trait_writer import write_trait
@@ -44,7 +45,8 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.monitoring.trace import monitor
     from persona_vectors.steering.add import RowEdit, steer, steer_rows
     from persona_vectors.steering.backends import lens_hooks, steer_trace
-    from persona_vectors.steering.bounds import ablate, cap, floor, steer_where
+    from persona_vectors.steering.bounds import ablate, cap, floor, rotate, steer_where
+    from persona_vectors.steering.nearest import nearest_coef
     from persona_vectors.training.config import FinetuneConfig, load_config
     from persona_vectors.training.finetuning import finetune
     from persona_vectors.training.sets import make_training_sets
@@ -52,7 +54,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.training.watch import ProjectionCallback, penalize
     from persona_vectors.vectors.controls import random_vector
     from persona_vectors.vectors.exports import export_vector
-    from persona_vectors.vectors.geometry import logit_lens
+    from persona_vectors.vectors.geometry import logit_lens, orthogonalize
     from persona_vectors.vectors.imports import import_vector
     from persona_vectors.vectors.moments import Moments, neutral_moments
     from persona_vectors.vectors.plots import plot_vector
@@ -80,6 +82,7 @@ _WHERE = {
     "evaluation.points": ["Sweep"],
     "evaluation.served": ["Completion"],
     "evaluation.sweeping": ["sweep"],
+    "extraction.diagnosis": ["Diagnosis", "diagnose"],
     "extraction.difference": ["extract", "extract_from", "extract_poolings_from"],
     "extraction.rollouts": ["load_rollouts"],
     "extraction.trait_writer": ["write_trait"],
@@ -100,7 +103,8 @@ _WHERE = {
     "monitoring.trace": ["monitor"],
     "steering.add": ["RowEdit", "steer", "steer_rows"],
     "steering.backends": ["lens_hooks", "steer_trace"],
-    "steering.bounds": ["ablate", "cap", "floor", "steer_where"],
+    "steering.bounds": ["ablate", "cap", "floor", "rotate", "steer_where"],
+    "steering.nearest": ["nearest_coef"],
     "training.config": ["FinetuneConfig", "load_config"],
     "training.finetuning": ["finetune"],
     "training.sets": ["make_training_sets"],
@@ -108,7 +112,7 @@ _WHERE = {
     "training.watch": ["ProjectionCallback", "penalize"],
     "vectors.controls": ["random_vector"],
     "vectors.exports": ["export_vector"],
-    "vectors.geometry": ["logit_lens"],
+    "vectors.geometry": ["logit_lens", "orthogonalize"],
     "vectors.imports": ["import_vector"],
     "vectors.moments": ["Moments", "neutral_moments"],
     "vectors.plots": ["plot_vector"],

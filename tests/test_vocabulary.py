@@ -114,6 +114,7 @@ VERBS = {
     "import": ["import_vector"],
     "export": ["export_vector"],
     "evaluate": ["evaluate", "steer"],
+    "diagnose": ["diagnose"],
 }
 
 

@@ -19,10 +19,12 @@ from persona_vectors.cli.options import (
     Seed,
     SkipReasoning,
     TraitArg,
+    VectorArg,
     app,
     command_line,
     echo_table,
     loads_models,
+    save_figure,
 )
 from persona_vectors.data.errors import InputError
 
@@ -179,3 +181,42 @@ def _save(vectors: list[Any], out: Path | None, *, by_pooling: bool, as_json: bo
         lines.append(f"{vector!r} -> {path}")
         rows.append({"trait": vector.trait, "pooling": vector.pooling, "out": str(path), **info})
     echo_table(rows, as_json=as_json, text=lambda: "\n".join(lines))
+
+
+@app.command()
+@loads_models
+def diagnose(
+    model: ModelArg,
+    vector: VectorArg,
+    *,
+    rollouts: Annotated[Path, typer.Option(help="the answers: extract's file, say, which it names as it begins")],
+    out: Annotated[Path | None, typer.Option(help="write the result to this JSON file")] = None,
+    plot: Annotated[Path | None, typer.Option(help="write a figure of it to this PNG")] = None,
+    batch_tokens: BatchTokens = None,
+    as_json: Json = False,
+    load: Load,
+) -> None:
+    """Show by layer how far answer pairs agree with a vector: its own ones, held out, or others.
+
+    Of each layer: the mean cosine of the pairs' differences with the vector, class separation (AUROC), the share of
+    questions that move the wrong way, and the cosine between halves of the questions.
+
+    Example: persona-vectors diagnose smollm2-135m optimistic.safetensors --rollouts optimistic.jsonl
+    """
+    from persona_vectors.extraction.diagnosis import diagnose as run
+    from persona_vectors.vectors.shipped import load_vector
+
+    loaded_vector = load_vector(vector)
+    loaded, tokenizer = load(model)
+    found = run(loaded, tokenizer, loaded_vector, rollouts=rollouts, batch_tokens=batch_tokens)
+    if out:
+        found.save(out)
+    if plot:
+        save_figure(found.plot(), plot)
+    against = "each held against the vector of other questions" if found.own else "held against the vector"
+    title = f"{found.trait}: {found.pairs} pairs of {found.questions} questions, {against}"
+    lines = [title, "layer  pair cosine  separation  wrong way  split-half"]
+    for row in found.rows():
+        cosine, auroc, wrong, half = list(row.values())[1:]
+        lines.append(f"{row['layer']:5} {cosine:+12.2f} {auroc:11.2f} {wrong:10.0%} {half:11.2f}")
+    echo_table(found.rows(), as_json=as_json, text=lambda: "\n".join(lines))

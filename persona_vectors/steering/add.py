@@ -11,7 +11,7 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Layer, Model, model_shape, one_layer
 from persona_vectors.model.hooks import Edit, edit_blocks
 from persona_vectors.model.tokens import Tokens, check_positions
-from persona_vectors.vectors.directions import Strength, finite, incremental
+from persona_vectors.vectors.directions import Strength, finite, incremental, to_add
 from persona_vectors.vectors.shipped import VectorLike, as_vector
 from persona_vectors.vectors.vector import PersonaVector
 
@@ -85,12 +85,11 @@ def steer_rows(model: Model, rows: Sequence[RowEdit | None]) -> Iterator[None]:
     for index, row in enumerate(rows):
         if row is not None:
             row.vector.check_fits(model)
-            row.vector.check_edits()
             check_positions(row.positions)
             at = shifts.setdefault(one_layer(row.layer, layers), {})
-            at.setdefault(row.positions, torch.zeros(len(rows), hidden, dtype=torch.float32))[index] = (
-                finite(row.coef) * row.vector.direction(row.layer).float()
-            )
+            at.setdefault(row.positions, torch.zeros(len(rows), hidden, dtype=torch.float32))[index] = finite(
+                row.coef
+            ) * to_add(row.vector, row.layer)
     edits = {layer: _in_turn([_add(1.0, shift, p) for p, shift in at.items()]) for layer, at in shifts.items()}
     with edit_blocks(model, edits):
         yield

@@ -1,5 +1,6 @@
-"""Control: remove or bound a projection inside a `with`, or steer only where it crosses a threshold."""
+"""Control: remove or bound a projection inside a `with`, or steer only where the hidden states meet a condition."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -11,13 +12,15 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Layer, Model, model_shape, one_layer
 from persona_vectors.model.hooks import Edit, edit_blocks
 from persona_vectors.model.tokens import Tokens, check_positions
-from persona_vectors.vectors.directions import finite, projections, unit_directions
+from persona_vectors.vectors.directions import finite, projections, to_add, unit_directions
 from persona_vectors.vectors.vector import PersonaVector
 
 Limit = float | Tensor | Mapping[int, float]
 """A projection on v/|v|, in the residual stream's units: one for all, one a row [batch], or one a layer."""
 Change = Callable[[Float[Tensor, "batch token"], Tokens], Float[Tensor, "batch token"]]
 """Gives each token the projection that it should have."""
+Coefficient = Callable[[Float[Tensor, "batch token hidden"]], Float[Tensor, "batch token"]]
+"""Gives each token its own coefficient, by its hidden state before the edit."""
 
 
 @contextmanager
@@ -78,32 +81,86 @@ def steer_where(
     vector: PersonaVector,
     *,
     layer: Layer,
-    coef: float,
-    when: Callable[[Float[Tensor, "batch token"]], Tensor],
+    coef: float | Coefficient,
+    when: Callable[[Float[Tensor, "batch token"]], Tensor] | None = None,
     watch: PersonaVector | None = None,
     positions: str | Tensor = "all",
     during: str = "auto",
 ) -> Iterator[None]:
-    """Add `coef` times the vector only at tokens whose projection meets a condition, read before the edit.
+    """Add `coef` times the vector only at tokens that meet a condition, which is read before the edit.
 
     `when` is given the projections [batch, token] on `watch` (by default the vector itself) at the same block, and
-    returns where to steer: `lambda p: p > 3.2`. `layer` is one layer.
+    returns where to steer: `lambda p: p > 3.2`. `coef` may be a function that is given the hidden states there,
+    [batch, token, hidden], and returns each token's own, [batch, token], such as `nearest_coef`; tokens that get 0 stay
+    bit-identical. Then `when` need not be given. `layer` is one layer.
     """
     index = one_layer(layer, model_shape(model)[0])
+    if when is None and (watch is not None or not callable(coef)):
+        raise InputError("steer_where needs when=, a condition on the projection, or a function for coef=")
     unit = unit_directions(model, [watch or vector], index)[index]
     vector.check_fits(model)
-    vector.check_edits()
-    shift = finite(coef) * vector.direction(index).float()
+    direction = to_add(vector, index)
+    shift = direction if callable(coef) else finite(coef) * direction
 
     def edit(hidden: Tensor, tokens: Tokens) -> Tensor:
-        where = when(projections(hidden, unit.to(hidden.device))[..., 0].detach())
-        if where.shape != hidden.shape[:2] or where.dtype != torch.bool:
-            raise InputError(f"when= returned {where.dtype} {list(where.shape)}: return a bool for each [batch, token]")
-        moved = hidden + shift.to(hidden.device, hidden.dtype)
-        return torch.where(_and(where, tokens, positions)[..., None], moved, hidden)
+        where, added = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device), shift.to(hidden.device)
+        if when is not None:
+            where = when(projections(hidden, unit.to(hidden.device))[..., 0].detach())
+            _check_returned("when", where, hidden, torch.bool)
+        if callable(coef):
+            times = coef(hidden.detach())
+            _check_returned("coef", times, hidden, torch.float32)
+            where, added = where & (times != 0), times[..., None] * added
+        return torch.where(_and(where, tokens, positions)[..., None], hidden + added.to(hidden.dtype), hidden)
 
     check_positions(positions)
     with edit_blocks(model, {index: edit}, during=during):
+        yield
+
+
+def _check_returned(name: str, value: Tensor, hidden: Tensor, dtype: torch.dtype) -> None:
+    if value.shape != hidden.shape[:2] or value.dtype != dtype:
+        wanted = str(dtype).removeprefix("torch.")
+        raise InputError(
+            f"{name}= returned {value.dtype} {list(value.shape)}: return a {wanted} for each [batch, token]"
+        )
+
+
+@contextmanager
+def rotate(
+    model: Model,
+    vector: PersonaVector,
+    *,
+    layer: Layer,
+    angle: float,
+    positions: str | Tensor = "all",
+    during: str = "auto",
+) -> Iterator[None]:
+    """Turn each token's hidden state to `angle` degrees from the vector, in their common plane, at the norm it has.
+
+    h <- |h| (cos(angle) u + sin(angle) w) with u = v/|v| and w the unit vector along h - <h, u> u: angular steering.
+    0 is along the vector, 180 against it, 90 removes it; all tokens end at one angle, wherever they were. A hidden
+    state that lies along the vector has no such plane, and stays. See `ablate` for the rest.
+    """
+    if not 0 <= angle <= 180:
+        raise InputError(f"angle is {angle}: give degrees from the vector, 0 to 180")
+    along, across = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+
+    def editor(unit: Tensor) -> Edit:
+        def edit(hidden: Tensor, tokens: Tokens) -> Tensor:
+            here, states = unit.to(hidden.device), hidden.float()
+            rest = states - projections(hidden, here) * here
+            size, length = rest.norm(dim=-1, keepdim=True), states.norm(dim=-1, keepdim=True)
+            turned = length * (along * here + across * rest / size.clamp_min(1e-12))
+            where = _and((size > 1e-6 * length)[..., 0], tokens, positions)
+            return torch.where(where[..., None], turned.to(hidden.dtype), hidden)
+
+        return edit
+
+    check_positions(positions)
+    vector.check_edits()
+    units = unit_directions(model, [vector], layer)
+    with edit_blocks(model, {index: editor(unit) for index, unit in units.items()}, during=during):
         yield
 
 

@@ -65,7 +65,7 @@ def _facts(vector: Any) -> list[str]:
     command = f"`{info['command']}`" if "command" in info else "unknown"
     return [
         f"**Model**: {_text(', '.join(model))}",
-        f"**Pooling**: {_text(vector.pooling)}{'; whitened, for reading alone' * ('whitened' in info)}",
+        f"**Pooling**: {_text(vector.pooling)}{'; whitened' * ('whitened' in info)}",
         f"**Made by**: {_text(command)}",
         f"**How**: {_text(how) or 'unknown'}",
         f"**Licence**: {_text(licence)}",

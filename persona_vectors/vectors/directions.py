@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -71,17 +71,31 @@ def incremental(
 
     At several layers that is what the lower ones have not added yet: v_l - v_k, with k the steered layer before l.
     """
-    vector.check_edits()
     strength = dose if coef is None else coef
     if strength is None or (coef is not None and dose is not None):
         raise InputError("give either coef= (times the vector) or dose= (a fraction of the residual norm)")
     directions: dict[int, Tensor] = {}
     before: Tensor | float = 0.0
     for index in chosen_layers(layer, len(vector.directions)):
-        direction = vector.direction(index).float() * (1.0 if dose is None else per_dose(vector, index))
+        direction = to_add(vector, index) * (1.0 if dose is None else per_dose(vector, index))
         directions[index] = direction - before
         before = direction
     return finite(strength), directions
+
+
+def to_add(vector: PersonaVector, layer: SupportsIndex) -> Float[Tensor, " hidden"]:
+    """Return what a coefficient multiplies; raises InputError where a vector may not be steered with."""
+    vector.check_edits()
+    direction = vector.direction(layer).float()
+    if "whitened" in vector.info and not direction.any():
+        raise _zero(vector, layer)
+    return direction
+
+
+def _zero(vector: PersonaVector, layer: SupportsIndex) -> InputError:
+    known = vector.info.get("whitened", {}).get("layers", [])
+    where = f": it was whitened at {', '.join(map(str, known))}" if known else ""
+    return InputError(f"{vector!r} is zero at layer {layer}{where}: give another layer")
 
 
 def unit_directions(
@@ -106,10 +120,7 @@ def unit_directions(
         stacked = torch.stack([vector.direction(chosen).float() for vector in vectors])
         zero = (stacked.norm(dim=1) == 0).nonzero()
         if len(zero):
-            vector = vectors[int(zero[0])]
-            known = vector.info.get("whitened", {}).get("layers", [])
-            where = f": it was whitened at {', '.join(map(str, known))}" if known else ""
-            raise InputError(f"{vector!r} is zero at layer {chosen}{where}: give another layer")
+            raise _zero(vectors[int(zero[0])], chosen)
         units[chosen] = stacked / stacked.norm(dim=1, keepdim=True)
     return units
 

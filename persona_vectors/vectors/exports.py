@@ -39,7 +39,8 @@ def export_vector(
     >>> export_vector(vector, out="calm.gguf", format="gguf", layer=1)  # doctest: +SKIP
     ['lost: trait', 'lost: all layers but 1']
     """
-    vector.check_edits()  # other tools would steer with it
+    if "whitened" in vector.info:
+        raise InputError(f"{vector!r} is whitened, which no other tool's file says: export what it was made from")
     path, format = Path(out), format_named(format)
     if path.suffix != FORMATS[format]:
         raise InputError(f"{path} is no name for a file of format {format}: give one that ends in {FORMATS[format]}")

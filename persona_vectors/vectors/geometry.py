@@ -23,6 +23,31 @@ def cosine_matrix(vectors: Sequence[PersonaVector], *, layer: SupportsIndex) -> 
     return (units @ units.T).float()
 
 
+def orthogonalize(vectors: Sequence[PersonaVector]) -> list[PersonaVector]:
+    """Return vectors of one model made orthogonal to one another at each layer (Gram-Schmidt, in float64).
+
+    The order counts: the first stays as it is, and each later one loses its projections on those before it, so put
+    first what is to be kept whole. They are not made longer again: what is left is what the others do not say.
+
+    Raises InputError where nothing is left of a vector.
+    """
+    made: list[PersonaVector] = []
+    kept: list[Float[Tensor, "layer hidden"]] = []
+    for vector in vectors:
+        vectors[0].check_same_model(vector)
+        whole = rest = vector.directions.double()
+        for other in kept:
+            length = (other * other).sum(dim=1, keepdim=True)
+            rest = rest - (rest * other).sum(dim=1, keepdim=True) / length.clamp_min(1e-30) * other
+        gone = (rest.norm(dim=1) < 1e-6 * whole.norm(dim=1)).nonzero()
+        if len(gone):
+            raise InputError(f"nothing is left of {vector!r} at layer {int(gone[0])}: it is a sum of those before it")
+        kept.append(rest)
+        name = f"{vector.trait} without {', '.join(v.trait for v in vectors[: len(made)])}"
+        made.append(vector._derived(name, rest.float()) if made else vector)
+    return made
+
+
 def layer_cosines(vector: PersonaVector) -> Float[Tensor, "layer layer"]:
     """Return the cosines between a vector's directions at different layers."""
     units = torch.nn.functional.normalize(vector.directions.double(), dim=1)

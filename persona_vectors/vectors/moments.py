@@ -80,14 +80,15 @@ class Moments:
             if len(covariance) != len(vector.direction(layer)):
                 raise InputError(f"{self!r} do not fit {vector!r}: read them from the vector's model")
 
-    def whiten(self, vector: PersonaVector, *, shrinkage: float = 0.1) -> PersonaVector:
+    def whiten(self, vector: PersonaVector, *, shrinkage: float = 0.1, steers: bool = False) -> PersonaVector:
         """Return the vector for reading: w = (S + s t I)^-1 v, with S the covariance and t its mean variance.
 
         A projection on w/|w| weighs each direction by how little neutral answers vary along it, as Fisher's
         discriminant does, so that length and topic count for less. `shrinkage` s > 0 keeps the inverse bounded where S
         has seen fewer answers than it has dimensions. It has v's norm; layers that were not read are zero.
 
-        It is no vector to steer with: along directions that answers hardly use, a step takes the model far out.
+        It is made for reading: along directions that answers hardly use, a step takes the model far out, so the verbs
+        that edit refuse it. `steers=True` has them take it, to compare it with the plain difference; no export does.
         """
         self.check_fits(vector)
         directions = torch.zeros_like(vector.directions)
@@ -96,11 +97,11 @@ class Moments:
             found = self.whitener(layer, shrinkage=shrinkage) @ direction
             directions[layer] = (found * direction.norm() / found.norm()).float()
         made = vector._derived(f"{vector.trait} whitened", directions)
-        return replace(made, info={**made.info, "whitened": self._whitened(shrinkage)})
+        return replace(made, info={**made.info, "whitened": self._whitened(shrinkage, steers)})
 
-    def _whitened(self, shrinkage: float) -> dict[str, Any]:
-        layers = list(self.covariance)
-        return {"answers": self.count, "shrinkage": shrinkage, "reference": self.source, "layers": layers}
+    def _whitened(self, shrinkage: float, steers: bool) -> dict[str, Any]:
+        known = {"answers": self.count, "shrinkage": shrinkage, "reference": self.source}
+        return {**known, "layers": list(self.covariance), **({"steers": True} if steers else {})}
 
     def random_vectors(self, vector: PersonaVector, *, count: int, seed: int = 0) -> list[PersonaVector]:
         """Return controls with v's norm: half isotropic, half with this covariance, which are zero at other layers."""

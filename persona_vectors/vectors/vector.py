@@ -235,8 +235,8 @@ class PersonaVector:
             )
 
     def check_edits(self) -> None:
-        """Raise InputError for a whitened vector: a step along it would take the model where no activations are."""
-        if "whitened" in self.info:
+        """Raise InputError for a whitened vector that was not made to steer with: see `Moments.whiten`."""
+        if "whitened" in self.info and not self.info["whitened"].get("steers"):
             raise InputError(f"{self!r} is whitened, for reading alone: edit with the vector that it was made from")
 
 

@@ -14,7 +14,7 @@ from persona_vectors.monitoring.projection import project
 from persona_vectors.monitoring.trace import monitor
 from persona_vectors.steering.add import RowEdit, steer, steer_rows
 from persona_vectors.steering.backends import lens_hooks
-from persona_vectors.steering.bounds import ablate, cap, floor, steer_where
+from persona_vectors.steering.bounds import ablate, cap, floor, rotate, steer_where
 from persona_vectors.vectors.controls import random_vectors
 
 EDITS = {
@@ -22,6 +22,7 @@ EDITS = {
     "ablate": lambda model, vector, layer: ablate(model, vector, layer=layer),
     "cap": lambda model, vector, layer: cap(model, vector, layer=layer, limit=-1.0),
     "floor": lambda model, vector, layer: floor(model, vector, layer=layer, limit={1: 1.0}),
+    "rotate": lambda model, vector, layer: rotate(model, vector, layer=layer, angle=60.0),
     "steer_where": lambda model, vector, layer: steer_where(model, vector, layer=layer, coef=2.0, when=lambda p: p > 0),
 }
 READS = {

@@ -5,7 +5,7 @@ from helpers import random_direction
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.vectors.controls import random_vector
-from persona_vectors.vectors.geometry import cosine_matrix, layer_cosines, logit_lens, separation_indices
+from persona_vectors.vectors.geometry import cosine_matrix, layer_cosines, logit_lens, orthogonalize, separation_indices
 from persona_vectors.vectors.plots import plot_cosines, plot_separation
 from persona_vectors.vectors.vector import PersonaVector
 
@@ -69,3 +69,25 @@ def test_a_matrix_of_cosines_becomes_a_plot(model):
     axes = plot_cosines(cosine_matrix([random_direction(model)] * 2, layer=0), ["a", "b"]).axes[0]
     assert axes.images[0].get_array().shape == (2, 2)
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
+
+
+def test_vectors_are_made_orthogonal_in_their_order(model):
+    given = [random_direction(model), *(random_vector(random_direction(model), seed=seed) for seed in (5, 6))]
+    found = orthogonalize(given)
+    assert torch.equal(found[0].directions, given[0].directions)  # the first stays whole
+    assert [v.trait for v in found[1:]] == ["random 5 without t", "random 6 without t, random 5"]
+    for layer in range(len(given[0].directions)):
+        rows = torch.stack([v.directions[layer] for v in given]).double()
+        q, r = torch.linalg.qr(rows.T)  # as a QR has it, with the lengths that are left
+        expected = (q * r.diagonal()).T
+        torch.testing.assert_close(torch.stack([v.directions[layer] for v in found]).double(), expected)
+        cosines = cosine_matrix(found, layer=layer)
+        torch.testing.assert_close(cosines, torch.eye(3), atol=1e-5, rtol=0)
+    other = orthogonalize(given[::-1])
+    assert not torch.allclose(other[2].directions, found[0].directions)
+    with pytest.raises(InputError, match=r"nothing is left of .* at layer 0: it is a sum of those before it"):
+        orthogonalize([*given[:2], given[0] - 2 * given[1]])
+    with pytest.raises(InputError, match="of different models"):
+        orthogonalize([given[0], PersonaVector("x", "other", given[0].directions)])
+    silent = PersonaVector("s", given[0].model, torch.zeros_like(given[0].directions))
+    torch.testing.assert_close(orthogonalize([silent, given[0]])[1].directions, given[0].directions)

@@ -15,7 +15,7 @@ from persona_vectors.monitoring.projection import project
 from persona_vectors.monitoring.trace import monitor
 from persona_vectors.steering.add import RowEdit, steer, steer_rows
 from persona_vectors.steering.backends import lens_hooks
-from persona_vectors.steering.bounds import ablate, cap, floor, steer_where
+from persona_vectors.steering.bounds import ablate, cap, floor, rotate, steer_where
 from persona_vectors.training.shifts import finetuning_shift
 from persona_vectors.training.watch import penalize
 from persona_vectors.vectors import moments as module
@@ -157,6 +157,7 @@ EDITS = {
     "ablate": lambda model, vector: ablate(model, vector, layer=1),
     "cap": lambda model, vector: cap(model, vector, layer=1, limit=0.0),
     "floor": lambda model, vector: floor(model, vector, layer=1, limit=0.0),
+    "rotate": lambda model, vector: rotate(model, vector, layer=1, angle=60.0),
 }
 
 
@@ -176,9 +177,30 @@ def test_a_whitened_vector_edits_nothing(model, tokenizer, verb: str):
         lens_hooks(whitened, layer=1, coef=1.0)
 
 
+def test_a_whitened_vector_steers_where_that_is_asked_for(model, tokenizer, tmp_path):
+    """Made with steers=True the verbs take it as they do the same directions of any vector; no export does."""
+    vector, facts = random_direction(model), neutral_moments(model, tokenizer, TALKS, layer=1)
+    whitened = facts.whiten(vector, steers=True)
+    torch.testing.assert_close(whitened.directions, facts.whiten(vector).directions)
+    whitened.save(tmp_path / "w.safetensors")
+    plain = PersonaVector("t", "m", whitened.directions)
+    ids = torch.tensor([[5, 6, 7]])
+    for verb, edit in EDITS.items():
+        with edit(model, PersonaVector.load(tmp_path / "w.safetensors")), torch.no_grad():
+            edited = model(input_ids=ids).logits
+        with edit(model, plain), torch.no_grad():
+            assert torch.equal(edited, model(input_ids=ids).logits), verb
+    for layer in (0, [0, 1]):
+        with pytest.raises(InputError, match="is zero at layer 0: it was whitened at 1: give another layer"):
+            with steer(model, whitened, layer=layer, coef=1.0):
+                pass
+    with pytest.raises(InputError, match="is whitened, which no other tool's file says"):
+        export_vector(whitened, out=tmp_path / "v.gguf", format="gguf")
+
+
 def test_a_whitened_vector_is_neither_exported_nor_trained_against(model, tokenizer, tmp_path):
     whitened = neutral_moments(model, tokenizer, TALKS, layer=1).whiten(random_direction(model))
-    with pytest.raises(InputError, match="is whitened, for reading alone"):
+    with pytest.raises(InputError, match="is whitened, which no other tool's file says"):
         export_vector(whitened, out=tmp_path / "v.gguf", format="gguf")
     with pytest.raises(InputError, match="is whitened, for reading alone"):
         with penalize(make_trainer(model, tmp_path), whitened, layer=1, weight=1.0):
