@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.model.loading import load_model
     from persona_vectors.model.pooling import pool
     from persona_vectors.model.prompts import break_special_tokens, chat_prompt, fold_system_role, with_template_options
+    from persona_vectors.model.thoughts import Span
     from persona_vectors.monitoring.calibration import calibrate
     from persona_vectors.monitoring.heatmaps import heatmap
     from persona_vectors.monitoring.percentiles import Calibration
@@ -96,6 +97,7 @@ _WHERE = {
     "model.loading": ["load_model"],
     "model.pooling": ["pool"],
     "model.prompts": ["break_special_tokens", "chat_prompt", "fold_system_role", "with_template_options"],
+    "model.thoughts": ["Span"],
     "monitoring.calibration": ["calibrate"],
     "monitoring.heatmaps": ["heatmap"],
     "monitoring.percentiles": ["Calibration"],

@@ -81,4 +81,4 @@ def test_what_is_of_another_kind_is_refused_in_words(model, tokenizer):
         with pytest.raises(pv.InputError, match=message):
             plain[function](*arguments)
     with pytest.raises(pv.InputError, match="conversation 0 is a text: give a question and its answer"):
-        list(answered_turns(tokenizer, 0, "some text", False, False))
+        list(answered_turns(tokenizer, 0, "some text", False, None))

@@ -17,7 +17,7 @@ from persona_vectors.cli.options import (
     ModelArg,
     Samples,
     Seed,
-    SkipReasoning,
+    Span,
     TraitArg,
     VectorArg,
     app,
@@ -94,7 +94,7 @@ def extract(
     pooling: Annotated[
         str, typer.Option(help="response_mean, prompt_mean or prompt_last; all: one file for each, with --from")
     ] = "response_mean",
-    skip_reasoning: SkipReasoning = False,
+    positions: Span = "all",
     seed: Seed = 0,
     generate: GenerateOption = None,
     rollouts: Annotated[Path | None, typer.Option(help="keep the answers here (default: in runs/extract)")] = None,
@@ -124,7 +124,7 @@ def extract(
     _check(pooling, from_, generate)
     loaded_trait, elsewhere = load_trait(trait), make_generate(generate)
     loaded, tokenizer = load(model)
-    options: dict[str, Any] = {"batch_tokens": batch_tokens, "skip_reasoning": skip_reasoning}
+    options: dict[str, Any] = {"batch_tokens": batch_tokens, "positions": positions}
     chosen = options["judge"] = make_judge(
         judge or ("none" if from_ else "contrast"), loaded, tokenizer, loaded_trait, load
     )

@@ -13,7 +13,7 @@ from persona_vectors.cli.options import (
     Load,
     ModelArg,
     OptionalLayer,
-    SkipReasoning,
+    Span,
     Store,
     VectorArgs,
     app,
@@ -57,7 +57,7 @@ def flag(
     on_error: Annotated[str, typer.Option(help="what is no sample: stop there, or skip and count it")] = "stop",
     max_length: Annotated[int | None, typer.Option(help="cut longer samples (default: the model's context)")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="most tokens of a generated baseline", min=1)] = 256,
-    skip_reasoning: SkipReasoning = False,
+    positions: Span = "all",
     reference: Annotated[str | None, typer.Option(help="neutral samples for the percentiles, or their flags")] = None,
     threshold: Annotated[float | None, typer.Option(help="flag from this difference on")] = None,
     percentile: Annotated[float | None, typer.Option(help="or from this percentile (with --reference: 95)")] = None,
@@ -89,7 +89,7 @@ def flag(
     reading: dict[str, Any] = {"columns": columns, "split": split}
     options: dict[str, Any] = {"out": out, "score": score, "baseline": baseline, "answers": answers, **reading}
     options |= {"on_error": on_error, "turns": turns, "max_length": max_length, "max_new_tokens": max_new_tokens}
-    options |= {"batch_tokens": batch_tokens, "skip_reasoning": skip_reasoning, "controls": controls, "labels": labels}
+    options |= {"batch_tokens": batch_tokens, "positions": positions, "controls": controls, "labels": labels}
     options |= {"reference": reference, "threshold": threshold, "percentile": percentile, "generate": elsewhere}
     found = run.flag(loaded, tokenizer, data, loaded_vectors, layer=where, cache=cache, workers=workers, **options)
     echo_table(found.rows(), as_json=as_json, text=lambda: repr(found))

@@ -16,6 +16,7 @@ from persona_vectors.cli.options import (
     OptionalLayer,
     Questions,
     Seed,
+    Span,
     System,
     Temperature,
     VectorArg,
@@ -47,6 +48,7 @@ def monitor(
     question: Questions,
     system: System = None,
     calibration: Calibrations = None,
+    positions: Span = "all",
     html: Annotated[Path | None, typer.Option(help="write a page with every token's projections here")] = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 1.0,
@@ -59,7 +61,7 @@ def monitor(
     Example: persona-vectors monitor smollm2-135m smollm2-135m/optimistic --question "How will my exam go?"
     --html trace.html
     """
-    from persona_vectors.model import generation, prompts
+    from persona_vectors.model import generation, prompts, thoughts
     from persona_vectors.monitoring import heatmaps, trace
     from persona_vectors.vectors.directions import layer_for
 
@@ -67,8 +69,9 @@ def monitor(
     where = layer_for(loaded_vectors, layers(layer) if layer else None, purpose="monitor")
     loaded, tokenizer = load(model)
     encoded = [prompts.encode(tokenizer, prompts.chat_prompt(tokenizer, text, system=system)) for text in question]
-    stops = generation.stop_tokens(loaded, tokenizer)
-    with trace.monitor(loaded, loaded_vectors, layer=where, stops=stops) as read:
+    watching: dict[str, Any] = {"layer": where, "positions": thoughts.span_of(tokenizer, positions) or "all"}
+    watching["stops"] = generation.stop_tokens(loaded, tokenizer)
+    with trace.monitor(loaded, loaded_vectors, **watching) as read:
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         made = generation.generate_tokens(loaded, tokenizer, encoded, reading=True, **sampling)
     places = read.percentiles(known) if known else {}
@@ -144,13 +147,15 @@ def load_calibrations(paths: list[Path] | None) -> list[Any] | None:
 
 def _row(readings: Any, name: str, index: int, texts: list[str], places: Any) -> dict[str, Any]:
     """Return an answer's projections on one vector: before it, over it, and where they are highest."""
-    values = readings[name][index][readings.answer[index]]
+    averaged, width = readings.averaged[index], readings.prompt_width
+    values, texts = readings[name][index][averaged], [texts[i] for i in averaged[width:].nonzero()[:, 0].tolist()]
     best = int(values.argmax()) if len(values) else None
-    place = {"mean percentile": float(places[name][index][readings.answer[index]].mean())} if places else {}
+    place = {"mean percentile": float(places[name][index][averaged].mean())} if places else {}
+    over = "it" if readings.span is None else f"the {readings.span.name}"
     return {
         "vector": name,
         "before the answer": float(readings.prompt_last[name][index]),
-        "mean over it": float(readings.mean[name][index]),
+        f"mean over {over}": float(readings.mean[name][index]),
         **place,
         "highest": math.nan if best is None else float(values[best]),
         "at the token": None if best is None else texts[best],

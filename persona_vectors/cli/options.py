@@ -49,7 +49,7 @@ Seed = Annotated[int, typer.Option(help="random seed: the same run gives the sam
 Samples = Annotated[int, typer.Option(help="answers to each question", min=1)]
 First = Annotated[int | None, typer.Option(help="take only the first N extraction questions", min=1)]
 MaxNewTokens = Annotated[int, typer.Option(help="most tokens of an answer", min=1)]
-SkipReasoning = Annotated[bool, typer.Option("--skip-reasoning", help="leave out what stands inside <think></think>")]
+Span = Annotated[str, typer.Option("--positions", help="what is read of a thinking model: all, answer or reasoning")]
 BatchTokens = Annotated[int | None, typer.Option(help="tokens a batch: lower it when memory runs out")]
 GenerateOption = Annotated[
     str | None,

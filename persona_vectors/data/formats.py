@@ -9,7 +9,7 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.data.rendered import split_text
 
 Message = dict[str, Any]
-"""A turn: `role`, `content`, and its `tool_calls`; the first one of a conversation also holds its `tools`."""
+"""A turn: `role`, `content`, `reasoning_content`, `tool_calls`; the first of a conversation also holds its `tools`."""
 CHATS = ("messages", "conversations", "conversation")
 PAIRS = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"), ("input", "output"))
 KNOWN = (
@@ -124,6 +124,9 @@ def _message(turn: Any) -> Message:
     if turn.get("function_call"):
         raise InputError("a message has function_call, which OpenAI's tool_calls replaced: give those")
     found: Message = {"role": turn["role"], "content": _text(turn.get("content"))}
+    thought = turn.get("reasoning_content") or turn.get("thinking")
+    if thought and turn["role"] == "assistant":
+        found["reasoning_content"] = _text(thought)
     if calls:
         found["tool_calls"] = [_call(call) for call in calls]
     if turn["role"] == "tool":

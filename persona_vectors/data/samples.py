@@ -37,12 +37,15 @@ class Sample:
     """What its record says in the column that `labels` names."""
     calls: tuple[dict[str, Any], ...] = ()
     """The tools that the answer calls, after its text."""
+    thought: str = ""
+    """What the record gives as the answer's reasoning, beside its text."""
 
     @property
     def talk(self) -> list[Message]:
         """The prompt, and the answer as a message."""
-        calls = {"tool_calls": list(self.calls)} if self.calls else {}
-        return [*self.prompt, {"role": "assistant", "content": self.answer, **calls}]
+        beside: dict[str, Any] = {"reasoning_content": self.thought} if self.thought else {}
+        beside |= {"tool_calls": list(self.calls)} if self.calls else {}
+        return [*self.prompt, {"role": "assistant", "content": self.answer, **beside}]
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,8 @@ def read_samples(
             continue
         for place in talk.chosen(turns):
             answer, turn = talk.messages[place], talk.answers.index(place)
-            calls, before = tuple(answer.get("tool_calls", ())), talk.messages[:place]
-            yield Sample(talk.row, talk.id, before, answer["content"], turn, talk.label, calls=calls)
+            beside = {"calls": tuple(answer.get("tool_calls", ())), "thought": answer.get("reasoning_content", "")}
+            yield Sample(talk.row, talk.id, talk.messages[:place], answer["content"], turn, talk.label, **beside)
 
 
 def read_talks(

@@ -17,13 +17,14 @@ from persona_vectors.evaluation.beside import score_batches
 from persona_vectors.evaluation.judge import Judge, is_remote, judge_name
 from persona_vectors.evaluation.served import Generate
 from persona_vectors.extraction.evidence import evidence
-from persona_vectors.extraction.filtering import judge_rollouts, pairs, without_reasoning
+from persona_vectors.extraction.filtering import judge_rollouts, pairs, parted
 from persona_vectors.extraction.reads import Reads, no_reads
 from persona_vectors.extraction.rollouts import Rollout, RolloutFile, draw_rollouts, plan
 from persona_vectors.model.blocks import Model, model_name
 from persona_vectors.model.generation import stop_tokens
 from persona_vectors.model.identity import hash_of, identity
 from persona_vectors.model.pooling import POOLINGS, pool_while_generating
+from persona_vectors.model.thoughts import span_of
 from persona_vectors.model.wrappers import keeps_cache, unwrap
 from persona_vectors.vectors.vector import PersonaVector
 
@@ -43,7 +44,7 @@ def extract(
     seed: int = 0,
     pooling: str = "response_mean",
     threshold: float = 50.0,
-    skip_reasoning: bool = False,
+    positions: str = "all",
     batch_tokens: int | None = None,
     rollouts: str | Path | None = None,
     min_pairs: int = MIN_PAIRS,
@@ -58,12 +59,12 @@ def extract(
     it, and both are coherent (`threshold` again). Coherence is judged by the judge, or by a perplexity gate where it
     does not read rubrics; `judge=None` keeps every pair of non-empty answers. The defaults are the paper's.
 
-    `skip_reasoning` neither judges nor averages what is inside <think>...</think>: answers are then read once more.
-    With `generate`, say an `OpenAIGenerator`, the answers come from there, and the kept ones are read in one pass.
+    `positions` is what of a thinking model's answers is averaged: "all", or "answer" or "reasoning" (see `Span`), which
+    take one more reading and have no reasoning judged. With `generate`, say an `OpenAIGenerator`, answers come from it.
 
     Raises InputError where fewer than `min_pairs` pairs are kept, saying what was dropped.
     """
-    model, trait = _checked(model, [pooling]), as_trait(trait)
+    model, trait, span = _checked(model, [pooling]), as_trait(trait), span_of(tokenizer, positions)
     tasks = plan(tokenizer, trait, first=first, samples=samples)
     drawing: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     settings = {
@@ -75,10 +76,10 @@ def extract(
         **drawing,
         "judge": judge_name(judge),
         "generate": generate and judge_name(generate),
-        "skip_reasoning": skip_reasoning or None,  # None: as in files from before there was a choice
+        "positions": span and span.name,  # None: as in files from before there was a choice
     }
     drawing |= {"batch_tokens": batch_tokens, "desc": f"{trait.name}: answers", "generate": generate}
-    if keeps_cache(model) and not skip_reasoning:
+    if keeps_cache(model) and span is None:
         reading: dict[str, Any] = {"stops": stop_tokens(model, tokenizer), "poolings": [pooling]}
         drawing["during"] = lambda _: pool_while_generating(model, **reading)
     limit = None if judge is None else threshold
@@ -108,7 +109,7 @@ def _draw(
             if pooled:
                 reads.add(answers, pooled())
             del pooled  # with it what it holds, before the next answers are read
-            yield without_reasoning(tokenizer, answers) if file.settings.get("skip_reasoning") else answers
+            yield parted(tokenizer, answers, file.settings.get("positions") or "all")
 
     def judged(answers: list[Rollout]) -> list[Rollout]:
         return judge_rollouts(model, tokenizer, trait, judge, answers)
@@ -125,7 +126,7 @@ def extract_from(
     judge: Judge | None,
     pooling: str = "response_mean",
     threshold: float = 50.0,
-    skip_reasoning: bool = False,
+    positions: str = "all",
     batch_tokens: int | None = None,
     min_pairs: int = MIN_PAIRS,
     unfiltered: bool = False,
@@ -133,11 +134,11 @@ def extract_from(
     """Return the vector of ready-made rollouts, both sides in one list, in one pass over their text.
 
     Scores that the rollouts carry are used; a judge scores those that have none. `unfiltered` keeps every pair of
-    non-empty answers. See `extract` for the filter and `skip_reasoning`, `extract_poolings_from` for all poolings.
+    non-empty answers. See `extract` for the filter and `positions`, `extract_poolings_from` for all poolings.
 
     Raises InputError where there are no scores, no judge, and `unfiltered` is not asked for.
     """
-    options: dict[str, Any] = {"threshold": threshold, "skip_reasoning": skip_reasoning, "batch_tokens": batch_tokens}
+    options: dict[str, Any] = {"threshold": threshold, "positions": positions, "batch_tokens": batch_tokens}
     options |= {"judge": judge, "min_pairs": min_pairs, "unfiltered": unfiltered}
     return extract_poolings_from(model, tokenizer, trait, rollouts, poolings=[pooling], **options)[pooling]
 
@@ -151,15 +152,14 @@ def extract_poolings_from(
     judge: Judge | None,
     poolings: Sequence[str] = POOLINGS,
     threshold: float = 50.0,
-    skip_reasoning: bool = False,
+    positions: str = "all",
     batch_tokens: int | None = None,
     min_pairs: int = MIN_PAIRS,
     unfiltered: bool = False,
 ) -> dict[str, PersonaVector]:
     """Return a vector for each pooling, all from the same answers and from one pass over them; see `extract_from`."""
     model = _checked(model, poolings)
-    if skip_reasoning:
-        rollouts = without_reasoning(tokenizer, rollouts)
+    rollouts = parted(tokenizer, rollouts, positions)
     scored = not unfiltered and any(rollout.trait_score is not None for rollout in rollouts)
     if not scored and not unfiltered:
         if judge is None:
@@ -169,7 +169,7 @@ def extract_poolings_from(
         **identity(model, tokenizer),
         "judge": "scores in the rollout file" if scored else judge_name(None if unfiltered else judge),
         "batch_tokens": batch_tokens,
-        "skip_reasoning": skip_reasoning or None,  # None: as in files from before there was a choice
+        "positions": None if positions == "all" else positions,  # None: as in files from before there was a choice
     }
     limit = None if unfiltered else threshold
     options: dict[str, Any] = {"poolings": poolings, "limit": limit, "min_pairs": min_pairs, "info": info}

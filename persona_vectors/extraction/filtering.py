@@ -10,14 +10,21 @@ from persona_vectors.evaluation.judge import Answer, Judge
 from persona_vectors.evaluation.judges import score_both
 from persona_vectors.extraction.rollouts import Rollout
 from persona_vectors.model.blocks import Model
-from persona_vectors.model.prompts import decode, outside_reasoning
+from persona_vectors.model.prompts import decode
+from persona_vectors.model.thoughts import outside_reasoning, span_of
 
 
-def without_reasoning(tokenizer: PreTrainedTokenizerBase, rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """Return the rollouts marked so that nothing inside <think>...</think> is judged or averaged."""
+def parted(tokenizer: PreTrainedTokenizerBase, rollouts: Sequence[Rollout], positions: str) -> list[Rollout]:
+    """Return the rollouts marked so that no reasoning is judged, and only the answer or the reasoning averaged."""
+    span = span_of(tokenizer, positions)
+    if span is None:
+        return list(rollouts)
     return [
         rollout.model_copy(
-            update={"outside_reasoning": tuple(outside_reasoning(tokenizer, rollout.prompt_ids, rollout.answer_ids))}
+            update={
+                "outside_reasoning": tuple(outside_reasoning(tokenizer, rollout.prompt_ids, rollout.answer_ids)),
+                "reasoning": span.name == "reasoning",
+            }
         )
         for rollout in rollouts
     ]
@@ -44,18 +51,22 @@ def judge_rollouts(
 def _text(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str:
     if rollout.outside_reasoning is None:
         return rollout.answer
-    return decode(tokenizer, [rollout.answer_ids[i] for i in rollout.kept])
+    return decode(tokenizer, [rollout.answer_ids[i] for i in rollout.judged])
 
 
 def passes(rollout: Rollout, limit: float | None) -> bool:
     """Say whether an answer passes its side's filter; with no limit it needs only to be not empty."""
-    if not rollout.kept or not rollout.answer.strip():
+    if _empty(rollout):
         return False
     if limit is None:
         return True
     if rollout.trait_score is None or (rollout.trait_score >= limit) != (rollout.side == "pos"):
         return False
     return rollout.coherence is not None and rollout.coherence >= limit
+
+
+def _empty(rollout: Rollout) -> bool:
+    return not rollout.kept or not rollout.judged or not rollout.answer.strip()
 
 
 def pairs(rollouts: Sequence[Rollout], limit: float | None) -> tuple[list[tuple[int, int]], dict[str, int]]:
@@ -67,7 +78,7 @@ def pairs(rollouts: Sequence[Rollout], limit: float | None) -> tuple[list[tuple[
     kept = [(index, sides["neg"][key]) for key, index in sides["pos"].items() if key in sides["neg"]]
     counts = {f"{side}_answers": sum(rollout.side == side for rollout in rollouts) for side in sides}
     counts |= {f"{side}_passed": len(passed) for side, passed in sides.items()}
-    counts |= {"empty": sum(not rollout.kept or not rollout.answer.strip() for rollout in rollouts)}
+    counts |= {"empty": sum(_empty(rollout) for rollout in rollouts)}
     counts |= {"cut_at_limit": sum(not rollout.finished for rollout in rollouts)}
     counts |= {"retokenised": sum(rollout.retokenised for rollout in rollouts)}
     return kept, counts | {"pairs_kept": len(kept)}

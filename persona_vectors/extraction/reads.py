@@ -82,4 +82,4 @@ def no_reads() -> Iterator[Reads]:
 
 def _key(answer: Rollout) -> tuple[Any, ...]:
     """Return what an answer's activations depend on."""
-    return answer.prompt_ids, answer.answer_ids, answer.outside_reasoning
+    return answer.prompt_ids, answer.answer_ids, answer.outside_reasoning, answer.reasoning

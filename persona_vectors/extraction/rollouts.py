@@ -44,13 +44,20 @@ class Rollout(BaseModel):
     retokenised: bool = False
     """True where `answer_ids` were made from the text, and need not be the tokens that were generated."""
     outside_reasoning: tuple[int, ...] | None = None
-    """Which of `answer_ids`, from 0, are judged and averaged where reasoning is left out; None: all of them."""
+    """Which of `answer_ids`, from 0, are judged, and averaged, where reasoning is left out; None: all of them."""
+    reasoning: bool = False
+    """True where the others are averaged instead."""
     trait_score: float | None = None
     coherence: float | None = None
 
     @property
     def kept(self) -> list[int]:
-        """Which of `answer_ids` are judged and averaged."""
+        """Which of `answer_ids` are averaged."""
+        return sorted(set(range(len(self.answer_ids))) - set(self.judged)) if self.reasoning else self.judged
+
+    @property
+    def judged(self) -> list[int]:
+        """Which of `answer_ids` are judged: never the reasoning where it is told apart."""
         return list(range(len(self.answer_ids)) if self.outside_reasoning is None else self.outside_reasoning)
 
     @property
@@ -166,9 +173,7 @@ class RolloutFile:
 
 def read_jsonl(path: Path, *, partial: bool = False) -> tuple[dict[str, Any], list[Rollout]]:
     """Return the header and the rollouts of one of our files; with `partial` a cut last line is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    if partial:
-        lines = lines[:-1]
+    lines = path.read_text(encoding="utf-8").split("\n")[: -1 if partial else None]
     rollouts: list[Rollout] = []
     header: dict[str, Any] = {}
     for number, line in enumerate(lines, start=1):

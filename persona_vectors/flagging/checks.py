@@ -6,6 +6,7 @@ from typing import Any
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.samples import Source
 from persona_vectors.model.hooks import edits_are_active
+from persona_vectors.model.thoughts import span_of
 
 SCORES = ("projection", "gradient")
 BASELINES = ("generate", "prompt_last", "none")
@@ -23,6 +24,7 @@ def check(job: Any) -> None:
         raise InputError(f"score is {job.score!r}: give one of {', '.join(SCORES)}")
     if job.score == "gradient" and job.answers is not None:
         raise InputError("a gradient has no baseline: leave answers out, or give score='projection'")
+    span_of(job.tokenizer, job.positions)  # refuses what is none
     _check_words(job.baseline, job.answers, job.on_error)
     if job.generate is not None and not job.generates:
         raise InputError(

@@ -53,7 +53,7 @@ class Job:
     baseline: str
     answers: Source | None
     max_new_tokens: int
-    skip_reasoning: bool
+    positions: str
     reference: Source | None
     threshold: float | None
     percentile: float | None
@@ -134,7 +134,7 @@ class Job:
     @property
     def reading(self) -> str:
         """What a base answer's kept values depend on, besides the answer."""
-        names = ("vectors", "layers", "skip_reasoning", "controls", "controls_reference")
+        names = ("vectors", "layers", "positions", "controls", "controls_reference")
         return hash_of_json([self.settings[name] for name in names])
 
     def read(self, source: Source, labels: str | None = None) -> Any:
@@ -151,7 +151,7 @@ class Job:
             plain |= {"controls": 0, "labels": None}
             path = replace(self, data=path, out=own, **plain).flags().path
         path = Path(str(path))
-        same = ("weights", "vectors", "layers", "score", "baseline", "max_new_tokens", "generate", "skip_reasoning")
+        same = ("weights", "vectors", "layers", "score", "baseline", "max_new_tokens", "generate", "positions")
         check_settings(path, read_header(path)["settings"], {name: self.settings[name] for name in same})
         return path
 
@@ -186,7 +186,7 @@ class Job:
     def compute(self, plan: dict[str, Any], reading: str) -> None:
         """Answer the prompts that lack an answer, and project all samples."""
         budget = self.settings["batch_tokens"]
-        shared: dict[str, Any] = {"batch_tokens": budget, "skip_reasoning": self.skip_reasoning}
+        shared: dict[str, Any] = {"batch_tokens": budget, "positions": self.positions}
         options: dict[str, Any] = {"layer": self.layers, "max_new_tokens": self.max_new_tokens, **shared}
         options["generate"] = self.generate
         answer = partial(answer_prompts, self.folder, self.tokenizer, self.read_vectors, **options)

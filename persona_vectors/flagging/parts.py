@@ -34,7 +34,8 @@ class Flags:
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in self.counts.items())
-        lines = [f"Flags({self.path}: {counts})"]
+        part = self.settings.get("positions")
+        lines = [f"Flags({self.path}: {counts}{f'; of the {part} alone' if part else ''})"]
         for key, found in self.summary.items():
             enough = "no number of samples" if found.enough is None else f"{found.enough:,} samples"
             flagged = "" if found.threshold is None else f", {found.flagged:,} at or above {found.threshold:+.3f}"

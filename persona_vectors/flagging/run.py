@@ -34,7 +34,7 @@ def flag(
     on_error: str = "stop",
     max_length: int | None = None,
     max_new_tokens: int = 256,
-    skip_reasoning: bool = False,
+    positions: str = "all",
     reference: Source | None = None,
     threshold: float | None = None,
     percentile: float | None = None,
@@ -51,7 +51,7 @@ def flag(
     A score is the mean projection on v/|v| of the answer's tokens less its `baseline`: that of the model's own greedy
     answer ("generate", kept in the file `cache` by prompt; with `generate`, say an `OpenAIGenerator`, made there), of
     the prompt's last token ("prompt_last", the paper's shortcut), or "none"; or of the answer that `answers`, in any
-    form of `read_samples`, gives to the prompt. `skip_reasoning` leaves <think>...</think> out of both means.
+    form of `read_samples`, gives to the prompt. `positions` is what of both is read: "all", "answer" or "reasoning".
     `score="gradient"` is the slope of the answer's log-probability along v/|v|, where training on it pulls at first.
 
     `data` is what `read_samples` takes, with `columns` and `split`; `turns="all"` gives every answer of a conversation

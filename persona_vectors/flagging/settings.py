@@ -24,7 +24,7 @@ def settings_of(job: Any) -> dict[str, Any]:
         "baseline": job.baseline if job.answers is None else source_name(job.answers),
         "max_new_tokens": job.max_new_tokens if job.generates else None,
         "generate": job.generate and judge_name(job.generate),
-        "skip_reasoning": job.skip_reasoning or None,
+        "positions": None if job.positions == "all" else job.positions,
         "data": source_name(job.data),
         "columns": None if job.columns is None else list(job.columns),
         "split": job.split,

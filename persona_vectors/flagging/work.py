@@ -18,7 +18,7 @@ from persona_vectors.model.generation import generate_batches, stop_tokens
 from persona_vectors.model.gradients import answer_gradients
 from persona_vectors.model.passes import Row
 from persona_vectors.model.pooling import pool
-from persona_vectors.model.prompts import outside_reasoning
+from persona_vectors.model.thoughts import kept_tokens, span_of
 from persona_vectors.monitoring.trace import monitor
 from persona_vectors.vectors.directions import unit_directions
 from persona_vectors.vectors.vector import PersonaVector
@@ -37,7 +37,7 @@ def answer_prompts(
     layer: Sequence[int],
     max_new_tokens: int,
     batch_tokens: int,
-    skip_reasoning: bool,
+    positions: str,
     generate: Generate | None,
 ) -> None:
     """Answer one part of the prompts, and write the answers with their mean projections; known ones are only read.
@@ -58,7 +58,7 @@ def answer_prompts(
     values = torch.full((len(prompts), len(vectors) * len(units)), torch.nan, dtype=torch.float32)
     if known:
         rows = [(prompts[i], answers[i]) for i in known]
-        values[known] = answer_means(model, rows, _kept(tokenizer, rows, skip_reasoning), units, batch_tokens)[0]
+        values[known] = answer_means(model, rows, _kept(tokenizer, rows, positions), units, batch_tokens)[0]
     stops = stop_tokens(model, tokenizer)
     for batch in generate_batches(
         model,
@@ -71,7 +71,7 @@ def answer_prompts(
         during=lambda _: monitor(model, vectors, layer=layer, stops=stops),
     ):
         chosen = [open_ones[i] for i in batch.rows]
-        kept = _kept(tokenizer, [(prompts[i], ids) for i, (ids, _) in zip(chosen, batch.answers)], skip_reasoning)
+        kept = _kept(tokenizer, [(prompts[i], ids) for i, (ids, _) in zip(chosen, batch.answers)], positions)
         read, begin = batch.read.last.values, batch.read.last.prompt_width
         for line, (i, (ids, _)) in enumerate(zip(chosen, batch.answers)):
             answers[i], values[i] = ids, read[:, line, [begin + place for place in kept[line]]].mean(dim=1)
@@ -97,12 +97,12 @@ def project_rows(
     *,
     score: str,
     batch_tokens: int,
-    skip_reasoning: bool,
+    positions: str,
 ) -> None:
     """Read one part of the samples, and write their mean projections, and those of the prompts' last tokens."""
     table = read_table(part(folder, "rows", number))
     rows = list(zip(table["prompt_ids"], table["answer_ids"]))
-    kept = _kept(tokenizer, rows, skip_reasoning)
+    kept = _kept(tokenizer, rows, positions)
     if score == "gradient":
         gradients = answer_gradients(model, rows, kept=kept, layer=list(units), batch_tokens=batch_tokens)
         read = (_along(gradients, units), torch.full((len(rows), 1), torch.nan))
@@ -111,9 +111,10 @@ def project_rows(
     write_table(part(folder, "values", number), dict(zip(("projection", "prompt_last"), (v.numpy() for v in read))))
 
 
-def _kept(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], skip_reasoning: bool) -> list[list[int]]:
+def _kept(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], positions: str) -> list[list[int]]:
     """Return which tokens of each answer are averaged, from 0."""
-    return [outside_reasoning(tokenizer, *row) if skip_reasoning else list(range(len(row[1]))) for row in rows]
+    span = span_of(tokenizer, positions)
+    return [kept_tokens(span, *row) for row in rows]
 
 
 def answer_means(

@@ -25,6 +25,8 @@ class Call:
     """Whether it was given token ids, so that what a pass reads besides is an adapter's."""
     exits_early: bool
     """Whether the model drafts for itself, in calls of `generate` within this one."""
+    beams: bool = False
+    """Whether it searches with beams, which move rows."""
     read: int = 0
     """How many tokens of each row the passes have read so far."""
     length: int | None = None
@@ -125,6 +127,7 @@ def _generate(model: Any, own: Any, hooked: Callable[[], Any], unhooked: Callabl
             width=None if model.config.is_encoder_decoder else width,
             text=embeds is None,
             exits_early=bool(kwargs.get("assistant_early_exit", getattr(config, "assistant_early_exit", None))),
+            beams=(kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1) > 1,
         )
         before = current.set((*current.get(), (model, call)))
         try:

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -16,10 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from persona_vectors.data.checks import check_text
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Model, model_name
+from persona_vectors.model.thoughts import first_mark, without_opening
 from persona_vectors.model.tools import left_out
 from persona_vectors.model.wrappers import unwrap
-
-_REASONING = re.compile(r"<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str, *, system: str | None = None) -> str:
@@ -49,6 +46,7 @@ def chat_text(
     way_out = "pass fold_system_role(tokenizer), or --fold-system, to put the system prompt into the user's turn"
     tools = messages[0].get("tools")
     plain = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
+    plain = [{**m, "thinking": m["reasoning_content"]} if m.get("reasoning_content") else m for m in plain]
     render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=add_generation_prompt)
     try:
         text = render(plain, tools)
@@ -66,17 +64,25 @@ def chat_text(
 def finished_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], end: int) -> tuple[str, str]:
     """Return the template's text before the answer `messages[end]`, and the answer's, as the template finishes it.
 
-    A template that opens a thought for the model to write puts no open thought before an answer that closes none.
-    An answer that calls tools is what the template makes of it, without what ends every turn.
+    A template that opens a thought for the model to write puts no open thought before an answer that closes none, and
+    what it puts before an answer without a thought is the answer's. An answer whose text holds its thought, marks and
+    all, is as it is. An answer that calls tools is what the template makes of it, without what ends every turn.
     """
     if messages[end].get("tool_calls"):
         return _tool_turn(tokenizer, messages, end)
     prompt, answer = chat_text(tokenizer, messages[:end], add_generation_prompt=True), messages[end]["content"]
-    goes_on = "</think>" in answer.partition("<think>")[0]
-    if goes_on or _continues(tokenizer, str(tokenizer.chat_template)):
+    thought, first = messages[end].get("reasoning_content"), first_mark(tokenizer, answer)
+    if not thought and (first == "closes" or _continues(tokenizer, str(tokenizer.chat_template))):
         return prompt, answer
+    if not thought and first == "opens":
+        return without_opening(tokenizer, prompt), answer
     upto, said = chat_text(tokenizer, messages[: end + 1]), answer.strip()
-    if upto.startswith(prompt) or not said or said not in upto:
+    if thought and thought.strip() not in upto:
+        raise InputError(
+            f"the chat template of {tokenizer.name_or_path!r} leaves out the reasoning_content of an answer: "
+            "put it into the content, between the model's own marks"
+        )
+    if not said or said not in upto:
         return prompt, answer
     same = _same(prompt, upto)
     return prompt[:same], upto[same : upto.rindex(said) + len(said)]
@@ -168,31 +174,6 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) 
             f"prompt {prompt!r}, answer {answer!r}"
         )
     return whole[:same], whole[same:]
-
-
-def outside_reasoning(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], answer: Sequence[int]) -> list[int]:
-    """Return which of an answer's tokens lie outside its <think>...</think> and the white space after it, from 0.
-
-    Reasoning may have been opened by the prompt, as some templates do, and is open to the end where it was cut off.
-    A token that is partly reasoning counts as reasoning.
-    """
-
-    def text(tokens: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    def length(count: int) -> int:
-        return len(text(answer[:count]))
-
-    whole, counts = text(answer), range(len(answer) + 1)
-    opened = text(prompt).rstrip().endswith("<think>") or re.match(r"((?!<think>).)*</think>", whole, re.DOTALL)
-    lead = "<think>" if opened else ""
-    kept: list[int] = []
-    begin = 0
-    for thought in _REASONING.finditer(lead + whole):
-        before, after = thought.start() - len(lead), thought.end() - len(lead)
-        kept += range(begin, bisect_right(counts, before, key=length) - 1)
-        begin = bisect_left(counts, after, key=length)
-    return [*kept, *range(begin, len(answer))]
 
 
 def fit(row: tuple[Sequence[int], Sequence[int]], limit: int | None, new_tokens: int) -> tuple[list[int], list[int]]:

@@ -15,6 +15,8 @@ from persona_vectors.model.calls import Call
 from persona_vectors.model.packing import cached_length, packed_sequences, real_tokens
 
 POSITIONS = ("all", "prompt", "response", "labels")
+Positions = str | Tensor | Callable[["Tokens"], Tensor]
+"""Where an edit applies: one of these, a mask [batch, token], or what gives one for a pass, such as a `Span`."""
 
 
 class Tokens:
@@ -27,6 +29,8 @@ class Tokens:
 
     def __init__(self) -> None:
         self.input_ids: Tensor | None = None
+        self.known: Tensor | None = None
+        """The ids that a `Span` has been asked about, from their rows' beginning."""
         self.labels: Tensor | None = None
         """[batch, token], -100 where the loss counts no token; None where the pass was given none."""
         self.sequence: Tensor | None = None
@@ -64,7 +68,7 @@ class Tokens:
         self._mask: Any = None
         """The pass's attention mask; `_real` its real tokens once they were asked for."""
         self._real: tuple[Tensor | None] | None = None
-        self._selected: dict[str, Tensor | None] = {}
+        self._selected: dict[Any, Tensor | None] = {}
 
     @property
     def mask(self) -> Bool[Tensor, "batch token"] | None:
@@ -137,7 +141,7 @@ class Tokens:
         lengths = torch.bincount(self.sequence.flatten()).tolist()
         return nn.utils.rnn.pad_sequence(list(values.flatten(0, 1).split(lengths)), batch_first=True)
 
-    def select(self, positions: "str | Tensor") -> Bool[Tensor, "batch token"] | None:
+    def select(self, positions: Positions) -> Bool[Tensor, "batch token"] | None:
         """Return where an edit at `positions` applies; None means at every token."""
         if isinstance(positions, Tensor):
             if tuple(positions.shape) != (self.batch, self.width):
@@ -147,7 +151,7 @@ class Tokens:
                 )
             return positions.bool() if self.mask is None else positions.bool() & self.mask.to(positions.device)
         if positions not in self._selected:
-            self._selected[positions] = self._find(positions)
+            self._selected[positions] = positions(self) if callable(positions) else self._find(positions)
         return self._selected[positions]
 
     def per_row(self, values: Shaped[Tensor, "row ..."], what: str) -> Shaped[Tensor, "batch token ..."]:
@@ -175,7 +179,7 @@ class Tokens:
             return None if self.decoding else self.mask
         if positions == "labels":
             return self._find_labels()
-        given = _places.get()
+        given = places.get()
         if given is not None:
             place = nn.functional.pad(given.to(self.device), (self.width - given.shape[1], 0))  # an adapter's tokens
             wanted = place < 0 if positions == "prompt" else place >= -1
@@ -217,13 +221,15 @@ class Tokens:
         return counted if self.mask is None else counted & self.mask
 
 
-def check_positions(positions: str | Tensor) -> None:
+def check_positions(positions: Positions) -> None:
     """Raise InputError where an edit cannot be limited to `positions`."""
-    if not isinstance(positions, Tensor) and positions not in POSITIONS:
-        raise InputError(f"positions is {positions!r}: give one of {', '.join(POSITIONS)}, or a mask [batch, token]")
+    if isinstance(positions, str) and positions not in POSITIONS:
+        span = f", or pv.Span(tokenizer, {positions!r})" if positions in ("answer", "reasoning") else ""
+        ways = f"give one of {', '.join(POSITIONS)}, or a mask [batch, token]"
+        raise InputError(f"positions is {positions!r}: {ways}{span}")
 
 
-_places: ContextVar[Tensor | None] = ContextVar("places", default=None)
+places: ContextVar[Tensor | None] = ContextVar("places", default=None)
 
 
 @contextmanager
@@ -232,8 +238,8 @@ def answers_at(place: Int[Tensor, "batch token"]) -> Iterator[None]:
 
     `place` is each token's distance from its answer's first token: negative in the prompt.
     """
-    before = _places.set(place)
+    before = places.set(place)
     try:
         yield
     finally:
-        _places.reset(before)
+        places.reset(before)

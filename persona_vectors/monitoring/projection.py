@@ -17,6 +17,7 @@ from persona_vectors.model.blocks import Layer, Model
 from persona_vectors.model.hooks import EnoughRead, edit_blocks, edits_are_active
 from persona_vectors.model.passes import Row, forward_passes, own_tokens, read_pass
 from persona_vectors.model.pooling import POOLINGS
+from persona_vectors.model.thoughts import span_of
 from persona_vectors.model.tokens import Tokens
 from persona_vectors.model.wrappers import unwrap
 from persona_vectors.monitoring.turns import Conversation, Turn, answered_turns, shared_rows
@@ -34,7 +35,7 @@ class Scores(Table):
     """The vectors' traits; "trait@layer" where several layers were read."""
     poolings: tuple[str, ...]
     values: Annotated[Float[Tensor, "row pooling key"], Stored[0], Stored[1]]
-    """nan where there is nothing to average: an empty answer, or one that is all reasoning."""
+    """nan where there is nothing to average: an empty answer, or one without the span that was asked for."""
     conversation: Annotated[Int[Tensor, " row"], Stored[0], Stored[1]]
     """Which conversation the row is from, counted from 0."""
     turn: Annotated[Int[Tensor, " row"], Stored[0], Stored[1]]
@@ -42,7 +43,9 @@ class Scores(Table):
     answer_tokens: Annotated[Int[Tensor, " row"], Stored[0], Stored[1]]
     """How many answer tokens were averaged."""
     reasoning_tokens: Annotated[Int[Tensor, " row"], Stored[0], Stored[1]]
-    """How many answer tokens were left out of `response_mean` as reasoning; 0 unless that was asked for."""
+    """How many of the answers' tokens are reasoning; 0 where `positions` is "all", which does not look for it."""
+    positions: str = "all"
+    """Which of an answer's tokens `response_mean` is over: "all", "answer" or "reasoning"."""
     nulls: Nulls | None = None
     """Where the vectors' means over the rows lie among those of random directions; None unless they were asked for."""
 
@@ -63,9 +66,11 @@ class Scores(Table):
         ]
 
     def __repr__(self) -> str:
-        left_out, read = int(self.reasoning_tokens.sum()), int(self.answer_tokens.sum())
-        of = f"{len(self.turn)} answers of {len(self.conversation.unique())} conversations, {read} tokens"
-        return f"Scores({', '.join(map(str, self.keys))}: {of}{f', {left_out} of reasoning left out' * bool(left_out)})"
+        read = f"{int(self.answer_tokens.sum())} tokens"
+        if self.positions != "all":
+            read += f" of the {self.positions} ({int(self.reasoning_tokens.sum())} are reasoning)"
+        of = f"{len(self.turn)} answers of {len(self.conversation.unique())} conversations, {read}"
+        return f"Scores({', '.join(map(str, self.keys))}: {of})"
 
 
 def project(
@@ -77,20 +82,19 @@ def project(
     layer: Layer | None = None,
     poolings: Sequence[str] = ("prompt_last", "response_mean"),
     by_turn: bool = False,
-    skip_reasoning: bool = False,
+    positions: str = "all",
     controls: int = 0,
     reference: Moments | None = None,
     batch_tokens: int | None = None,
 ) -> Scores:
     """Return each conversation's projections at its last answer, or at every answer with `by_turn`.
 
-    `prompt_last` is the last token before the answer, `prompt_mean` everything before it, `response_mean` the answer.
+    `prompt_last` is the last token before the answer, `prompt_mean` everything before it, `response_mean` the answer,
+    or by `positions` its "answer" or "reasoning" alone, which the result names; see `Span`.
     A conversation's turns are read in one pass where the text of each continues the last one's, so that 50 turns cost
     one reading of the text; where the chat template rewrites earlier turns, each is read as its model saw it.
 
     Without a layer it is the one that the vectors' files recommend to monitor at.
-
-    `skip_reasoning` leaves <think>...</think> out of `response_mean`, and the result counts what was left out.
 
     `controls` random directions are read in the same passes, half isotropic, half with the covariance of `reference`,
     by default `neutral_moments` of answers on plain facts: `scores.nulls` says where the vectors' means lie among them.
@@ -106,16 +110,17 @@ def project(
         raise InputError(f"pooling {(unknown or ['none'])[0]!r} is unknown: give one or more of {', '.join(POOLINGS)}")
     if not conversations:
         raise InputError("no conversations: give one or more")
+    span = span_of(tokenizer, positions)
     turns = [
         turn
         for number, conversation in enumerate(conversations)
-        for turn in answered_turns(tokenizer, number, conversation, by_turn, skip_reasoning)
+        for turn in answered_turns(tokenizer, number, conversation, by_turn, span)
     ]
     options: dict[str, Any] = {"layers": layers, "controls": controls, "reference": reference}
     read, source = with_nulls(model, tokenizer, chosen, **options)
     values = _pooled(model, turns, poolings, unit_directions(model, read, layer), batch_tokens)
     named: dict[str, Any] = {"traits": [vector.trait for vector in chosen], "layers": layers, "poolings": poolings}
-    kept = torch.tensor([len(turn.kept) for turn in turns])
+    kept, whole = torch.tensor([[len(turn.kept), len(turn.row[1])] for turn in turns]).T
     return Scores(
         tuple(vector_keys(named["traits"], layers)),
         tuple(poolings),
@@ -123,7 +128,8 @@ def project(
         torch.tensor([turn.conversation for turn in turns]),
         torch.tensor([turn.turn for turn in turns]),
         kept,
-        torch.tensor([len(turn.row[1]) for turn in turns]) - kept,
+        torch.zeros_like(kept) if span is None else whole - kept if span.name == "answer" else kept,
+        "all" if span is None else span.name,
         nulls_of(values, **named, reference=source),
     )
 

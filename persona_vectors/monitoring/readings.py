@@ -10,6 +10,7 @@ from torch import Tensor
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.tables import Table
+from persona_vectors.model.thoughts import Span
 from persona_vectors.monitoring.percentiles import Calibration, calibration_of
 from persona_vectors.vectors.directions import Key
 
@@ -31,6 +32,8 @@ class Readings:
     """The tokens that end an answer."""
     saw: dict[int, str]
     """For each layer, whether the values are from before or after a steer's edit, or the model's own: "unedited"."""
+    span: Span | None = None
+    """The part of the answers that `mean` is over; None for all of them."""
 
     def __getitem__(self, key: Key) -> Float[Tensor, "batch token"]:
         """Return one vector's projections; nan for padding, also that which follows a finished answer."""
@@ -42,13 +45,15 @@ class Readings:
     def rows(self) -> list[dict[str, Any]]:
         """Return one row for each token that was read, with a column for each key; padding is left out."""
         values = torch.stack([self[key] for key in self.keys])
-        position = self.real.cumsum(dim=1) - 1
+        position, thought = self.real.cumsum(dim=1) - 1, torch.zeros_like(self.real)
+        if self.span is not None:
+            thought = self.averaged if self.span.name == "reasoning" else self.answer & ~self.averaged
         return [
             {
                 "row": row,
                 "position": int(position[row, column]),
                 "token": int(self.tokens[row, column]),
-                "part": "prompt" if column < self.prompt_width else "answer",
+                "part": "prompt" if column < self.prompt_width else "reasoning" if thought[row, column] else "answer",
             }
             | dict(zip(self.keys, values[:, row, column].tolist()))
             for row, column in (~values[0].isnan()).nonzero().tolist()
@@ -63,9 +68,14 @@ class Readings:
         return self.real & (column >= self.prompt_width) & ~self._ended()
 
     @property
+    def averaged(self) -> Bool[Tensor, "batch token"]:
+        """The answers' tokens, or those of them that lie in the span that was asked for."""
+        return self.answer if self.span is None else self.span.within(self.tokens, self.answer)
+
+    @property
     def mean(self) -> dict[Key, Float[Tensor, " batch"]]:
         """Each answer's mean over its tokens; nan where it has none. The last token sampled is never read."""
-        values = self.values.masked_fill(~self.answer, torch.nan)
+        values = self.values.masked_fill(~self.averaged, torch.nan)
         return dict(zip(self.keys, values.nanmean(dim=2)))
 
     @property
@@ -112,6 +122,7 @@ class Readings:
             width,
             self.stops,
             self.saw,
+            self.span,
         )
 
     def _ended(self) -> Bool[Tensor, "batch token"]:

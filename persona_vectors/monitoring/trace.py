@@ -13,41 +13,14 @@ from persona_vectors.data.tables import Table
 from persona_vectors.model.blocks import Layer, Model
 from persona_vectors.model.hooks import pause_edits
 from persona_vectors.model.reads import read_blocks
+from persona_vectors.model.thoughts import Span
 from persona_vectors.model.tokens import Tokens
 from persona_vectors.model.wrappers import unwrap
+from persona_vectors.monitoring.columns import Columns
 from persona_vectors.monitoring.percentiles import Calibration
 from persona_vectors.monitoring.readings import Readings
 from persona_vectors.vectors.directions import Key, layer_for, projections, unit_directions, vector_keys, vector_list
 from persona_vectors.vectors.shipped import VectorLike
-
-
-class _Columns:
-    """A tensor [batch, token, ...] that grows by tokens on the device, and is moved from there when it is read."""
-
-    def __init__(self) -> None:
-        self.width = 0
-        self.fresh: list[Tensor] = []
-        self.moved: list[Tensor] = []
-
-    def add(self, part: Tensor) -> None:
-        self.width += part.shape[1]
-        self.fresh.append(part)
-        if len(self.fresh) == 256:  # thousands of small tensors would take more memory than they hold
-            self.fresh = [torch.cat(self.fresh, dim=1)]
-
-    def crop(self, width: int) -> None:
-        """Forget the columns from `width` on: drafts that were not accepted."""
-        while self.width > width:
-            parts = self.fresh or self.moved
-            kept = max(parts[-1].shape[1] - (self.width - width), 0)
-            self.width -= parts[-1].shape[1] - kept
-            parts[-1:] = [parts[-1][:, :kept]] if kept else []
-
-    def read(self) -> Tensor:
-        if self.fresh:
-            self.moved = [torch.cat([*self.moved, torch.cat(self.fresh, dim=1).cpu()], dim=1)]
-            self.fresh = []
-        return self.moved[0]
 
 
 class _Call:
@@ -59,10 +32,10 @@ class _Call:
         self.prompt_width = (tokens.width if tokens.boundary is None else tokens.boundary) - self.begin
         if tokens.boundary is None:
             self.prompt_width = tokens.unpack(torch.zeros(tokens.batch, tokens.width)).shape[1]
-        self.tokens, self.real, self.values = _Columns(), _Columns(), _Columns()
+        self.tokens, self.real, self.values = Columns(), Columns(), Columns()
         self.parts: list[Float[Tensor, "row token layer vector"]] = []  # of the running pass, until every layer's
 
-    def new(self, columns: _Columns, tokens: Tokens) -> int:
+    def new(self, columns: Columns, tokens: Tokens) -> int:
         """Return where in a pass what is new begins: an uncached one reads again what is known."""
         place = tokens.begin - self.begin
         if 0 < place < columns.width:
@@ -105,8 +78,14 @@ class Trace:
     Reading it moves the new values from the device, once; it can be read at any time, also after an error.
     """
 
-    def __init__(self, names: Sequence[str], units: dict[int, Float[Tensor, "vector hidden"]], stops: Sequence[int]):
-        self.names, self.layers, self.stops = list(names), list(units), tuple(stops)
+    def __init__(
+        self,
+        names: Sequence[str],
+        units: dict[int, Float[Tensor, "vector hidden"]],
+        stops: Sequence[int],
+        span: Span | None = None,
+    ) -> None:
+        self.names, self.layers, self.stops, self.span = list(names), list(units), tuple(stops), span
         self.keys: tuple[Key, ...] = tuple(vector_keys(names, self.layers))
         self._units = units
         self._stacked: dict[tuple[int, int, torch.device], Float[Tensor, "layer vector hidden"]] = {}
@@ -120,7 +99,8 @@ class Trace:
         rows, width = last.real.shape
         saw = " / ".join(dict.fromkeys(last.saw.values()))
         tokens = f"{rows} rows x {width} tokens, {last.prompt_width} of them the prompt's"
-        return f"Trace({where}: {len(self._begun)} calls, the last one {tokens}; {saw})"
+        means = f"; means over the {self.span.name}" if self.span else ""
+        return f"Trace({where}: {len(self._begun)} calls, the last one {tokens}; {saw}{means})"
 
     @property
     def calls(self) -> list[Readings]:
@@ -146,7 +126,7 @@ class Trace:
 
     @property
     def mean(self) -> dict[Key, Float[Tensor, " batch"]]:
-        """The last call's mean over each answer's tokens."""
+        """The last call's mean over each answer's tokens, or over the span of them that was asked for."""
         return self.last.mean
 
     @property
@@ -199,6 +179,7 @@ class Trace:
             call.prompt_width,
             self.stops,
             {layer: call.saw(layer) for layer in self.layers},
+            self.span,
         )
 
 
@@ -208,6 +189,7 @@ def monitor(
     vectors: VectorLike | Sequence[VectorLike],
     *,
     layer: Layer | None = None,
+    positions: str | Span = "all",
     every: int = 1,
     callback: Callable[[Trace], object] | None = None,
     stops: Sequence[int] | None = None,
@@ -220,6 +202,7 @@ def monitor(
     it raises ends the generation. Edits are suspended inside it.
 
     Without `layer` it is the recommended one. `stops` are the tokens that end an answer; by default the model's own.
+    `positions=pv.Span(tokenizer, "answer")`, or "reasoning", has `trace.mean` be over that part of each answer alone.
 
     A monitor opened inside a `steer` reads after its edit, one opened outside it before; `trace.calls[i].saw` says
     which. After beam search use `trace.last.follow_beams`. The sequences of a packed pass are a row each. Virtual
@@ -235,7 +218,10 @@ def monitor(
     if stops is None:
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         stops = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    trace = Trace([vector.trait for vector in chosen], units, stops)
+    if isinstance(positions, str) and positions != "all":
+        raise InputError(f"positions is {positions!r}: give 'all', or pv.Span(tokenizer, 'answer') or 'reasoning'")
+    span = None if isinstance(positions, str) else positions
+    trace = Trace([vector.trait for vector in chosen], units, stops, span)
 
     def read(layers: Sequence[int], states: Tensor, tokens: Tokens) -> None:
         answered = trace._read(layers, states, tokens)

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.passes import Row
-from persona_vectors.model.prompts import encode_answer, finished_turn, outside_reasoning
+from persona_vectors.model.prompts import encode_answer, finished_turn
+from persona_vectors.model.thoughts import Span, kept_tokens
 
 Conversation = Sequence[dict[str, Any]] | tuple[str, str]
 """Chat messages, each with a role and a content; or a question and its answer."""
@@ -49,7 +50,7 @@ def shared_rows(turns: Sequence[Turn]) -> tuple[list[Row], list[int]]:
 
 
 def answered_turns(
-    tokenizer: PreTrainedTokenizerBase, number: int, conversation: Any, by_turn: bool, skip_reasoning: bool
+    tokenizer: PreTrainedTokenizerBase, number: int, conversation: Any, by_turn: bool, span: Span | None
 ) -> Iterator[Turn]:
     """Yield a conversation's last answer, or all of its answers."""
     if isinstance(conversation, str):
@@ -62,5 +63,4 @@ def answered_turns(
     for turn, end in enumerate(ends):
         if by_turn or end == ends[-1]:
             row = encode_answer(tokenizer, *finished_turn(tokenizer, conversation, end))
-            kept = outside_reasoning(tokenizer, *row) if skip_reasoning else list(range(len(row[1])))
-            yield Turn(number, turn, row, kept)
+            yield Turn(number, turn, row, kept_tokens(span, *row))

@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TopPLogitsWarper
 
-from persona_vectors.model.prompts import decode, outside_reasoning
+from persona_vectors.model.prompts import decode
 from persona_vectors.model.sampling import Draws
+from persona_vectors.model.thoughts import outside_reasoning
 from persona_vectors.serving.changes import Change
 
 

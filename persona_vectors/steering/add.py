@@ -10,7 +10,7 @@ from torch import Tensor
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Layer, Model, model_shape, one_layer
 from persona_vectors.model.hooks import Edit, edit_blocks
-from persona_vectors.model.tokens import Tokens, check_positions
+from persona_vectors.model.tokens import Positions, Tokens, check_positions
 from persona_vectors.vectors.directions import Strength, finite, incremental, to_add
 from persona_vectors.vectors.shipped import VectorLike, as_vector
 from persona_vectors.vectors.vector import PersonaVector
@@ -24,7 +24,7 @@ def steer(
     layer: Layer | None = None,
     coef: Strength | None = None,
     dose: Strength | None = None,
-    positions: str | Tensor = "all",
+    positions: Positions = "all",
     during: str = "auto",
 ) -> Iterator[None]:
     """Add `coef` times the vector to the output of block `layer` in every forward pass inside the `with`.
@@ -104,7 +104,7 @@ def _in_turn(edits: Sequence[Edit]) -> Edit:
     return edit
 
 
-def _add(strength: Strength, direction: Tensor, positions: str | Tensor) -> Edit:
+def _add(strength: Strength, direction: Tensor, positions: Positions) -> Edit:
     """Return an edit that adds `strength` times the direction, [hidden], or [row, hidden] with one a row."""
     ready: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 

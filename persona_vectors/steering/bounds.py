@@ -11,7 +11,7 @@ from torch import Tensor
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Layer, Model, model_shape, one_layer
 from persona_vectors.model.hooks import Edit, edit_blocks
-from persona_vectors.model.tokens import Tokens, check_positions
+from persona_vectors.model.tokens import Positions, Tokens, check_positions
 from persona_vectors.vectors.directions import finite, projections, to_add, unit_directions
 from persona_vectors.vectors.vector import PersonaVector
 
@@ -25,7 +25,7 @@ Coefficient = Callable[[Float[Tensor, "batch token hidden"]], Float[Tensor, "bat
 
 @contextmanager
 def ablate(
-    model: Model, vector: PersonaVector, *, layer: Layer, positions: str | Tensor = "all", during: str = "auto"
+    model: Model, vector: PersonaVector, *, layer: Layer, positions: Positions = "all", during: str = "auto"
 ) -> Iterator[None]:
     """Project the vector out of the output of block `layer` in every forward pass inside the `with`.
 
@@ -45,7 +45,7 @@ def cap(
     *,
     layer: Layer,
     limit: Limit | None = None,
-    positions: str | Tensor = "all",
+    positions: Positions = "all",
     during: str = "auto",
 ) -> Iterator[None]:
     """Keep each token's projection at or below `limit`; tokens that are below stay bit-identical at that block.
@@ -64,7 +64,7 @@ def floor(
     *,
     layer: Layer,
     limit: Limit | None = None,
-    positions: str | Tensor = "all",
+    positions: Positions = "all",
     during: str = "auto",
 ) -> Iterator[None]:
     """Keep each token's projection at or above `limit`; tokens that are above stay bit-identical at that block.
@@ -84,7 +84,7 @@ def steer_where(
     coef: float | Coefficient,
     when: Callable[[Float[Tensor, "batch token"]], Tensor] | None = None,
     watch: PersonaVector | None = None,
-    positions: str | Tensor = "all",
+    positions: Positions = "all",
     during: str = "auto",
 ) -> Iterator[None]:
     """Add `coef` times the vector only at tokens that meet a condition, which is read before the edit.
@@ -189,7 +189,7 @@ def _set_projections(
     model: Model,
     vector: PersonaVector,
     layer: Layer,
-    positions: str | Tensor,
+    positions: Positions,
     during: str,
     change: Callable[[int], Change],
 ) -> Iterator[None]:
@@ -212,6 +212,6 @@ def _set_projections(
         yield
 
 
-def _and(where: Tensor, tokens: Tokens, positions: str | Tensor) -> Tensor:
+def _and(where: Tensor, tokens: Tokens, positions: Positions) -> Tensor:
     selected = tokens.select(positions)
     return where if selected is None else where & selected.to(where.device)

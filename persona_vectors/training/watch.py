@@ -14,6 +14,7 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Layer, one_layer
 from persona_vectors.model.hooks import Edit, edit_blocks, pause_edits
 from persona_vectors.model.prompts import chat_prompt, encode
+from persona_vectors.model.thoughts import span_of
 from persona_vectors.model.tokens import Tokens
 from persona_vectors.monitoring.projection import token_projections
 from persona_vectors.vectors.directions import projections, unit_directions, vector_keys, vector_list
@@ -28,7 +29,9 @@ class ProjectionCallback(TrainerCallback):
     `probe/TRAIT` is the mean over the prompts' last tokens, read without any steering (the paper's finetuning shift is
     its change); `batch/TRAIT` the mean over the tokens that the loss counts in the step's first micro-batch, read as
     the model trains on it, steered if it is. Both go through the Trainer's log, to wherever that reports, and into
-    `history`. The probes are also read before the first step. `questions` are templated with the Trainer's tokenizer.
+    `history`. The probes are also read before the first step. `questions` are templated with the Trainer's tokenizer,
+    which also tells the part of a thinking model's answers that `batch/TRAIT` is over: `positions` is "all", "answer"
+    or "reasoning", and the name is then `batch/TRAIT/answer`.
 
     Training moves a model along most directions: `controls` random ones are read with the probes, half isotropic, half
     with the covariance of `reference`, by default `neutral_moments` of the model before the first step on plain facts.
@@ -46,6 +49,7 @@ class ProjectionCallback(TrainerCallback):
         *,
         layer: Layer,
         questions: Sequence[str] = (),
+        positions: str = "all",
         every: int = 10,
         warn_at: float | None = None,
         stop_at: float | None = None,
@@ -62,6 +66,10 @@ class ProjectionCallback(TrainerCallback):
         self.trainer = trainer  # a callback is given everything but its Trainer, and only that can log
         self.vectors = vector_list(vectors)
         self.layer, self.questions, self.every = layer, list(questions), every
+        if positions != "all" and trainer.processing_class is None:
+            raise InputError("the Trainer has no tokenizer to tell reasoning by: give it processing_class=")
+        tokenizer: Any = trainer.processing_class
+        self.span = span_of(tokenizer, positions)
         self.warn_at, self.stop_at, self.plot = warn_at, stop_at, plot
         self.controls, self.reference = controls, reference
         self.history: list[dict[str, float]] = []
@@ -97,7 +105,8 @@ class ProjectionCallback(TrainerCallback):
             return
         values = torch.cat([self._batch[layer] for layer in self.units]).tolist()
         probes = self._probe(model)
-        self._log(state, {f"batch/{name}": value for name, value in zip(self.names, values)} | probes)
+        part = f"/{self.span.name}" if self.span else ""
+        self._log(state, {f"batch/{name}{part}": value for name, value in zip(self.names, values)} | probes)
         first = self.history[0]
         drift = max((abs(probes[name] - first[name]) for name in first if name in probes), default=0.0)
         if self.warn_at is not None and drift >= self.warn_at and not self._warned:
@@ -141,7 +150,12 @@ class ProjectionCallback(TrainerCallback):
     def _reader(self, layer: int) -> Edit:
         def read(hidden: Tensor, tokens: Tokens) -> None:
             values = projections(hidden.detach(), self.units[layer].to(hidden.device))
-            self._batch[layer] = values[counted(tokens, hidden)].mean(dim=0).cpu()
+            where = counted(tokens, hidden)
+            if self.span is not None:
+                if tokens.input_ids is None:
+                    raise InputError("a span is told from token ids, and this pass was given embeddings")
+                where = self.span.within(tokens.input_ids, where)
+            self._batch[layer] = values[where].mean(dim=0).cpu()
 
         return read
 

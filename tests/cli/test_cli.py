@@ -223,11 +223,13 @@ def test_traits_lists_the_shipped_ones():
 def test_ready_answers_give_a_vector_for_each_pooling(tiny, trait_file, tmp_path):
     kept, out = tmp_path / "r.jsonl", tmp_path / "v.safetensors"
     run("extract", tiny, trait_file, *SMALL, "--rollouts", kept, "--out", out)
-    ready = ["--from", kept, kept, "--unfiltered", "--device", "cpu", "--skip-reasoning"]
+    ready = ["--from", kept, kept, "--unfiltered", "--device", "cpu", "--positions", "answer"]
     printed, _ = run("extract", tiny, trait_file, *ready, "--pooling", "all", "--out", out)
     for pooling in POOLINGS:
         vector = PersonaVector.load(tmp_path / f"v.{pooling}.safetensors")
-        assert vector.pooling == pooling and vector.info["skip_reasoning"] and f"v.{pooling}.safetensors" in printed
+        assert (
+            vector.pooling == pooling and vector.info["positions"] == "answer" and f"v.{pooling}.safetensors" in printed
+        )
     assert "pairs kept of" in printed and printed.count(" -> ") == 3
     _, error = run("extract", tiny, trait_file, "--pooling", "all", code=2)
     assert "--pooling all reads answers that are there: give --from" in error

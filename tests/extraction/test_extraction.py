@@ -282,10 +282,10 @@ def test_reasoning_is_neither_judged_nor_averaged_on_request(tmp_path, model, to
     for row in (row for side in rows.values() for row in side):
         row.update(loud="", coherence="")
     loaded = read_sides(tmp_path, tokenizer, trait, rows)
-    vector = extract_from(model, tokenizer, trait, loaded, judge=judge, skip_reasoning=True, min_pairs=2)
+    vector = extract_from(model, tokenizer, trait, loaded, judge=judge, positions="answer", min_pairs=2)
     kept = [i for i in range(16) if i not in (1, 3)]  # no answer after the thoughts
     assert set(judged) - {""} == {answers[side][i] for side in rows for i in kept}
-    assert (vector.info["pairs_kept"], vector.info["empty"], vector.info["skip_reasoning"]) == (14, 4, True)
+    assert (vector.info["pairs_kept"], vector.info["empty"], vector.info["positions"]) == (14, 4, "answer")
 
     def mean(side: str) -> torch.Tensor:
         found = []
@@ -297,7 +297,7 @@ def test_reasoning_is_neither_judged_nor_averaged_on_request(tmp_path, model, to
 
     torch.testing.assert_close(vector.directions[:-1], (mean("pos") - mean("neg"))[1:-1], rtol=1e-3, atol=1e-5)
     whole = extract_from(model, tokenizer, trait, loaded, judge=judge, min_pairs=2)
-    assert whole.info["skip_reasoning"] is None and not torch.allclose(whole.directions, vector.directions, atol=1e-3)
+    assert whole.info["positions"] is None and not torch.allclose(whole.directions, vector.directions, atol=1e-3)
 
 
 def test_an_extraction_that_leaves_reasoning_out_goes_on_where_it_stopped(
@@ -306,7 +306,7 @@ def test_an_extraction_that_leaves_reasoning_out_goes_on_where_it_stopped(
     """A tiny model closes no thoughts, so every answer's first two tokens stand for them here."""
     monkeypatch.setattr(filtering, "outside_reasoning", lambda tokenizer, prompt, answer: list(range(2, len(answer))))
     options = {**SMALL, "judge": None, "rollouts": tmp_path / "r.jsonl"}
-    vector = extract(model, tokenizer, trait, skip_reasoning=True, **options)
+    vector = extract(model, tokenizer, trait, positions="answer", **options)
     both = [
         r for s in ("pos", "neg") for r in load_rollouts(tmp_path / "r.jsonl", side=s, trait=trait, tokenizer=tokenizer)
     ]
@@ -315,7 +315,7 @@ def test_an_extraction_that_leaves_reasoning_out_goes_on_where_it_stopped(
                                 "outside_reasoning": None}) for r in both]  # fmt: skip
     plain = extract_from(model, tokenizer, trait, cut, judge=None, unfiltered=True, min_pairs=2)
     torch.testing.assert_close(vector.directions, plain.directions, rtol=1e-3, atol=1e-5)
-    again = extract(model, tokenizer, trait, skip_reasoning=True, **options)
+    again = extract(model, tokenizer, trait, positions="answer", **options)
     torch.testing.assert_close(again.directions, vector.directions)
-    with pytest.raises(InputError, match="was made with skip_reasoning=True, not None"):
+    with pytest.raises(InputError, match="was made with positions='answer', not None"):
         extract(model, tokenizer, trait, **options)

@@ -19,12 +19,12 @@ import persona_vectors as pv
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import writing
 from persona_vectors.flagging import job as flagging
-from persona_vectors.flagging import work
 from persona_vectors.model import generation
 from persona_vectors.model.blocks import decoder_layers
 from persona_vectors.model.generation import generate_tokens
 from persona_vectors.model.gradients import answer_gradients
-from persona_vectors.model.prompts import chat_prompt, encode, encode_answer, fit, outside_reasoning
+from persona_vectors.model.prompts import chat_prompt, encode, encode_answer, fit
+from persona_vectors.model.thoughts import Span
 from persona_vectors.monitoring.projection import token_projections
 from persona_vectors.vectors.controls import random_vector
 from persona_vectors.vectors.directions import unit_directions
@@ -305,15 +305,16 @@ def test_reasoning_is_left_out_of_both_means_on_request(baseline, model, tokeniz
         "".join(json.dumps({**s, "answer": f"<think>no</think>As for {s['question']}"}) + "\n" for s in SAMPLES)
     )
 
-    def stand_in(tokenizer, prompt, answer):
-        own = outside_reasoning(tokenizer, prompt, answer)
+    def stand_in(span, prompt, answer):
+        own = kept(span, prompt, answer)
         return own if len(own) < len(answer) else own[2:]
 
-    monkeypatch.setattr(work, "outside_reasoning", stand_in)
+    kept = Span.kept
+    monkeypatch.setattr(Span, "kept", stand_in)
     options |= {"answers": given} if baseline == "given" else {}
     if baseline == "kept":  # the cache's answers are read anew: their kept means are those of the whole
         pv.flag(model, tokenizer, SAMPLES, vector, out=tmp_path / "before.parquet", **options)
-    pv.flag(model, tokenizer, thoughtful, vector, out=tmp_path / "f.parquet", skip_reasoning=True, **options)
+    pv.flag(model, tokenizer, thoughtful, vector, out=tmp_path / "f.parquet", positions="answer", **options)
     for sample, own, row in zip(SAMPLES, thoughtful, rows(tmp_path / "f.parquet")):
         prompt, ids = encode_answer(tokenizer, chat_prompt(tokenizer, own["question"]), own["answer"])
         count = len(encode(tokenizer, sample["answer"]))
@@ -326,7 +327,7 @@ def test_reasoning_is_left_out_of_both_means_on_request(baseline, model, tokeniz
             base, left = before + encode(tokenizer, f"As for {sample['question']}"), len(before)
         expected = vector.project(states(model, prompt + base)[1], layer=1)[len(prompt) + left :].mean().item()
         assert row["t_baseline"] == pytest.approx(expected, rel=1e-3, abs=2e-4)
-    with pytest.raises(InputError, match="was made with skip_reasoning=True, not None"):
+    with pytest.raises(InputError, match="was made with positions='answer', not None"):
         pv.flag(model, tokenizer, thoughtful, vector, out=tmp_path / "f.parquet", **options)
 
 

@@ -7,7 +7,8 @@ from transformers import DynamicCache
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.prompts import left_pad
-from persona_vectors.monitoring.trace import Trace, _Columns, monitor
+from persona_vectors.monitoring.columns import Columns
+from persona_vectors.monitoring.trace import Trace, monitor
 from persona_vectors.steering.add import steer
 from persona_vectors.vectors.directions import projections
 from persona_vectors.vectors.vector import PersonaVector
@@ -177,7 +178,7 @@ def test_memory_grows_with_the_text(model):
             generate(model, [[5]], max_new_tokens=8, min_new_tokens=8)
     assert sum(part.numel() for call in trace._calls for part in call.values.fresh) == 3 * 8 * 2 * 2
 
-    column, parts = _Columns(), torch.randn(1, 700, 2)
+    column, parts = Columns(), torch.randn(1, 700, 2)
     for index in range(700):
         column.add(parts[:, index : index + 1])
     assert len(column.fresh) < 256

@@ -142,10 +142,10 @@ def test_a_template_that_rewrites_earlier_turns_is_followed(model):
 def test_reasoning_can_be_left_out(model, tokenizer, parts: list):
     vector, answer = random_direction(model), "".join(text for text, _ in parts)
     kept = torch.tensor([keep for text, keep in parts for _ in encode(tokenizer, text)])
-    scores = project(model, tokenizer, [("How?", answer)], vector, layer=1, skip_reasoning=True)
+    scores = project(model, tokenizer, [("How?", answer)], vector, layer=1, positions="answer")
     left_out = int((~kept).sum())
     assert (int(scores.answer_tokens), int(scores.reasoning_tokens)) == (int(kept.sum()), left_out)
-    assert (f"{left_out} of reasoning left out" in repr(scores)) == (left_out > 0)
+    assert f"tokens of the answer ({left_out} are reasoning)" in repr(scores)
     prompt, ids = encode_answer(tokenizer, chat_prompt(tokenizer, "How?"), answer)
     values = vector.project(block_outputs(model, [*prompt, *ids])[1], layer=1)
     expected = values[len(prompt) :][kept].mean()
@@ -158,7 +158,7 @@ def test_reasoning_can_be_left_out(model, tokenizer, parts: list):
 def test_a_prompt_that_opens_the_reasoning(model):
     template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}<assistant><think>\n"
     tokenizer, vector = make_tokenizer(template), random_direction(model)
-    scores = project(model, tokenizer, [("a", "b</think>c"), ("a", "never ends")], vector, layer=1, skip_reasoning=True)
+    scores = project(model, tokenizer, [("a", "b</think>c"), ("a", "never ends")], vector, layer=1, positions="answer")
     assert scores.answer_tokens.tolist() == [1, 10]  # what closes no thought is an answer, as the template finishes it
     assert not scores["response_mean"]["t"].isnan().any()
 
