@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.monitoring.percentiles import Calibration
     from persona_vectors.monitoring.projection import project
     from persona_vectors.monitoring.trace import monitor
+    from persona_vectors.serving.notebook import playground
     from persona_vectors.steering.add import RowEdit, steer, steer_rows
     from persona_vectors.steering.backends import lens_hooks, steer_trace
     from persona_vectors.steering.bounds import ablate, cap, floor, rotate, steer_where
@@ -103,6 +104,7 @@ _WHERE = {
     "monitoring.percentiles": ["Calibration"],
     "monitoring.projection": ["project"],
     "monitoring.trace": ["monitor"],
+    "serving.notebook": ["playground"],
     "steering.add": ["RowEdit", "steer", "steer_rows"],
     "steering.backends": ["lens_hooks", "steer_trace"],
     "steering.bounds": ["ablate", "cap", "floor", "rotate", "steer_where"],

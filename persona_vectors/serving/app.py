@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import HTTPException
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.serving.asked import ChatAsked, TextAsked, read_request
@@ -24,7 +24,7 @@ from persona_vectors.serving.rows import End, Token
 
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
@@ -36,12 +36,16 @@ class _Gone(Exception):
     """The client has gone away."""
 
 
-def make_app(served: Served, *, rows: int = 16, waiting: int = 64) -> FastAPI:
-    """Return the application; its engine is started with it, and ends what it has begun when it is shut down."""
+def make_app(served: Served, *, rows: int = 16, waiting: int = 64, framed: bool = False) -> FastAPI:
+    """Return the application; its engine is started with it, and ends what it has begun when it is shut down.
+
+    `framed`: whether a page elsewhere may hold this one in a frame; there has to be a key then, which it does not know.
+    """
     engine = Engine(served.model, served.tokenizer, list(served.vectors.values()), rows=rows, waiting=waiting)
     figures = Figures(engine)
     registry = CollectorRegistry()
     registry.register(figures)
+    ProcessCollector(registry=registry)  # memory, processor time and open files, where the system tells them
 
     @asynccontextmanager
     async def life(_app: FastAPI) -> AsyncIterator[None]:
@@ -78,11 +82,14 @@ def make_app(served: Served, *, rows: int = 16, waiting: int = 64) -> FastAPI:
     async def metrics() -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
+    headers = dict(_PAGE_HEADERS)
+    if not framed:
+        headers["Content-Security-Policy"] += "; frame-ancestors 'none'"
     page = files("persona_vectors").joinpath("data/shipped/serve.html").read_text("utf-8")
 
     @app.get("/")
     async def show() -> Response:
-        return HTMLResponse(page, headers=_PAGE_HEADERS)
+        return HTMLResponse(page, headers=headers)
 
     return app
 

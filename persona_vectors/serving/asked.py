@@ -32,6 +32,7 @@ class Ours(BaseModel):
     edits: list[EditAsked] = Field(default=[], max_length=16)
     project: list[str] = Field(default=[], max_length=32)
     alarm: dict[str, Number] = Field(default={}, max_length=32)
+    seconds: Number | None = Field(default=None, gt=0)
 
 
 class _Common(BaseModel):

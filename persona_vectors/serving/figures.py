@@ -10,7 +10,7 @@ from persona_vectors.serving.engine import Engine
 
 
 class Figures:
-    """A collector: requests by status, tokens, steps, failures, rows in use and waiting."""
+    """A collector: requests by status, tokens, steps, failures, rows in use and waiting, hooks on the model."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -30,3 +30,5 @@ class Figures:
             yield CounterMetricFamily(f"persona_vectors_{name}", what, value=self.engine.figures[name])
         for name, value in zip(("rows", "waiting"), self.engine.load):
             yield GaugeMetricFamily(f"persona_vectors_{name}", f"Answers: {name}.", value=value)
+        hooks = sum(len(module._forward_hooks) for module in self.engine.model.modules())
+        yield GaugeMetricFamily("persona_vectors_hooks", "Hooks on the model: none where there are no rows.", value=hooks)

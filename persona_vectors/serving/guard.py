@@ -1,5 +1,6 @@
 """What stands before the server: who may ask, from which page, and how much."""
 
+import asyncio
 import hmac
 import ipaddress
 import json
@@ -44,11 +45,21 @@ def fault(status: int, message: str, kind: str = "invalid_request_error") -> tup
 class Guard:
     """An ASGI app around another one: refuses requests for other hosts, from other pages, without the key, too long.
 
-    A page elsewhere that has its own name resolve to this machine is known by the host that it asks for.
+    A page elsewhere that has its own name resolve to this machine is known by the host that it asks for. A request that
+    is not over after `seconds`, its body read and its reply taken, is cut off. Where requests come by a proxy
+    (`proxied`), which has names of its own, the key alone decides: no page elsewhere knows it.
     """
 
-    def __init__(self, app: Any, *, hosts: Sequence[str] | None, key: str | None) -> None:
-        self.app, self.key = app, key
+    def __init__(
+        self,
+        app: Any,
+        *,
+        hosts: Sequence[str] | None,
+        key: str | None,
+        seconds: float = 720.0,
+        proxied: bool = False,
+    ) -> None:
+        self.app, self.key, self.seconds, self.proxied = app, key, seconds, proxied
         self.hosts = None if hosts is None else {host.strip("[]").lower() for host in hosts}
         """The names that requests may ask for; None: any, where there is a key."""
 
@@ -65,7 +76,7 @@ class Guard:
         if refused is not None:
             await _answer(send, *refused)
             return
-        read = 0
+        read, begun = 0, False
 
         async def counted() -> Any:
             nonlocal read
@@ -75,13 +86,22 @@ class Guard:
                 raise TooLong
             return message
 
-        await self.app(scope, counted, send)
+        async def noted(message: Any) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await asyncio.wait_for(self.app(scope, counted, noted), self.seconds)
+        except asyncio.TimeoutError:  # what has begun to be sent ends in its middle: the connection is closed
+            if not begun:
+                await _answer(send, *fault(408, "the request was too slow"))
 
     def _refusal(self, scope: Any, headers: dict[bytes, str]) -> tuple[int, dict[str, Any]] | None:
         host, origin = headers.get(b"host", ""), headers.get(b"origin")
         if self.hosts is not None and _name(host) not in self.hosts:
             return fault(403, "this host name is not served: use the address that the server was started with")
-        if origin is not None and (urlsplit(origin).scheme, urlsplit(origin).netloc) not in (
+        if not self.proxied and origin is not None and (urlsplit(origin).scheme, urlsplit(origin).netloc) not in (
             ("http", host),
             ("https", host),
         ):

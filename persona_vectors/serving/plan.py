@@ -29,7 +29,7 @@ class Served:
     layer: int
     """The layer of edits and projections that name none."""
     seconds: float = 600.0
-    """How long a request may take."""
+    """How long a request may take; it may ask for less."""
 
     @property
     def name(self) -> str:
@@ -113,7 +113,7 @@ def make_plan(
     echo = isinstance(asked, TextAsked) and asked.echo
     if echo and max(map(len, prompts), default=0) > _ECHO:
         raise InputError(f"echo takes prompts of at most {_ECHO} tokens: give shorter ones")
-    deadline, jobs = time.monotonic() + served.seconds, []
+    deadline, jobs = time.monotonic() + min(ours.seconds or served.seconds, served.seconds), []
     for number in range(len(prompts) * asked.n):
         prompt = prompts[number // asked.n]
         room = served.longest - len(prompt)

@@ -2,6 +2,7 @@
 
 Usage: python scripts/bench extraction | generation | flagging | training [--model NAME | --shape SHAPE] [--out FILE]
        python scripts/bench gpu [--shape SHAPE] [--out FILE]
+       python scripts/bench serve isolation | throughput | soak [--model NAME] [--vector FILE] [--out FILE]
 """
 
 import sys
@@ -15,12 +16,14 @@ from bench.extraction import extraction
 from bench.flagging import flagging
 from bench.generation import generation
 from bench.gpu import gpu
+from bench.serving import serve
 from bench.training import training
 from persona_vectors.data.errors import InputError
 
 app = typer.Typer(help="Benchmarks of persona_vectors.", no_args_is_help=True, add_completion=False)
 for command in (extraction, generation, flagging, training, gpu):
     app.command()(command)
+app.add_typer(serve, name="serve")
 
 if __name__ == "__main__":
     try:

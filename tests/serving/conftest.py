@@ -1,7 +1,6 @@
 """A server on a free port of this machine, in a thread."""
 
 import contextlib
-import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -36,23 +35,15 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(served: Served, *, key: str | None = None, rows: int = 8, waiting: int = 64):
-    import uvicorn
-
+def running(served: Served, *, key: str | None = None, rows: int = 8, waiting: int = 64, seconds: float = 720.0):
     from persona_vectors.serving.app import make_app
     from persona_vectors.serving.guard import Guard
+    from persona_vectors.serving.run import in_thread
 
     app = make_app(served, rows=rows, waiting=waiting)
-    config = uvicorn.Config(Guard(app, hosts=["127.0.0.1"], key=key), port=0, log_level="error", access_log=False)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
+    port, end = in_thread(Guard(app, hosts=["127.0.0.1"], key=key, seconds=seconds))
     yield Running(f"http://127.0.0.1:{port}", served, app.state.engine)
-    server.should_exit = True
-    thread.join()
+    end()
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from persona_vectors.model.sampling import row_seed
 from persona_vectors.monitoring.trace import monitor
 from persona_vectors.serving.changes import Change
 from persona_vectors.serving.engine import Engine, Full
-from persona_vectors.serving.rows import End, Job
+from persona_vectors.serving.rows import End, Job, Row
 from persona_vectors.steering.add import steer
 from persona_vectors.steering.bounds import ablate, cap, floor
 
@@ -210,3 +210,19 @@ def test_a_failing_pass_ends_its_rows_and_no_others(model, tokenizer, monkeypatc
     assert end.reason in ("length", "stop")
     engine.close()
     assert hooks(model) == 0
+
+
+def test_reasoning_is_told_apart_from_the_answer(tokenizer):
+    """A row that is made to write a thought and an answer: the mean is the answer's."""
+    text, events = "<think>ab</think>cde", []
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    row = Row(Job([7, 8], events.append, len(ids), keys={"t": (1, 0)}), tokenizer, stops=[2])
+    row.read({1: [[-5.0]]}, 0)
+    for place, token in enumerate(ids):
+        row.choose(torch.zeros(300), token)
+        row.read({1: [[float(place)]]}, 0)
+    end = events[-1]
+    outside = list(range(len("<think>ab</think>"), len(text)))
+    assert list(end.thoughts) == [place for place in range(len(ids)) if place not in outside]
+    assert end.means == {"t": pytest.approx(sum(outside) / 3)} and end.before == {"t": -5.0} and end.reason == "length"
+    assert [token.values["t"] for token in events[:-1]] == list(map(float, range(len(ids))))

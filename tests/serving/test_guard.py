@@ -1,14 +1,16 @@
 """What is refused before it reaches the model: other hosts, other pages, no key, too much."""
 
+import asyncio
 import contextlib
 import http.client
 import json
+import socket
 
 import pytest
 from helpers import run
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.serving.guard import LARGEST, api_key, is_loopback
+from persona_vectors.serving.guard import LARGEST, Guard, api_key, is_loopback
 
 BODY = json.dumps({"model": "m", "messages": [{"role": "user", "content": "Hi"}]})
 
@@ -168,3 +170,80 @@ def test_a_missing_extra_is_named(served, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(InputError, match=r"persona-vectors-toolkit\[serve\]"):
         serve(served.model, served.tokenizer, list(served.vectors.values()))
+
+
+def raw(server, request: bytes, *, seconds: float = 30) -> bytes:
+    """Send bytes as they are; return all that comes back until the connection is closed."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=seconds) as opened:
+        opened.sendall(request)
+        found = b""
+        with contextlib.suppress(ConnectionError):
+            while part := opened.recv(65_536):
+                found += part
+    return found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"X-A: b\r\n\tSet-Cookie: evil=1",  # a folded header
+        b"X-A: b\nSet-Cookie: evil=1",
+        b"X-A: b\rSet-Cookie: evil=1",
+        b"X A: b",
+        b"X-A\x00: b",
+        b"X-A: \x00",
+        b"Origin: http://127.0.0.1%0d%0aSet-Cookie:%20evil=1",
+        b"Transfer-Encoding: chunked\r\nContent-Length: 5",
+        b"Content-Length: 0\r\nContent-Length: 5",
+        b"X-A: " + b"a" * 200_000,
+    ],
+    ids=range(10),
+)
+def test_headers_cannot_be_injected(server, line):
+    """Nothing of a request becomes a header of its reply, and no second request hides in one."""
+    host = server.url.removeprefix("http://").encode()
+    smuggled = b"GET /v1/models HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n"
+    request = b"GET /v1/%0d%0aSet-Cookie:%20evil=1 HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n"
+    found = raw(server, request + line + b"\r\n\r\n" + smuggled)
+    heads = [part.partition(b"\r\n\r\n")[0].lower() for part in found.split(b"HTTP/1.1 ")[1:]]
+    assert len(heads) <= 1 and all(head[:1] == b"4" for head in heads), found
+    assert all(b"evil" not in head and b"set-cookie" not in head for head in heads)
+
+
+def test_hostile_names_in_a_body_are_in_no_header(server):
+    name = "m\r\nSet-Cookie: evil=1\r\n\r\n<script>"
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": name}], "stop": [name], "user": name})
+    lines = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {server.url.removeprefix('http://')}\r\nConnection: close\r\n"
+    lines += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+    head, _, content = raw(server, lines.encode()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400") and b"evil" not in head
+    assert "\n" not in json.loads(content)["error"]["message"]
+
+
+def test_a_request_that_is_sent_too_slowly_is_cut_off(served, start):
+    with start(served, seconds=0.3) as server:
+        host = server.url.removeprefix("http://")
+        begun = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        found = raw(server, f"{begun}Content-Length: 100\r\n\r\n{{".encode(), seconds=10)
+        assert found.startswith(b"HTTP/1.1 408") and b"too slow" in found
+        assert server.engine.load == (0, 0)
+
+
+def test_a_reply_that_is_not_taken_is_cut_off_and_frees_its_row():
+    """A client that stops reading: sending waits for ever."""
+    freed = []
+
+    async def app(_scope, _receive, send):
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        finally:
+            freed.append(True)
+
+    async def stuck(_message):
+        await asyncio.sleep(60)
+
+    guard = Guard(app, hosts=["h"], key=None, seconds=0.05)
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"h")]}
+    asyncio.run(asyncio.wait_for(guard(scope, None, stuck), 5))
+    assert freed == [True]

@@ -9,6 +9,7 @@ import torch
 from helpers import hooks, use, vectors_of_their_own
 
 import persona_vectors as pv
+from persona_vectors.model.generation import generate_tokens
 from persona_vectors.serving.cards import model_card
 from persona_vectors.serving.run import make_served
 
@@ -124,22 +125,33 @@ def test_completions_take_texts_and_tokens(server):
     assert stopped.choices[0].text == text[: text.index(text[2:4])] and stopped.choices[0].finish_reason == "stop"
 
 
-def test_lm_eval_finds_the_model_s_own_log_likelihoods(server):
-    """What its local-completions sends (max_tokens=1, echo, logprobs), read by its own parser."""
+def test_lm_eval_s_local_completions_finds_the_model_s_own_numbers(server, tmp_path, monkeypatch):
+    """Log-likelihoods of continuations, and answers up to a stop string, by lm-eval's own client."""
+    pytest.importorskip("tenacity")  # lm-eval's own extra for its clients
+    from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
     served = server.served
+    served.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    client = LocalCompletionsAPI(
+        f"{server.url}/v1/completions", model=served.name, tokenizer=str(tmp_path / "tokenizer"), num_concurrent=2
+    )
     pairs = [("Once upon", " a bed"), ("a", "bcd"), ("Once upon", " a cage")]
-    tokens = [[served.tokenizer(text, add_special_tokens=False).input_ids for text in pair] for pair in pairs]
-    asked = {"prompt": [context + answer for context, answer in tokens], "temperature": 0, "max_tokens": 1, "seed": 1}
-    reply = server.client().completions.create(model=served.name, logprobs=1, echo=True, **asked)
-    found = LocalCompletionsAPI.parse_logprobs(reply.model_dump(), ctxlens=[len(context) for context, _ in tokens])
-    assert [choice.text[:-1] for choice in reply.choices] == ["".join(pair) for pair in pairs]
-    for (score, _), (context, answer) in zip(found, tokens):
+    found = client.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)])
+    for (score, greedy), pair in zip(found, pairs):
+        context, answer = (served.tokenizer(text, add_special_tokens=False).input_ids for text in pair)
         with torch.no_grad():
-            logs = served.model(torch.tensor([context + answer])).logits[0].log_softmax(dim=-1)
-        expected = sum(float(logs[len(context) + i - 1, token]) for i, token in enumerate(answer))
-        assert score == pytest.approx(expected, abs=1e-3)
+            logs = served.model(torch.tensor([context + answer])).logits[0, len(context) - 1 : -1].log_softmax(dim=-1)
+        assert score == pytest.approx(sum(float(row[token]) for row, token in zip(logs, answer)), abs=1e-3)
+        assert greedy == (logs.argmax(dim=1).tolist() == answer)
+    prompt = served.tokenizer("Once", add_special_tokens=False).input_ids
+    [(tokens, _)] = generate_tokens(
+        served.model, served.tokenizer, [prompt], max_new_tokens=20, temperature=0.0, seed=[0]
+    )
+    text = served.tokenizer.decode(tokens)
+    asked = ("Once", {"until": [text[6:8]], "max_gen_toks": 20, "temperature": 0})
+    assert client.generate_until([Instance("generate_until", {}, asked, 0)]) == [text[: text.index(text[6:8])]]
 
 
 def test_an_alarm_ends_the_answer_and_says_so(server):
@@ -240,6 +252,20 @@ def test_what_takes_too_long_is_an_error(served, start):
             list(ask(server, max_tokens=100_000, stream=True))
 
 
+def test_a_request_may_ask_for_less_time_than_the_server_gives(server):
+    def asked(seconds: float):
+        extra = {"persona_vectors": {"seconds": seconds}}
+        return server.client().chat.completions.create(
+            model=server.served.name, messages=MESSAGES, max_tokens=100_000, extra_body=extra
+        )
+
+    with pytest.raises(openai.InternalServerError, match="time limit"):
+        asked(0.1)
+    with pytest.raises(openai.BadRequestError, match="seconds"):
+        asked(-1.0)
+    server.idle()
+
+
 def test_health_and_figures(server):
     from urllib.request import urlopen
 
@@ -249,6 +275,12 @@ def test_health_and_figures(server):
     figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(figures["persona_vectors_tokens_total"]) >= 8 and float(figures["persona_vectors_rows"]) == 0
     assert float(figures['persona_vectors_requests_total{status="200"}']) >= 1
+    assert float(figures["persona_vectors_hooks"]) == 0 and float(figures["process_resident_memory_bytes"]) > 1e7
+    stream = ask(server, stream=True, max_tokens=100_000, project=["t"])
+    begun(stream)
+    assert "persona_vectors_hooks 0.0" not in urlopen(f"{server.url}/metrics").read().decode()
+    stream.close()
+    server.idle()
 
 
 def test_our_judge_reads_the_model_s_own_expected_value(server, monkeypatch):
