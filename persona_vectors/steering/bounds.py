@@ -133,7 +133,7 @@ def rotate(
     *,
     layer: Layer,
     angle: float,
-    positions: str | Tensor = "all",
+    positions: Positions = "all",
     during: str = "auto",
 ) -> Iterator[None]:
     """Turn each token's hidden state to `angle` degrees from the vector, in their common plane, at the norm it has.
