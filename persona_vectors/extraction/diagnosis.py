@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.tables import Table
 from persona_vectors.extraction.evidence import agreement, difference, other_questions, split_half_cosine
-from persona_vectors.extraction.filtering import pairs, without_reasoning
+from persona_vectors.extraction.filtering import pairs, parted
 from persona_vectors.extraction.reads import no_reads
 from persona_vectors.extraction.rollouts import Rollout, read_jsonl
 from persona_vectors.model.blocks import Model
@@ -97,8 +97,7 @@ def diagnose(
     vector, model = as_vector(vector), unwrap(model)
     vector.check_fits(model)
     answers = list(_read(rollouts) if isinstance(rollouts, (str, Path)) else rollouts)
-    if vector.info.get("skip_reasoning"):
-        answers = without_reasoning(tokenizer, answers)
+    answers = parted(tokenizer, answers, vector.info.get("positions") or "all")
     limit = vector.info.get("threshold")
     kept, counts = pairs(answers, limit)
     pos, neg = ([answers[pair[side]] for pair in kept] for side in (0, 1))
