@@ -110,7 +110,7 @@ def generate_batches(
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     batch_tokens: int | None = None,
     skip: Collection[int] = (),
     reading: bool = False,
@@ -119,8 +119,8 @@ def generate_batches(
     """Answer prompts, given as token ids, batch by batch; see `generate_tokens` for the sampling and for `reading`.
 
     They are answered in the order of `longest_first`. An answer depends on its prompt, its place among the prompts and
-    the seed, and not on the batches. `skip` holds indices that need no answer. Where memory runs out a batch is
-    answered in halves, and the others are as small.
+    the seed, and not on the batches; `seed` may hold one for each prompt instead. `skip` holds indices that need no
+    answer. Where memory runs out a batch is answered in halves, and the others are as small.
     `during(rows)` is entered around the generation of each batch, to steer those rows or to read them.
     """
     todo = [i for i in range(len(prompts)) if i not in skip]
@@ -134,7 +134,7 @@ def generate_batches(
                 [prompts[i] for i in rows],
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
-                seed=[row_seed(seed, i) for i in rows],
+                seed=[row_seed(seed, i) if isinstance(seed, int) else seed[i] for i in rows],
                 reading=reading,
             )
         if not attempt.failed:
