@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.evaluation.served import Completion
     from persona_vectors.evaluation.sweeping import sweep
     from persona_vectors.extraction.diagnosis import Diagnosis, diagnose
+    from persona_vectors.evaluation.worker_generator import WorkerGenerator
     from persona_vectors.extraction.difference import extract, extract_from, extract_poolings_from
     from persona_vectors.extraction.rollouts import load_rollouts
     from persona_vectors.extraction.trait_writer import write_trait
@@ -79,6 +80,7 @@ _WHERE = {
     "evaluation.judges": ["ContrastJudge", "LocalJudge", "SentimentJudge"],
     "evaluation.likelihood": ["Statements", "likelihood_contrast", "load_statements"],
     "evaluation.openai_generator": ["OpenAIGenerator"],
+    "evaluation.worker_generator": ["WorkerGenerator"],
     "evaluation.openai_judge": ["OpenAIJudge"],
     "evaluation.plots": ["plot_sweep"],
     "evaluation.points": ["Sweep"],

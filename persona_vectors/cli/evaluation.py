@@ -1,6 +1,7 @@
 """Commands that measure with a judge: evaluate and sweep."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,7 +74,7 @@ def evaluate(
     from persona_vectors.data.traits import load_trait
     from persona_vectors.evaluation.answers import evaluate as run
 
-    loaded_trait, elsewhere = load_trait(trait), make_generate(generate)
+    loaded_trait, elsewhere = load_trait(trait), make_generate(generate, partial(load, model))
     loaded_vector = load_vectors([vector])[0] if vector else None
     if vector and generate:
         raise InputError("--generate has a server answer, and --vector edits the model here: leave one out")

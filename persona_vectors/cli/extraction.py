@@ -1,6 +1,7 @@
 """Commands that make traits and vectors."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -122,7 +123,7 @@ def extract(
     from persona_vectors.model.pooling import POOLINGS
 
     _check(pooling, from_, generate)
-    loaded_trait, elsewhere = load_trait(trait), make_generate(generate)
+    loaded_trait, elsewhere = load_trait(trait), make_generate(generate, partial(load, model))
     loaded, tokenizer = load(model)
     options: dict[str, Any] = {"batch_tokens": batch_tokens, "positions": positions}
     chosen = options["judge"] = make_judge(

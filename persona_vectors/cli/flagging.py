@@ -1,5 +1,6 @@
 """Commands that judge training data: flag, split and compare."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ from persona_vectors.cli.options import (
     JUDGES,
     BatchTokens,
     GenerateOption,
+    GPUs,
     Json,
     Load,
     ModelArg,
@@ -16,10 +18,12 @@ from persona_vectors.cli.options import (
     Span,
     Store,
     VectorArgs,
+    Workers,
     app,
     check_storable,
     command_line,
     echo_table,
+    elsewhere_by_name,
     layers,
     load_vectors,
     loads_models,
@@ -69,36 +73,36 @@ def flag(
     cache: Annotated[Path | None, typer.Option(help="where baselines are kept (default: the user's cache)")] = None,
     batch_tokens: BatchTokens = None,
     generate: GenerateOption = None,
-    workers: Annotated[int, typer.Option(help="Ray actors that hold a model each; RAY_ADDRESS names a cluster")] = 1,
+    workers: Workers = 1,
+    gpus_per_worker: GPUs = None,
     as_json: Json = False,
     load: Load,
 ) -> None:
     """Score every sample of a dataset by how far it would move a model along persona vectors, before training.
 
-    Example: persona-vectors flag smollm2-135m smollm2-135m/optimistic --data train.jsonl
-    --out flags.parquet --baseline prompt_last --html flags.html
+    Example: persona-vectors flag smollm2-135m smollm2-135m/optimistic --data train.jsonl --out flags.parquet
     """
     from persona_vectors.cli.judges import make_generate
     from persona_vectors.flagging import run
 
     _check_options(judge, trait, labels, vectors if store else [])
-    loaded_vectors, elsewhere = load_vectors(vectors), make_generate(generate)
+    loaded_vectors, server = load_vectors(vectors), make_generate(generate, partial(load, model))
     where = _where(loaded_vectors, layer)
-    on_cpu = workers > 1 and load.keywords["device"] is None  # the actors take the GPUs
-    loaded, tokenizer = load(model, **({"device": "cpu"} if on_cpu else {}))
+    loaded, tokenizer = load(model) if workers == 1 else elsewhere_by_name(model, load, gpus_per_worker)
     reading: dict[str, Any] = {"columns": columns, "split": split}
-    options: dict[str, Any] = {"out": out, "score": score, "baseline": baseline, "answers": answers, **reading}
+    options = {"out": out, "score": score, "baseline": baseline, "answers": answers, "cache": cache, **reading}
     options |= {"on_error": on_error, "turns": turns, "max_length": max_length, "max_new_tokens": max_new_tokens}
     options |= {"batch_tokens": batch_tokens, "positions": positions, "controls": controls, "labels": labels}
-    options |= {"reference": reference, "threshold": threshold, "percentile": percentile, "generate": elsewhere}
-    found = run.flag(loaded, tokenizer, data, loaded_vectors, layer=where, cache=cache, workers=workers, **options)
+    options |= {"reference": reference, "threshold": threshold, "percentile": percentile, "generate": server}
+    found = run.flag(loaded, tokenizer, data, loaded_vectors, layer=where, workers=workers, **options)
     echo_table(found.rows(), as_json=as_json, text=lambda: repr(found))
     for name, vector in zip(vectors if store else [], loaded_vectors):
         store_use(name, vector, found.uses(source=command_line())[vector.trait])
+    read = load(model) if workers > 1 and (judge or html) else (loaded, tokenizer)
     if judge and trait:
-        _add_scores(judge, trait, loaded, tokenizer, load, data=data, flags=out, **reading)
+        _add_scores(judge, trait, *read, load, data=data, flags=out, **reading)
     if html:
-        _write_page(html, loaded, tokenizer, data, loaded_vectors, flags=out, as_json=as_json, **reading)
+        _write_page(html, *read, data, loaded_vectors, flags=out, as_json=as_json, **reading)
 
 
 def _where(vectors: list[Any], layer: list[str] | None) -> Any:

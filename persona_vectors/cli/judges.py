@@ -37,8 +37,8 @@ def make_judge(
     raise InputError(f"no judge {spec!r}: give contrast[:PAIRS], sentiment, openai:MODEL, local:MODEL or none")
 
 
-def make_generate(spec: str | None) -> Generate | None:
-    """Return what answers, as a command line names it: openai:MODEL; None for the model itself."""
+def make_generate(spec: str | None, load: Callable[[], tuple[Any, Any]] | None = None) -> Generate | None:
+    """Return what answers, as a command line names it: openai:MODEL, or workers:N that `load`; None: the model here."""
     kind, _, name = (spec or "").partition(":")
     if spec is None:
         return None
@@ -46,4 +46,10 @@ def make_generate(spec: str | None) -> Generate | None:
         from persona_vectors.evaluation.openai_generator import OpenAIGenerator
 
         return OpenAIGenerator(name)
-    raise InputError(f"--generate is {spec!r}: give openai:MODEL, and the server's address in OPENAI_BASE_URL")
+    if kind == "workers" and name.isdigit() and load is not None:
+        from persona_vectors.evaluation.worker_generator import WorkerGenerator
+
+        return WorkerGenerator(load, workers=int(name))
+    raise InputError(
+        f"--generate is {spec!r}: give openai:MODEL, with the server's address in OPENAI_BASE_URL, or workers:N"
+    )

@@ -53,8 +53,12 @@ Span = Annotated[str, typer.Option("--positions", help="what is read of a thinki
 BatchTokens = Annotated[int | None, typer.Option(help="tokens a batch: lower it when memory runs out")]
 GenerateOption = Annotated[
     str | None,
-    typer.Option("--generate", help="openai:MODEL: the server at OPENAI_BASE_URL (vLLM, SGLang, llama.cpp) answers"),
+    typer.Option(
+        help="openai:MODEL: the server at OPENAI_BASE_URL (vLLM, SGLang, llama.cpp) answers; workers:N: Ray actors do"
+    ),
 ]
+Workers = Annotated[int, typer.Option(help="Ray actors that load the model each; RAY_ADDRESS names a cluster", min=1)]
+GPUs = Annotated[float | None, typer.Option(help="GPUs of a worker (default: 1 where there is one)", min=0)]
 Json = Annotated[bool, typer.Option("--json", help="print the table as JSON, and nothing else")]
 
 Load = functools.partial
@@ -112,6 +116,14 @@ def load_by_name(
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "quantization": quantization}
     model, tokenizer = load_model(name, dtype=kind, **placing, **options)
     return model, fold_system_role(tokenizer) if fold_system else tokenizer
+
+
+def elsewhere_by_name(name: str, load: Load, gpus_per_worker: float | None) -> tuple[Any, Any]:
+    """Return a model that Ray's actors load, and its tokenizer."""
+    from persona_vectors.model.actors import Elsewhere
+
+    model = Elsewhere(functools.partial(load, name), gpus_per_worker=gpus_per_worker)
+    return model, model.tokenizer
 
 
 def layers(given: Sequence[str] | None, *, option: str = "--layer") -> Any:

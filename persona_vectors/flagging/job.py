@@ -23,6 +23,7 @@ from persona_vectors.flagging.parts import Flags, is_flags, part, read_header, r
 from persona_vectors.flagging.plan import check_digest, make_plan, source_name
 from persona_vectors.flagging.settings import hash_of_json, judged_by, settings_of
 from persona_vectors.flagging.work import answer_prompts, keep_answers, project_rows
+from persona_vectors.model.actors import Elsewhere, map_in_actors
 from persona_vectors.model.blocks import Layer, Model, chosen_layers, model_shape
 from persona_vectors.model.loading import cache_dir
 from persona_vectors.vectors.directions import unit_directions
@@ -63,6 +64,7 @@ class Job:
     batch_tokens: int | None
     chunk: int
     workers: int
+    gpus_per_worker: float | None
     generate: Generate | None
 
     @property
@@ -91,9 +93,15 @@ class Job:
         source = None if self.controls_reference == PLAIN_FACTS else self.reference
         options: dict[str, Any] = {"layer": self.layers, "columns": self.columns, "split": self.split}
         options |= {"max_length": self.max_length, "batch_tokens": self.batch_tokens, "first": MOMENTS_OF}
-        known = neutral_moments(self.model, self.tokenizer, source, **options)
+        known = self.ask(neutral_moments, self.tokenizer, source, **options)
         nulls = known.random_vectors(self.vectors[0], count=self.controls)
         return self.vectors + [replace(null, trait=f"null {i}") for i, null in enumerate(nulls)]
+
+    def ask(self, function: Callable[..., Any], *given: Any, **options: Any) -> Any:
+        """Return function(model, ...), called where the model is."""
+        if isinstance(self.model, Elsewhere):
+            return self.model.ask(function, *given, **options)
+        return function(self.model, *given, **options)
 
     @property
     def controls_reference(self) -> str:
@@ -190,23 +198,34 @@ class Job:
         options: dict[str, Any] = {"layer": self.layers, "max_new_tokens": self.max_new_tokens, **shared}
         options["generate"] = self.generate
         answer = partial(answer_prompts, self.folder, self.tokenizer, self.read_vectors, **options)
-        self.work(answer, "answers", plan["groups"])
-        keep_answers(self.folder, plan["groups"], reading, self.kept if self.generates else None)
         project = partial(project_rows, self.folder, self.tokenizer, self.units, score=self.score, **shared)
-        self.work(project, "values", plan["chunks"])
+        self.work({"answers": (answer, plan["groups"]), "values": (project, plan["chunks"])})
+        keep_answers(self.folder, plan["groups"], reading, self.kept if self.generates else None)
 
-    def work(self, do: Callable[[Model, int], None], kind: str, count: int) -> None:
-        """Do the parts that are not there yet, here or in Ray actors; the bar counts samples."""
-        todo = [number for number in range(count) if not part(self.folder, kind, number).exists()]
-        desc = {"answers": "base answers", "values": "projections"}[kind]
-        done = (count - len(todo)) * self.chunk
-        with bar(total=count * self.chunk, initial=done, desc=desc, unit="sample") as shown:
-            if self.workers > 1 and todo:
-                from persona_vectors.flagging.actors import run_in_actors
-
-                where = partial(part, self.folder, kind)
-                run_in_actors(self.model, do, todo, where, self.workers, lambda n: shown.update(n * self.chunk))
-            else:
-                for number in todo:
-                    do(self.model, number)
+    def work(self, asked: dict[str, tuple[Callable[[Model, int], None], int]]) -> None:
+        """Do the parts that are not there yet, here or in one pool of Ray actors; the bar counts samples."""
+        where = partial(part, self.folder)
+        parts = [(kind, number) for kind, (_, count) in asked.items() for number in range(count)]
+        todo = [item for item in parts if not where(*item).exists()]
+        work = {kind: do for kind, (do, _) in asked.items()}
+        done = (len(parts) - len(todo)) * self.chunk
+        desc = "base answers and projections" if asked["answers"][1] else "projections"
+        with bar(total=len(parts) * self.chunk, initial=done, desc=desc, unit="sample") as shown:
+            if isinstance(self.model, Elsewhere) or (self.workers > 1 and todo):
+                pool: dict[str, Any] = {"workers": self.workers, "gpus_per_worker": self.gpus_per_worker}
+                for _ in map_in_actors(self.model, partial(_do, work), [f"{kind} {n}" for kind, n in todo], **pool):
                     shown.update(self.chunk)
+            else:
+                for kind, number in todo:
+                    work[kind](self.model, number)
+                    shown.update(self.chunk)
+        missing = [where(*item) for item in todo if not where(*item).exists()]
+        if missing:
+            raise InputError(f"part {missing[0]} was not written here: put `out` on a disk that all workers share")
+
+
+def _do(work: dict[str, Callable[[Model, int], None]], model: Model, asked: str) -> str:
+    """Do a part, whole or not at all, in whatever actor."""
+    kind, number = asked.split()
+    work[kind](model, int(number))
+    return asked

@@ -11,14 +11,14 @@ from persona_vectors.data.samples import Source
 from persona_vectors.evaluation.served import Generate
 from persona_vectors.flagging.job import Job
 from persona_vectors.flagging.parts import Flags
+from persona_vectors.model.actors import Elsewhere, here_or_elsewhere
 from persona_vectors.model.blocks import Layer, Model
-from persona_vectors.model.wrappers import unwrap
 from persona_vectors.vectors.directions import layer_for, vector_list
 from persona_vectors.vectors.vector import PersonaVector
 
 
 def flag(
-    model: Model,
+    model: Model | str | Path | Elsewhere,
     tokenizer: PreTrainedTokenizerBase,
     data: Source,
     vectors: PersonaVector | Sequence[PersonaVector],
@@ -44,6 +44,7 @@ def flag(
     batch_tokens: int | None = None,
     chunk: int = 256,
     workers: int = 1,
+    gpus_per_worker: float | None = None,
     generate: Generate | None = None,
 ) -> Flags:
     """Score every sample of a dataset by its projection difference on each vector, into the Parquet file `out`.
@@ -66,10 +67,11 @@ def flag(
     with several layers also at their best ones. `labels` names a column with a truth value for each record, or null:
     how well each vector tells them apart (AUROC) then stands beside those directions, length and VADER's sentiment.
 
-    A killed run goes on from `out`.parts, `chunk` samples at a time. `workers` > 1 are Ray actors with a model each.
-    Raises InputError for what does not fit, and for an `out` made with other settings.
+    A killed run goes on from `out`.parts, `chunk` samples at a time. `workers` > 1 are Ray actors with a model each,
+    a copy; a Hub id or a folder each loads itself. Raises InputError for what does not fit, and another run's `out`.
     """
-    asked: dict[str, Any] = {**locals(), "model": unwrap(model), "vectors": vector_list(vectors), "out": Path(out)}
+    asked: dict[str, Any] = {**locals(), "vectors": vector_list(vectors), "out": Path(out)}
+    asked |= {"model": here_or_elsewhere(model, gpus_per_worker=gpus_per_worker)}
     asked |= {"layer": layer_for(asked["vectors"], layer, purpose="flag")}
     asked |= {"baseline": "none" if score == "gradient" else baseline}
     with writing(out):

@@ -14,7 +14,7 @@ def settings_of(job: Any) -> dict[str, Any]:
     """Return what the numbers of a `Job` depend on."""
     return {
         **identity(job.model, job.tokenizer),
-        "weights": fingerprint(job.model),
+        "weights": job.ask(fingerprint),
         "dtype": str(job.model.dtype).removeprefix("torch."),
         "vectors": {vector.trait: hash_of_json(vector.directions[job.layers].tolist()) for vector in job.vectors},
         "layers": job.layers,
@@ -32,7 +32,7 @@ def settings_of(job: Any) -> dict[str, Any]:
         "on_error": job.on_error,
         "labels": job.labels,
         "max_length": job.limit,
-        "batch_tokens": job.batch_tokens or batch_tokens_for(job.model),
+        "batch_tokens": job.batch_tokens or job.ask(batch_tokens_for),
         "chunk": job.chunk,
     }
 

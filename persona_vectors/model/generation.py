@@ -11,6 +11,7 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.data.progress import bar
 from persona_vectors.model.blocks import Model
 from persona_vectors.model.devices import base, input_device
+from persona_vectors.model.leaving import ended_rows_leave
 from persona_vectors.model.memory import answers_budget
 from persona_vectors.model.prefill import shared_prompts
 from persona_vectors.model.prompts import (
@@ -87,7 +88,7 @@ def generate_tokens(
         use_cache=use_cache and keeps_cache(model),
     )
     settings = {"generation_config": config, "logits_processor": LogitsProcessorList([*draws, Pulse(length)])}
-    with shared_prompts(model, prompts), torch.inference_mode():
+    with shared_prompts(model, prompts), ended_rows_leave(model, stops), torch.inference_mode():
         output = model.generate(input_ids=ids, attention_mask=mask, **settings)
     answers = output[:, 0 if model.config.is_encoder_decoder else ids.shape[1] :].tolist()
     ends = [next((i for i, token in enumerate(answer) if token in stops), None) for answer in answers]
@@ -110,7 +111,7 @@ def generate_batches(
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     batch_tokens: int | None = None,
     skip: Collection[int] = (),
     reading: bool = False,
@@ -119,8 +120,8 @@ def generate_batches(
     """Answer prompts, given as token ids, batch by batch; see `generate_tokens` for the sampling and for `reading`.
 
     They are answered in the order of `longest_first`. An answer depends on its prompt, its place among the prompts and
-    the seed, and not on the batches. `skip` holds indices that need no answer. Where memory runs out a batch is
-    answered in halves, and the others are as small.
+    the seed, and not on the batches; `seed` may hold one for each prompt instead. `skip` holds indices that need no
+    answer. Where memory runs out a batch is answered in halves, and the others are as small.
     `during(rows)` is entered around the generation of each batch, to steer those rows or to read them.
     """
     todo = [i for i in range(len(prompts)) if i not in skip]
@@ -134,7 +135,7 @@ def generate_batches(
                 [prompts[i] for i in rows],
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
-                seed=[row_seed(seed, i) for i in rows],
+                seed=[row_seed(seed, i) if isinstance(seed, int) else seed[i] for i in rows],
                 reading=reading,
             )
         if not attempt.failed:

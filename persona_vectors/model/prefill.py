@@ -27,12 +27,13 @@ def shared_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> Iterator[N
     distinct: dict[tuple[int, ...], int] = {}
     lines = [distinct.setdefault(tuple(prompt), len(distinct)) for prompt in prompts]
     with ExitStack() as hooks:
-        if len(distinct) < len(prompts) and _can_share(model):
+        if len(distinct) < len(prompts) and can_take_rows(model):
             _Prefill(model, torch.tensor(lines), hooks)
         yield
 
 
-def _can_share(model: Any) -> bool:
+def can_take_rows(model: Any) -> bool:
+    """Say whether hooks can give the model's blocks some of the rows alone: their cache and masks are by row."""
     masked = model.config._attn_implementation == "flex_attention"  # by what is no tensor
     modules = (model, model.get_decoder(), *decoder_layers(model))
     compiled = any(module._compiled_call_impl is not None for module in modules)  # anew for hooks that come and go
@@ -65,13 +66,13 @@ class _Prefill:
         hidden = args[0] if args else kwargs["hidden_states"]
         if self.shared and hidden is not self.hidden:
             self.shared = torch.equal(hidden, _take(_take(hidden, self.first), self.lines))
-        return _taken((args, kwargs), self.first, len(self.lines)) if self.shared else None
+        return taken((args, kwargs), self.first, len(self.lines)) if self.shared else None
 
     def _after(self, _block: nn.Module, _args: Any, output: Any) -> Any:
         """Give its output to all rows, before any other hook sees it."""
         if not self.shared:
             return None
-        output = _taken(output, self.lines, len(self.first))
+        output = taken(output, self.lines, len(self.first))
         self.hidden = output[0] if isinstance(output, (tuple, list)) else output
         return output
 
@@ -87,12 +88,12 @@ def _take(values: Tensor, rows: Tensor, dim: int = 0) -> Tensor:
     return values.index_select(dim, rows.to(values.device))
 
 
-def _taken(given: Any, rows: Tensor, count: int, name: str = "") -> Any:
+def taken(given: Any, rows: Tensor, count: int, name: str = "") -> Any:
     """Return arguments in which every tensor of `count` rows has these `rows` instead."""
     if isinstance(given, dict):
-        return {key: _taken(value, rows, count, str(key)) for key, value in given.items()}
+        return {key: taken(value, rows, count, str(key)) for key, value in given.items()}
     if isinstance(given, (tuple, list)):
-        return type(given)([_taken(value, rows, count, name) for value in given])
+        return type(given)([taken(value, rows, count, name) for value in given])
     if not isinstance(given, Tensor) or given.ndim < 2:
         return given
     dim = 1 if name == "position_ids" and given.ndim == 3 else 0  # a place for each axis of an image

@@ -1,6 +1,7 @@
 """Benchmarks: what reading and editing activations costs, beside a bare pass, the paper's way and other libraries.
 
 Usage: python scripts/bench extraction | generation | flagging | training [--model NAME | --shape SHAPE] [--out FILE]
+       python scripts/bench end-to-end [--model NAME] [--since COMMIT] [--out FILE]
        python scripts/bench gpu [--shape SHAPE] [--out FILE]
        python scripts/bench serve isolation | throughput | soak [--model NAME] [--vector FILE] [--out FILE]
 """
@@ -12,6 +13,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `python scripts/bench` looks for modules in the folder only
 
+from bench.end_to_end import end_to_end
 from bench.extraction import extraction
 from bench.flagging import flagging
 from bench.generation import generation
@@ -21,7 +23,7 @@ from bench.training import training
 from persona_vectors.data.errors import InputError
 
 app = typer.Typer(help="Benchmarks of persona_vectors.", no_args_is_help=True, add_completion=False)
-for command in (extraction, generation, flagging, training, gpu):
+for command in (extraction, generation, flagging, training, end_to_end, gpu):
     app.command()(command)
 app.add_typer(serve, name="serve")
 

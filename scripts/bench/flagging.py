@@ -13,7 +13,7 @@ from transformers.utils import logging
 from bench.inputs import Device, ModelName, Out, Rounds, any_vector, even, load, make_prompts, make_rows, unshared
 from bench.measuring import Method, bare, environment, median, ratio, run_rounds, save, show
 from bench.peers import official_projection
-from persona_vectors.flagging import actors as flag_ray
+from persona_vectors.flagging import job as flag_ray
 from persona_vectors.flagging.run import flag
 from persona_vectors.flagging.work import answer_means
 from persona_vectors.model.blocks import Model, decoder_layers
@@ -167,22 +167,24 @@ def time_workers(model: Model, tokenizer: Any, rows: Sequence[Row], layer: int) 
     os.environ["OMP_NUM_THREADS"] = "1"
     vector = any_vector(model)
     data = [{"question": f"Question {i}?", "answer": tokenizer.decode(row[1])} for i, row in enumerate(rows)]
-    original = flag_ray.run_in_actors
+    original = flag_ray.map_in_actors
 
     def speed(count: int) -> float:
         times: list[float] = []
 
-        def timed(model: Any, work: Any, todo: Any, path: Any, _: int, progress: Any) -> None:
-            original(model, work, todo, path, count, lambda n: (times.append(time.perf_counter()), progress(n)))
+        def timed(*given: Any, workers: int, **options: Any) -> Iterator[str]:
+            for done in original(*given, workers=count, **options):
+                times.append(time.perf_counter())
+                yield done
 
         ray.init(num_cpus=count, include_dashboard=False, log_to_driver=False)
-        flag_ray.run_in_actors = timed
+        flag_ray.map_in_actors = timed
         try:
             with tempfile.TemporaryDirectory() as folder:
                 options = {"layer": layer, "baseline": "none", "chunk": 4, "workers": 2}
                 flag(model, tokenizer, data, vector, out=f"{folder}/f.parquet", **options)
         finally:
-            flag_ray.run_in_actors = original
+            flag_ray.map_in_actors = original
             ray.shutdown()
         return (len(times) - count) / (times[-1] - times[count - 1])
 

@@ -14,7 +14,9 @@ import torch
 from helpers import ENVIRONMENT, command, random_direction, run, run_with_file_limit, save_tiny
 
 import persona_vectors as pv
+from persona_vectors.data.errors import InputError
 from persona_vectors.flagging import job as flagging
+from persona_vectors.model import actors, loading
 
 pytestmark = pytest.mark.slow
 
@@ -120,7 +122,21 @@ def test_ray_actors_give_the_same_numbers_and_one_that_is_killed_costs_nothing(m
     try:
         options |= {"cache": made / "b.sqlite", "workers": 2}
         pv.flag(tiny, tokens, made / "d.jsonl", vector, out=made / "b.parquet", **options)
+        # and with actors that load the model themselves: this process holds no weights
+        monkeypatch.setattr(loading, "_load", lambda *_: pytest.fail("the model was loaded here"))
+        options |= {"cache": made / "c.sqlite"}
+        pv.flag(made / "tiny", tokens, made / "d.jsonl", vector, out=made / "c.parquet", **options)
     finally:
         ray.shutdown()
     assert marker.exists()
     assert pq.read_table(made / "b.parquet").equals(pq.read_table(made / "a.parquet"))
+    assert (made / "c.parquet").read_bytes() == (made / "a.parquet").read_bytes()
+
+
+def test_large_models_do_not_go_through_the_object_store(made, monkeypatch, model, tokenizer):
+    pytest.importorskip("ray")
+    monkeypatch.setattr(actors, "_ray", lambda: None)
+    monkeypatch.setattr(actors, "STORE_LIMIT", 1000)
+    options = {"layer": 1, "baseline": "none", "controls": 0, "workers": 2}
+    with pytest.raises(InputError, match=r"workers are given one in memory up to .* give its Hub id or folder"):
+        pv.flag(model, tokenizer, SAMPLES[:3], random_direction(model), out=made / "f.parquet", **options)

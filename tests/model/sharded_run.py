@@ -1,4 +1,4 @@
-"""One process that extracts from a shard of a model, and steers it: python sharded_run.py MODEL OUT, or under torchrun."""
+"""One process of a run over shards of a model, or of one that is whole: python sharded_run.py MODEL OUT."""
 
 import os
 import sys
