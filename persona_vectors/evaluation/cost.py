@@ -1,9 +1,10 @@
 """What an edit costs on neutral text, so that vectors and methods are compared at equal cost."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -24,7 +25,7 @@ from persona_vectors.vectors.directions import layer_for
 from persona_vectors.vectors.vector import PersonaVector
 
 _STEP, _FURTHEST = math.log(4), math.log(4**8)
-"""By how much coefficients are raised and lowered until they enclose the one that is sought, and how far."""
+"""By how much strengths are raised and lowered until they enclose the one that is sought, and how far."""
 
 
 def coef_at_kl(
@@ -50,16 +51,47 @@ def coef_at_kl(
     if not (kl > 0 and 0 < percentile <= 100):
         raise InputError(f"kl is {kl} and percentile {percentile}: give a positive number, and one up to 100")
     place = one_layer(layer_for([vector], layer, purpose="steer"), len(vector.directions))
+    cost = kl_cost(
+        model,
+        tokenizer,
+        lambda coef: steer_rows(model, [RowEdit(vector, place, coef, positions)]),
+        percentile=percentile,
+        texts=texts,
+    )
+    return strength_at(cost, kl, of=f"{vector!r} at layer {place}")
+
+
+def kl_cost(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    edit: Callable[[float], AbstractContextManager[Any]],
+    *,
+    percentile: float = 95.0,
+    texts: Sequence[tuple[str, str]] | None = None,
+) -> Callable[[float], float]:
+    """Return what gives the cost, as in `coef_at_kl`, of any edit at a strength: `lambda s: pv.floor(..., limit=s)`."""
     rows = [encode_answer(tokenizer, chat_prompt(tokenizer, asked), text) for asked, text in texts or neutral_texts()]
-    plain = next_logprobs(model, rows, None)
+    plain = next_logprobs(model, rows, nullcontext())
 
     @cache
-    def excess(log_coef: float) -> float:
-        """Return log(cost / kl); it is about twice the logarithm of the coefficient, while that is small."""
-        edit = RowEdit(vector, place, math.exp(log_coef), positions)
-        edited = next_logprobs(model, rows, edit)
+    def cost(strength: float) -> float:
+        edited = next_logprobs(model, rows, edit(strength))
         kls = torch.cat([(p.exp() * (p - q)).sum(dim=-1) for p, q in zip(plain, edited)])
-        value = float(kls.double().quantile(percentile / 100))
+        return float(kls.double().quantile(percentile / 100))
+
+    return cost
+
+
+def strength_at(cost: Callable[[float], float], kl: float, *, of: str, tolerance: float = 0.005) -> float:
+    """Return the positive strength at which a cost that grows with it reaches `kl`, to a share of `tolerance`.
+
+    Raises InputError where no strength `of` this edit does.
+    """
+
+    @cache
+    def excess(log_strength: float) -> float:
+        """Return log(cost / kl); it is about twice the logarithm of the strength, while that is small."""
+        value = cost(math.exp(log_strength))
         return math.log(max(value, 1e-12) / kl) if math.isfinite(value) else 99.0
 
     low = high = 0.0
@@ -69,18 +101,20 @@ def coef_at_kl(
     while excess(low) >= 0 and low > -_FURTHEST:
         low -= _STEP
     if not excess(low) < 0 <= excess(high):
-        raise InputError(f"no coefficient of {vector!r} has a KL of {kl:g} at layer {place}: give another kl")
-    return math.exp(brentq(excess, low, high, xtol=0.005))
+        raise InputError(f"no strength of {of} has a KL of {kl:g}: give another kl")
+    return math.exp(brentq(excess, low, high, xtol=tolerance))
 
 
-def next_logprobs(model: Model, rows: Sequence[Row], edit: RowEdit | None) -> list[Float[Tensor, "token vocab"]]:
+def next_logprobs(
+    model: Model, rows: Sequence[Row], edit: AbstractContextManager[Any]
+) -> list[Float[Tensor, "token vocab"]]:
     """Return all tokens' log-probabilities at each of a row's answer tokens, under an edit or as the model is."""
     model, found = unwrap(model), []
-    with torch.inference_mode(), bar(rows, desc="divergence from plain", unit="text") as shown:
+    with edit, torch.inference_mode(), bar(rows, desc="divergence from plain", unit="text") as shown:
         for prompt, answer in shown:
             ids = torch.tensor([prompt + answer], device=model.device)
             place = torch.arange(ids.shape[1], device=ids.device)[None] - len(prompt)
-            with answers_at(place), steer_rows(model, [edit]):
+            with answers_at(place):
                 logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
             found.append(logits.float().log_softmax(dim=-1))
     return found
