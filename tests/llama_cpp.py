@@ -5,6 +5,9 @@ The structs that pass by value go as blobs larger than they are: their fields ar
 
 import ctypes
 import platform
+import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -90,3 +93,29 @@ class LlamaCpp:
         function.restype = result
         value = function(*arguments)
         return ctypes.c_void_p(value) if result is ctypes.c_void_p else value
+
+
+def graphs_with_control_vectors() -> dict[str, bool]:
+    """Whether each architecture's compiled graph calls what adds a control vector, itself or in what it calls."""
+    library = Path(str(pytest.importorskip("xllamacpp").__file__)).with_name("xllamacpp.abi3.so")
+    if version("xllamacpp") != VERSION or not shutil.which("objdump"):
+        pytest.skip(f"needs xllamacpp {VERSION} and objdump")
+
+    def lines(*command: str) -> list[str]:
+        return subprocess.run([*command, str(library)], capture_output=True, text=True, check=True).stdout.splitlines()
+
+    symbols = {name: int(at, 16) for at, _, name in map(str.split, lines("nm", "-D", "--defined-only"))}
+    graphs = [name for name in symbols if re.match(r"_ZN?K?\d+llama_model_\w+graph", name)]
+    begin, end = min(symbols[name] for name in graphs), max(symbols[name] for name in graphs) + 2**16
+    calls: dict[str, set[str]] = {}
+    for line in lines("objdump", "-d", "--no-show-raw-insn", f"--start-address={begin}", f"--stop-address={end}"):
+        if starts := re.match(r"[0-9a-f]+ <([^>@]+).*>:", line):
+            inside = calls.setdefault(starts[1], set())
+        elif called := re.search(r"\b(?:call|jmp|bl|b)\b.*<([^>+@]+)[^+]*>", line):
+            inside.add(called[1])
+
+    def adds(name: str, seen: set[str]) -> bool:
+        return "build_cvec" in name or any(adds(n, seen | {name}) for n in calls.get(name, set()) - seen)
+
+    builders = {name: re.match(r"_ZNK\d+llama_model_(\w+)16build_arch_graph", name) for name in symbols}
+    return {found[1]: adds(name, set()) for name, found in builders.items() if found}

@@ -23,7 +23,8 @@ from persona_vectors.cli.options import (
 )
 from persona_vectors.data.errors import InputError
 
-FORMATS = "official, assistant-axis, assistant-axis-capping, steering-vectors, lm-eval, gguf (or repeng) or safetensors"
+FORMATS = "official, assistant-axis, assistant-axis-capping, steering-vectors, lm-eval, safetensors or "
+FORMATS += "gguf (also as repeng or easysteer)"
 
 
 @app.command()

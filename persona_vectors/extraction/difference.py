@@ -218,6 +218,7 @@ def _difference(
             **counts,
             "threshold": limit,
             "questions": len(questions),
+            "architecture": model.config.model_type,
             "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
             "date": datetime.date.today().isoformat(),
             "licence": "MIT for the format and the tools; the directions derive from the model, whose licence applies",

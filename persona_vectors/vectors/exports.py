@@ -1,5 +1,6 @@
 """Take vectors to other tools, and say what each format cannot hold."""
 
+import warnings
 from operator import index
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -13,7 +14,7 @@ from torch import Tensor
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path
 from persona_vectors.vectors.foreign import GGUF_BLOCK_0
-from persona_vectors.vectors.formats import FORMATS, format_named, official_pooling
+from persona_vectors.vectors.formats import FORMATS, format_named, ignored_by_llama_cpp, official_pooling
 from persona_vectors.vectors.vector import PersonaVector
 
 _BY_LAYER = ("steering-vectors", "lm-eval", "gguf")
@@ -58,6 +59,12 @@ def export_vector(
             notes = _write_capping(temporary, rows, vector)
         elif format == "gguf":
             notes = _write_gguf(temporary, rows, vector.model)
+            if ignored_by_llama_cpp(str(vector.info.get("architecture"))):
+                warnings.warn(
+                    f"llama.cpp adds no control vector to a {vector.info['architecture']} model: it loads this file "
+                    "and does nothing; use repeng, or serve the model here",
+                    stacklevel=2,
+                )
         else:
             notes = _write_layers(temporary, rows, hookpoint if format == "lm-eval" else None)
     kept = {"model"} if format == "gguf" else set()

@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import block_outputs, make_tokenizer, random_direction, write
+from helpers import TEMPLATE, block_outputs, make_tokenizer, random_direction, write
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.formats import KNOWN, said
+from persona_vectors.data.packed import open_data
 from persona_vectors.data.samples import Sample, read_samples
 from persona_vectors.flagging.run import flag
 from persona_vectors.flagging.split import split_dataset
@@ -25,6 +26,7 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments":
 READ = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 CALLING = [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+CALLED = [{**USER, "tools": TOOLS}, {"role": "assistant", "content": "", "tool_calls": [READ]}]
 RESULT = {"role": "tool", "tool_call_id": "c1", "name": "add", "content": "2"}
 
 # The name of a format, a record of it, the columns that are named, and its messages.
@@ -139,8 +141,7 @@ FORMATS = [
 
 @pytest.mark.parametrize(("name", "record", "columns", "expected"), FORMATS, ids=[f[0] for f in FORMATS])
 def test_a_format_s_record_is_its_messages(name, record, columns, expected, tmp_path):
-    if expected is None:
-        expected = [{**USER, "tools": TOOLS}, {"role": "assistant", "content": "", "tool_calls": [READ]}]
+    expected = expected or CALLED
     path = write(tmp_path / "d.jsonl", [record, record])
     found = list(read_samples(path, columns=columns))
     assert [sample.talk for sample in found] == [expected] * 2
@@ -256,19 +257,32 @@ def test_tools_and_calls_are_what_the_template_makes_of_them(model, tmp_path):
         chat_text(make_tokenizer(), bare.talk)
 
 
-def test_a_record_of_each_format_is_flagged_and_trained_on(model, tokenizer, tmp_path):
-    """The same conversation in every format has the same projection and the same labels."""
-    vector = random_direction(model)
-    plain = [(record, columns) for _, record, columns, expected in FORMATS if expected == PLAIN and columns]
-    assert len(plain) >= 4
-    options = {"layer": 1, "baseline": "none", "controls": 0}
-    (wanted,) = project(model, tokenizer, [PLAIN], [vector], layer=1)["response_mean"]["t"].tolist()
-    (row,) = training_rows(tokenizer, [PLAIN], max_length=100)
-    for number, (record, columns) in enumerate(plain):
-        out = tmp_path / f"{number}.parquet"
-        found = flag(model, tokenizer, [record], [vector], columns=columns, out=out, **options)
-        assert found.to_pandas()["t_projection"].tolist() == pytest.approx([wanted], abs=1e-5)
-        assert training_rows(tokenizer, [record], max_length=100, columns=columns) == [row]
+@pytest.mark.parametrize("place", range(len(FORMATS)), ids=[f[0] for f in FORMATS])
+def test_a_record_of_each_format_is_flagged_split_and_trained_on(place: int, model, tmp_path):
+    """Beside one that says the opposite: the same projections and labels as its messages, and its own bytes."""
+    _, record, columns, expected = FORMATS[place]
+    tokenizer, vector = make_tokenizer(TOOL_TEMPLATE if expected is None else TEMPLATE), random_direction(model)
+    first, options = expected or CALLED, {"layer": 1, "baseline": "none", "controls": 0, "max_length": 300}
+    talks = [first, [*first[:-1], {"role": "assistant", "content": "Never, never"}]]
+    values = project(model, tokenizer, talks, [vector], layer=1)["response_mean"]["t"].tolist()
+    lines = [b'{"id":"a", ' + json.dumps(record, indent=1)[1:].replace("\n", " ").encode()]
+    pair = {columns[0]: talks[1][:-1], columns[1]: talks[1]} if columns else {"messages": talks[1], "tools": []}
+    pair |= {} if expected else {"tools": TOOLS}
+    lines.append(json.dumps(pair, separators=(" , ", ":")).encode())
+    data = tmp_path / f"d.jsonl{('', '.gz', '.zst')[place % 3]}"
+    with open_data(data, "wb") as file:
+        file.write(b"\n".join([*lines, b""]))
+    options |= {"columns": columns, "threshold": sum(values) / 2}
+    found = flag(model, tokenizer, data, [vector], out=tmp_path / "f.parquet", **options).to_pandas()
+    assert found["t_projection"].tolist() == pytest.approx(values, abs=1e-5) and found["id"].tolist() == ["a", "1"]
+    outs = [tmp_path / f"{name}.jsonl" for name in ("kept", "removed")]
+    split_dataset(data, tmp_path / "f.parquet", kept=outs[0], removed=outs[1])
+    order = lines if values[0] < values[1] else lines[::-1]
+    assert [out.read_bytes() for out in outs] == [line + b"\n" for line in order]
+    training = {"max_length": 300, "turns": "last"}
+    rows = training_rows(tokenizer, data, **training, columns=columns)
+    plain = [{"messages": talk, "tools": talk[0].get("tools")} for talk in talks]
+    assert rows == training_rows(tokenizer, plain, **training) and len(rows) == 2
 
 
 def test_preference_data_is_flagged_by_the_difference_of_its_sides(model, tokenizer, tmp_path):

@@ -1,7 +1,9 @@
 import json
 import random
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import torch
 import zoo
 from gguf import GGUFWriter
-from llama_cpp import LlamaCpp
+from llama_cpp import LlamaCpp, graphs_with_control_vectors
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,7 +22,7 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.steering.add import steer
 from persona_vectors.vectors import foreign as interop_files
 from persona_vectors.vectors.exports import export_vector
-from persona_vectors.vectors.formats import FORMATS
+from persona_vectors.vectors.formats import FORMATS, IGNORED_BY_LLAMA_CPP
 from persona_vectors.vectors.imports import import_vector
 from persona_vectors.vectors.vector import PersonaVector
 
@@ -79,6 +81,23 @@ def test_one_layer_alone(tmp_path: Path, format: str):
     assert len(import_vector(path, **WHO).directions) == 3
     with pytest.raises(InputError, match="layers are numbers below 2"):
         import_vector(path, **WHO, blocks=2)
+
+
+def test_an_architecture_that_ignores_control_vectors_is_warned_of(tmp_path: Path):
+    for name in ("plamo2", "modernbert", "hy-v4"):
+        with pytest.warns(UserWarning, match=f"adds no control vector to a {name} model"):
+            export_vector(replace(make(), info={"architecture": name}), out=tmp_path / "v.gguf", format="easysteer")
+    for name in ("llama", "plamo3"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            export_vector(replace(make(), info={"architecture": name}), out=tmp_path / "v.gguf", format="gguf")
+
+
+@pytest.mark.slow
+def test_llama_cpp_s_compiled_graphs_add_control_vectors_but_for_those_that_we_name():
+    found = graphs_with_control_vectors()
+    assert {name for name, adds in found.items() if not adds} == set(IGNORED_BY_LLAMA_CPP)
+    assert found["llama"] and found["qwen3"] and found["gemma3"] and len(found) > 100
 
 
 def test_repeng_is_another_name_of_gguf(tmp_path: Path):
