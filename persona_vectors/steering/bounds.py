@@ -9,6 +9,7 @@ from torch import Tensor
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Layer, Model, model_shape, one_layer
+from persona_vectors.model.devices import constant
 from persona_vectors.model.hooks import Edit, edit_blocks
 from persona_vectors.model.tokens import Tokens, check_positions
 from persona_vectors.vectors.directions import finite, projections, unit_directions
@@ -90,16 +91,16 @@ def steer_where(
     returns where to steer: `lambda p: p > 3.2`. `layer` is one layer.
     """
     index = one_layer(layer, model_shape(model)[0])
-    unit = unit_directions(model, [watch or vector], index)[index]
+    unit = constant(unit_directions(model, [watch or vector], index)[index])
     vector.check_fits(model)
     vector.check_edits()
-    shift = finite(coef) * vector.direction(index).float()
+    shift = constant(finite(coef) * vector.direction(index).float())
 
     def edit(hidden: Tensor, tokens: Tokens) -> Tensor:
-        where = when(projections(hidden, unit.to(hidden.device))[..., 0].detach())
+        where = when(projections(hidden, unit(hidden.device))[..., 0].detach())
         if where.shape != hidden.shape[:2] or where.dtype != torch.bool:
             raise InputError(f"when= returned {where.dtype} {list(where.shape)}: return a bool for each [batch, token]")
-        moved = hidden + shift.to(hidden.device, hidden.dtype)
+        moved = hidden + shift(hidden.device, hidden.dtype)
         return torch.where(_and(where, tokens, positions)[..., None], moved, hidden)
 
     check_positions(positions)
@@ -118,13 +119,15 @@ def _clamp(verb: str, limit: Limit | None, bound: Callable[[Tensor, Tensor], Ten
         value = torch.as_tensor(limit[layer] if isinstance(limit, Mapping) else limit, dtype=torch.float32)
         if value.isnan().any():
             raise InputError(f"the limit of {verb} is nan at layer {layer}: give a projection")
-        return lambda projection, tokens: bound(projection, _limits(value, tokens).to(projection.device))
+        given = constant(value)
+
+        def wanted(projection: Tensor, tokens: Tokens) -> Tensor:
+            limits = given(projection.device)
+            return bound(projection, limits if limits.ndim == 0 else tokens.per_row(limits, "limit"))
+
+        return wanted
 
     return at
-
-
-def _limits(value: Tensor, tokens: Tokens) -> Tensor:
-    return value if value.ndim == 0 else tokens.per_row(value, "limit")
 
 
 @contextmanager
@@ -138,12 +141,14 @@ def _set_projections(
 ) -> Iterator[None]:
     """Give every token the projection that `change(layer)` asks for; tokens that have it already are not touched."""
 
-    def editor(wanted: Change, unit: Tensor) -> Edit:
+    def editor(wanted: Change, direction: Tensor) -> Edit:
+        unit = constant(direction)
+
         def edit(hidden: Tensor, tokens: Tokens) -> Tensor:
-            here = unit.to(hidden.device)
-            projection = projections(hidden, here)[..., 0]
+            wide, here = hidden.float(), unit(hidden.device)
+            projection = projections(wide, here)[..., 0]
             missing = wanted(projection, tokens) - projection
-            edited = (hidden.float() + missing[..., None] * here).to(hidden.dtype)
+            edited = (wide + missing[..., None] * here).to(hidden.dtype)
             return torch.where(_and(missing != 0, tokens, positions)[..., None], edited, hidden)
 
         return edit
