@@ -9,6 +9,7 @@ from torch import Tensor
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Layer, Model, model_shape, one_layer
+from persona_vectors.model.devices import constant
 from persona_vectors.model.hooks import Edit, edit_blocks
 from persona_vectors.model.tokens import Positions, Tokens, check_positions
 from persona_vectors.vectors.directions import Strength, finite, incremental, to_add
@@ -106,19 +107,18 @@ def _in_turn(edits: Sequence[Edit]) -> Edit:
 
 def _add(strength: Strength, direction: Tensor, positions: Positions) -> Edit:
     """Return an edit that adds `strength` times the direction, [hidden], or [row, hidden] with one a row."""
-    ready: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    def shift(device: torch.device, dtype: torch.dtype) -> Tensor:
-        if callable(strength):
-            return (finite(strength()) * direction).to(device, dtype)
-        if (device, dtype) not in ready:
-            times = torch.as_tensor(strength, dtype=torch.float32)
-            ready[device, dtype] = (times[..., None] * direction.to(times.device)).to(device, dtype)
-        return ready[device, dtype]
+    if callable(strength):
+        unscaled = constant(direction)
+    else:
+        times = torch.as_tensor(strength, dtype=torch.float32)
+        scaled = constant(times[..., None] * direction.to(times.device))
 
     def edit(hidden: Tensor, tokens: Tokens) -> Tensor:
         where = tokens.select(positions)
-        added = shift(hidden.device, hidden.dtype)
+        if callable(strength):
+            added = (finite(strength()) * unscaled(hidden.device)).to(hidden.dtype)
+        else:
+            added = scaled(hidden.device, hidden.dtype)
         moved = hidden + (added if added.ndim == 1 else tokens.per_row(added, "the edit"))
         return moved if where is None else torch.where(where[..., None].to(hidden.device), moved, hidden)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Layer, Model, model_shape, one_layer
+from persona_vectors.model.devices import constant
 from persona_vectors.model.hooks import Edit, edit_blocks
 from persona_vectors.model.tokens import Positions, Tokens, check_positions
 from persona_vectors.vectors.directions import finite, projections, to_add, unit_directions
@@ -97,15 +98,15 @@ def steer_where(
     index = one_layer(layer, model_shape(model)[0])
     if when is None and (watch is not None or not callable(coef)):
         raise InputError("steer_where needs when=, a condition on the projection, or a function for coef=")
-    unit = unit_directions(model, [watch or vector], index)[index]
+    unit = constant(unit_directions(model, [watch or vector], index)[index])
     vector.check_fits(model)
     direction = to_add(vector, index)
-    shift = direction if callable(coef) else finite(coef) * direction
+    shift = constant(direction if callable(coef) else finite(coef) * direction)
 
     def edit(hidden: Tensor, tokens: Tokens) -> Tensor:
-        where, added = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device), shift.to(hidden.device)
+        where, added = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device), shift(hidden.device)
         if when is not None:
-            where = when(projections(hidden, unit.to(hidden.device))[..., 0].detach())
+            where = when(projections(hidden, unit(hidden.device))[..., 0].detach())
             _check_returned("when", where, hidden, torch.bool)
         if callable(coef):
             times = coef(hidden.detach())
@@ -175,13 +176,15 @@ def _clamp(verb: str, limit: Limit | None, bound: Callable[[Tensor, Tensor], Ten
         value = torch.as_tensor(limit[layer] if isinstance(limit, Mapping) else limit, dtype=torch.float32)
         if value.isnan().any():
             raise InputError(f"the limit of {verb} is nan at layer {layer}: give a projection")
-        return lambda projection, tokens: bound(projection, _limits(value, tokens).to(projection.device))
+        given = constant(value)
+
+        def wanted(projection: Tensor, tokens: Tokens) -> Tensor:
+            limits = given(projection.device)
+            return bound(projection, limits if limits.ndim == 0 else tokens.per_row(limits, "limit"))
+
+        return wanted
 
     return at
-
-
-def _limits(value: Tensor, tokens: Tokens) -> Tensor:
-    return value if value.ndim == 0 else tokens.per_row(value, "limit")
 
 
 @contextmanager
@@ -195,12 +198,14 @@ def _set_projections(
 ) -> Iterator[None]:
     """Give every token the projection that `change(layer)` asks for; tokens that have it already are not touched."""
 
-    def editor(wanted: Change, unit: Tensor) -> Edit:
+    def editor(wanted: Change, direction: Tensor) -> Edit:
+        unit = constant(direction)
+
         def edit(hidden: Tensor, tokens: Tokens) -> Tensor:
-            here = unit.to(hidden.device)
-            projection = projections(hidden, here)[..., 0]
+            wide, here = hidden.float(), unit(hidden.device)
+            projection = projections(wide, here)[..., 0]
             missing = wanted(projection, tokens) - projection
-            edited = (hidden.float() + missing[..., None] * here).to(hidden.dtype)
+            edited = (wide + missing[..., None] * here).to(hidden.dtype)
             return torch.where(_and(missing != 0, tokens, positions)[..., None], edited, hidden)
 
         return edit

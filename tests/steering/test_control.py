@@ -1,12 +1,17 @@
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import zoo
 from helpers import DECODERS, block_output, hooks, logits_while_generating, random_direction
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.model.devices import constant
 from persona_vectors.model.generation import generate_tokens
 from persona_vectors.model.prompts import chat_prompt, encode, left_pad
 from persona_vectors.model.sampling import row_seed
@@ -236,3 +241,58 @@ def test_bad_calibrations_say_what_to_do(model, tokenizer, tmp_path):
         path.write_text(broken)
         with pytest.raises(InputError, match="calibrate again"):
             Calibration.load(path)
+
+
+EDITS = {
+    "cap": lambda model, v: cap(model, v, layer=1, limit=0.1),
+    "cap by row": lambda model, v: cap(model, v, layer=[0, 1], limit=torch.tensor([0.1, 0.2])),
+    "floor by layer": lambda model, v: floor(model, v, layer=[0, 1], limit={0: 0.1, 1: 0.2}),
+    "ablate": lambda model, v: ablate(model, v, layer=1),
+    "steer": lambda model, v: steer(model, v, layer="all", coef=2.0, positions="response"),
+    "steer by row": lambda model, v: steer(model, v, layer=1, coef=torch.tensor([0.5, 1.0])),
+    "steer on a schedule": lambda model, v: steer(model, v, layer=1, coef=lambda: 2.0),
+    "steer_where": lambda model, v: steer_where(model, v, layer=1, coef=2.0, when=lambda p: p > 0.0),
+}
+
+
+class FromHost(TorchDispatchMode):
+    """Counts what is taken from the host to a model on the meta device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        from_host = any(isinstance(a, Tensor) and a.device.type == "cpu" for a in args)
+        self.count += from_host and isinstance(made, Tensor) and made.device.type == "meta"
+        return made
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
+def test_nothing_is_copied_from_the_host_after_the_first_pass(model, edit: Callable, monkeypatch):
+    vector = random_direction(model)
+    model.to("meta")
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # which knows no meta device
+    one = torch.zeros(2, 1, dtype=torch.long, device="meta")
+    counts = []
+    with edit(model, vector), torch.inference_mode():
+        cache = DynamicCache(config=model.config)
+        model(input_ids=one, cache=cache)
+        for _ in range(2):
+            with FromHost() as host:
+                model(input_ids=one, cache=cache)
+            counts.append(host.count)
+    assert counts == [0, 0]
+    with edit(model, vector), torch.inference_mode(), FromHost() as host:  # the count can be other than zero
+        model(input_ids=one, cache=DynamicCache(config=model.config))
+    assert host.count > 0
+
+
+def test_a_constant_is_as_asked_for_and_serves_a_training_step_after_a_generation():
+    values = torch.randn(4)
+    on = constant(values)
+    with torch.inference_mode():
+        half = on(values.device, torch.bfloat16)
+    assert not half.is_inference() and torch.equal(half, values.bfloat16())
+    assert on(values.device, torch.bfloat16) is half
+    assert torch.equal(on(values.device), values)
+    assert on(torch.device("meta")).device.type == "meta"
