@@ -148,8 +148,10 @@ def rotate(
     along, across = math.cos(math.radians(angle)), math.sin(math.radians(angle))
 
     def editor(unit: Tensor) -> Edit:
+        placed = constant(unit)
+
         def edit(hidden: Tensor, tokens: Tokens) -> Tensor:
-            here, states = unit.to(hidden.device), hidden.float()
+            here, states = placed(hidden.device), hidden.float()
             rest = states - projections(hidden, here) * here
             size, length = rest.norm(dim=-1, keepdim=True), states.norm(dim=-1, keepdim=True)
             turned = length * (along * here + across * rest / size.clamp_min(1e-12))

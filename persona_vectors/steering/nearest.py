@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.model.devices import constant
 from persona_vectors.steering.bounds import Coefficient
 from persona_vectors.vectors.directions import projections
 
@@ -20,12 +21,13 @@ def nearest_coef(states: Float[Tensor, "row hidden"], coefs: Float[Tensor, " coe
     """
     if len(states) != len(coefs) or not 1 <= k <= len(coefs):
         raise InputError(f"{len(states)} states, {len(coefs)} coefs and k={k}: give one coef a state, and k up to that")
-    centre = states.float().mean(dim=0)
-    units, values = torch.nn.functional.normalize(states.float() - centre, dim=1), coefs.float()
+    mean = states.float().mean(dim=0)
+    centre, values = constant(mean), constant(coefs.float())
+    units = constant(torch.nn.functional.normalize(states.float() - mean, dim=1))
 
     def near(hidden: Tensor) -> Tensor:
-        moved = hidden.float() - centre.to(hidden.device)  # its length changes no order
-        found = projections(moved, units.to(hidden.device)).topk(k, dim=-1).indices
-        return values.to(hidden.device)[found].mean(dim=-1)
+        moved = hidden.float() - centre(hidden.device)  # its length changes no order
+        found = projections(moved, units(hidden.device)).topk(k, dim=-1).indices
+        return values(hidden.device)[found].mean(dim=-1)
 
     return near
