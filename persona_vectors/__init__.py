@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.evaluation.points import Sweep
     from persona_vectors.evaluation.served import Completion
     from persona_vectors.evaluation.sweeping import sweep
-    from persona_vectors.extraction.diagnosis import Diagnosis, diagnose
     from persona_vectors.evaluation.worker_generator import WorkerGenerator
+    from persona_vectors.extraction.diagnosis import Diagnosis, diagnose
     from persona_vectors.extraction.difference import extract, extract_from, extract_poolings_from
     from persona_vectors.extraction.rollouts import load_rollouts
     from persona_vectors.extraction.trait_writer import write_trait
