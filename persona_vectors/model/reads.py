@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 
@@ -10,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_vectors.model.blocks import Model, model_shape
-from persona_vectors.model.hooks import Edit, edit_blocks
+from persona_vectors.model.hooks import edit_blocks
 from persona_vectors.model.tokens import Tokens
 
 Read = Callable[[Sequence[int], Float[Tensor, "layer batch token hidden"], Tokens], None]
@@ -25,36 +26,37 @@ def read_blocks(model: Model, layers: Sequence[int], read: Read) -> Iterator[Tok
     `layers` are in order. A pass that reads one token a row gives the outputs of many blocks stacked, on one device;
     a wider one, or one with gradients, gives each block's as it comes. See `edit_blocks`.
     """
-    most = SMALL / model_shape(model)[1]
-    edits = {
-        layer: _keeper(list(layers[: place + 1]), 0 if layer == layers[-1] else most, read)
-        for place, layer in enumerate(layers)
-    }
-    with edit_blocks(model, edits) as tokens:
-        yield tokens
+    most = SMALL // model_shape(model)[1]
 
-
-def _keeper(upto: list[int], most: float, read: Read) -> Edit:
-    """Return what keeps the output of the last of the layers `upto`, and gives what is kept if it has > `most` rows."""
-
-    def keep(hidden: Tensor, tokens: Tokens) -> None:
-        kept = tokens.kept
-        if kept is None:
-            return read(upto[-1:], hidden.detach()[None], tokens)
+    def keep(layer: int, hidden: Tensor, tokens: Tokens) -> None:
+        if tokens.kept is None:
+            return read([layer], hidden.detach()[None], tokens)
         if tokens.copied is not None:
             copy = hidden.clone()
             tokens.copied.append((hidden, copy))
             hidden = copy
-        kept.append(hidden)
-        if len(kept) * tokens.batch > most:
-            tokens.kept = []
-            begin = len(upto) - len(kept)
-            for _, group in groupby(kept, key=attrgetter("device")):
-                states = torch.stack(list(group))
-                read(upto[begin : begin + len(states)], states, tokens)
-                begin += len(states)
-            if most == 0 and tokens.copied is not None:
-                tokens.copied = None if all(torch.equal(*pair) for pair in tokens.copied) else []
+        elif layer == layers[0] and len(layers) * tokens.batch <= most:
+            tokens.simply_kept = tokens.kept
+        tokens.kept[layer] = hidden
+        last = layer == layers[-1]
+        if last or len(tokens.kept) * tokens.batch > most:
+            _read_kept(read, tokens)
+        if last and tokens.copied is not None:
+            tokens.copied = None if all(torch.equal(*pair) for pair in tokens.copied) else []
         return None
 
-    return keep
+    with edit_blocks(model, {layer: partial(keep, layer) for layer in layers}) as tokens:
+        yield tokens
+
+
+def _read_kept(read: Read, tokens: Tokens) -> None:
+    """Give `read` what was kept, stacked on each device."""
+    assert tokens.kept is not None
+    kept, tokens.kept, tokens.simply_kept = tokens.kept, {}, None
+    tokens.fired.update(kept)
+    layers, begin = list(kept), 0
+    outputs = [each if isinstance(each, Tensor) else each[0] for each in kept.values()]
+    for _, group in groupby(outputs, key=attrgetter("device")):
+        states = torch.stack(list(group))
+        read(layers[begin : begin + len(states)], states, tokens)
+        begin += len(states)

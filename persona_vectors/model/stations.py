@@ -60,6 +60,7 @@ def _leave(station: "_Station", run: Run) -> None:
 
 
 Edits = dict[int, list[tuple[Run, Tokens, Edit]]]
+_Known = tuple[tuple[Run, ...], Edits, dict[int, Tokens]]
 
 
 class _Local(threading.local):
@@ -69,8 +70,9 @@ class _Local(threading.local):
         self.outer: list[dict[str, Any]] = []
         """What the modules around the decoder were given in the running pass."""
         self.lent: tuple[Run, ...] = ()
-        self.edits: tuple[tuple[Run, ...], Edits] = (), {}
-        """What is done at each layer, as long as the thread's active runs are these."""
+        self.edits: _Known = (), {}, {}
+        """The thread's active runs, what is done at each layer while they are these, and whose tokens' `simply_kept`
+        a layer's output may be put in, since nothing else is done there."""
 
 
 class _Station:
@@ -181,23 +183,28 @@ class _Station:
             run.end_pass()
         self.local.lent = ()
 
-    def _find_edits(self) -> Edits:
+    def _find_edits(self) -> _Known:
         """Find this thread's edits at each layer, which are the same until others are active."""
         found: Edits = {}
         for run in self.runs():
             for layer, edit in run.edits.items():
                 found.setdefault(layer, []).append((run, run.tokens, edit))
-        self.local.edits = (active.get() or self.local.lent, found)
-        return found
+        alone = {layer: here[0] for layer, here in found.items() if len(here) == 1}
+        keeps = {layer: tokens for layer, (run, tokens, _) in alone.items() if layer < max(run.edits)}
+        self.local.edits = active.get() or self.local.lent, found, keeps
+        return self.local.edits
 
     def _block(self, layer: int) -> Any:
         local = self.local
 
         def hook(block: nn.Module, args: tuple, output: Any) -> Any:
-            (known, edits), again = local.edits, None
+            known, edits, alone = local.edits
             if known is not (active.get() or local.lent):
-                edits = self._find_edits()
-            found = edits.get(layer)
+                _, edits, alone = self._find_edits()
+            if layer in alone and (kept := alone[layer].simply_kept) is not None:
+                kept[layer] = output
+                return None
+            found, again = edits.get(layer), None
             if found is None:
                 if not (torch.is_grad_enabled() and block.training):
                     return None

@@ -59,8 +59,10 @@ class Tokens:
         """The blocks that have run in it."""
         self.around: tuple[list[Tokens], list[Tokens]] = ([], [])
         """The other active edits of the running pass: those that come before these, and after."""
-        self.kept: list[Tensor] | None = None
-        """The outputs of blocks that wait to be read together; None where the pass is large or has gradients."""
+        self.kept: dict[int, Any] | None = None
+        """The outputs of blocks that wait to be read together; None where the pass is wide or has gradients."""
+        self.simply_kept: dict[int, Any] | None = None
+        """The same, while the rest of the pass's outputs have but to be put there, and no edit is to be called."""
         self.copied: list[tuple[Tensor, Tensor]] | None = []
         """Outputs with the copies kept instead; None once it is known that nothing changes them in place in a pass."""
         self._cache: Callable[[], Any] = lambda: None
@@ -90,7 +92,7 @@ class Tokens:
         (self.batch, self.width), self.device = read.shape[:2], read.device
         self.input_ids, self.labels = ids, given.get("labels")
         self.training, self.fired, self._selected = bool(given.get("training")), set(), {}
-        self.kept = None if self.width > 1 or torch.is_grad_enabled() else []
+        self.kept, self.simply_kept = None if self.width > 1 or torch.is_grad_enabled() else {}, None
         cache, call = given.get("cache"), given.get("call")
         self.paged = bool(given.get("paged"))
         self._place(cache, call, given.get("text_width"))
@@ -149,7 +151,8 @@ class Tokens:
                     f"the positions mask is {list(positions.shape)} but the forward pass reads "
                     f"[{self.batch}, {self.width}]: give a mask of [batch, token]"
                 )
-            return positions.bool() if self.mask is None else positions.bool() & self.mask.to(positions.device)
+            given = positions.to(self.device).bool()
+            return given if self.mask is None else given & self.mask
         if positions not in self._selected:
             self._selected[positions] = positions(self) if callable(positions) else self._find(positions)
         return self._selected[positions]

@@ -44,14 +44,13 @@ class _Call:
 
     def add_tokens(self, tokens: Tokens) -> None:
         """Take in the ids of a pass, and which of a prompt's tokens are real."""
-        ids, mask = tokens.input_ids, tokens.mask
-        shape = (tokens.batch, tokens.width)
+        ids, shape = tokens.input_ids, (tokens.batch, tokens.width)
         if ids is None:
             ids = torch.full(shape, -1, device=tokens.device)
         new = self.new(self.tokens, tokens)
         self.tokens.add(tokens.unpack((ids[:, new:] if new else ids).clone()))  # a view would keep all of it
         if self.real.width < self.prompt_width:
-            real = torch.ones(shape, dtype=torch.bool) if mask is None else mask
+            real = torch.ones(shape, dtype=torch.bool) if tokens.mask is None else tokens.mask
             self.real.add(tokens.unpack(real[:, new:]))
 
     @property
@@ -157,8 +156,9 @@ class Trace:
         call, key = self._calls[-1], (layers[0], len(layers), states.device)
         if key not in self._stacked:
             self._stacked[key] = torch.stack([self._units[layer] for layer in layers]).to(states.device)
-        new = states[:, :, call.new(call.values, tokens) :]
-        values = projections(new.flatten(1, 2), self._stacked[key]).view(*new.shape[:3], -1)
+        known = call.new(call.values, tokens)
+        new = states[:, :, known:] if known else states
+        values = projections(new.flatten(1, 2), self._stacked[key]).view(*new.shape[:3], len(self.names))
         call.parts.append(tokens.unpack(values.permute(1, 2, 0, 3)))
         if layers[-1] != self.layers[-1]:
             return -1

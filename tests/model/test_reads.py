@@ -1,16 +1,17 @@
 """Blocks that are read together give what each gives alone."""
 
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 import zoo
-from helpers import generate
+from helpers import generate, hooks
 from torch import Tensor, nn
 
 from persona_vectors.model import reads
 from persona_vectors.model.blocks import decoder_layers
-from persona_vectors.model.hooks import edit_blocks
+from persona_vectors.model.hooks import edit_blocks, pause_edits
 from persona_vectors.model.reads import read_blocks
 from persona_vectors.model.tokens import Tokens
 
@@ -88,3 +89,45 @@ def test_a_pass_that_failed_leaves_nothing_to_the_next(model):
         model(input_ids=torch.tensor([[6]]))
     assert_equal(alone, together)
     assert groups == [LAYERS]
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom"])  # whose blocks return tensors, and tuples
+def test_steps_are_read_around_edits_of_some_blocks_and_pauses(name: str):
+    """A step's outputs are kept without a call where nothing else is done, and in the middle of that others act."""
+    model = zoo.build(name)
+    seen: list[tuple[list[int], Tensor]] = []
+    plain: list[Tensor] = []
+
+    def read(layers: list[int], states: Tensor, tokens: Tokens) -> None:
+        seen.append((layers, states.clone()))
+
+    def judge(hidden: Tensor, tokens: Tokens) -> Tensor:
+        with pause_edits(model):
+            model(input_ids=torch.tensor([[9], [9]]))  # a judge's pass, which nobody reads
+        return hidden + 1.0
+
+    def tensor(output: Any) -> Tensor:
+        return output[0] if isinstance(output, tuple) else output
+
+    with torch.no_grad(), read_blocks(model, LAYERS, read), edit_blocks(model, {1: judge}):
+        handles = [b.register_forward_hook(lambda _m, a, o: plain.append(tensor(o))) for b in decoder_layers(model)]
+        for token in (5, 6, 7):
+            model(input_ids=torch.tensor([[token], [token]]))
+        [handle.remove() for handle in handles]
+    assert [layers for layers, _ in seen] == [LAYERS] * 3
+    for (_, states), at in zip(seen, (0, 6, 12)):  # block 0; the judge's three; block 1 edited; block 2
+        torch.testing.assert_close(states[0], plain[at], rtol=0, atol=0)
+        torch.testing.assert_close(states[1], plain[at + 4] - 1.0, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(states[2], plain[at + 5], rtol=0, atol=0)
+    assert hooks(model) == 0 and len(plain) == 18
+
+
+def test_a_block_that_a_step_leaves_out_is_named(model, monkeypatch):
+    layers = decoder_layers(model)
+    with torch.no_grad(), read_blocks(model, LAYERS, lambda *_: None):
+        for _ in range(2):
+            model(input_ids=torch.tensor([[5]]))
+        whole = list(layers)
+        monkeypatch.setattr(type(layers), "__getitem__", lambda self, i: [whole[0], whole[2]])
+        with pytest.raises(RuntimeError, match="block 1 never ran in this forward pass"):
+            model(input_ids=torch.tensor([[5]]))
