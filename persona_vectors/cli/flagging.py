@@ -98,11 +98,11 @@ def flag(
     echo_table(found.rows(), as_json=as_json, text=lambda: repr(found))
     for name, vector in zip(vectors if store else [], loaded_vectors):
         store_use(name, vector, found.uses(source=command_line())[vector.trait])
-    read = load(model) if workers > 1 and (judge or html) else (loaded, tokenizer)
+    here, tokenizer = load(model) if workers > 1 and (judge or html) else (loaded, tokenizer)
     if judge and trait:
-        _add_scores(judge, trait, *read, load, data=data, flags=out, **reading)
+        _add_scores(judge, trait, here, tokenizer, load, data=data, flags=out, **reading)
     if html:
-        _write_page(html, *read, data, loaded_vectors, flags=out, as_json=as_json, **reading)
+        _write_page(html, here, tokenizer, data, loaded_vectors, flags=out, as_json=as_json, **reading)
 
 
 def _where(vectors: list[Any], layer: list[str] | None) -> Any:

@@ -30,8 +30,8 @@ class Elsewhere:
         ray = _ray()
         there = ray.cluster_resources().get("GPU", 0) > 0
         self.gpus = float(there) if gpus_per_worker is None else gpus_per_worker
-        placed = {"device_map": "auto"} if self.gpus > 1 else {}
-        self.load = partial(load_model, load, **placed) if isinstance(load, (str, Path)) else load
+        placed = "auto" if self.gpus > 1 else None
+        self.load = partial(load_model, load, device_map=placed) if isinstance(load, (str, Path)) else load
         self._actor: Any = None
         self.config, self.tokenizer, self.dtype = self._get("described")
 

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,20 +47,14 @@ class _Prefill:
     def __init__(self, model: Any, lines: Int[Tensor, " row"], hooks: ExitStack) -> None:
         self.lines, self.hooks = lines, hooks
         self.first = torch.tensor([lines.tolist().index(line) for line in range(int(lines.max()) + 1)])
-        self.thread = threading.get_ident()
         self.shared = True
         self.hidden: Tensor | None = None
         """What the last block gave to all rows."""
-        self._add(model.get_decoder().register_forward_hook, self._end, with_kwargs=True)
+        add = partial(add_hook, hooks)
+        add(model.get_decoder().register_forward_hook, self._end, with_kwargs=True)
         for block in decoder_layers(model):
-            self._add(block.register_forward_pre_hook, self._before, with_kwargs=True)
-            self._add(block.register_forward_hook, self._after, prepend=True)
-
-    def _add(self, register: Callable[..., Any], hook: Callable[..., Any], **options: bool) -> None:
-        def own(*args: Any) -> Any:  # another thread's pass through the same model is none of ours
-            return hook(*args) if threading.get_ident() == self.thread else None
-
-        self.hooks.callback(register(own, **options).remove)
+            add(block.register_forward_pre_hook, self._before, with_kwargs=True)
+            add(block.register_forward_hook, self._after, prepend=True)
 
     def _before(self, _block: nn.Module, args: Any, kwargs: Any) -> Any:
         """Give a block one row for each distinct prompt."""
@@ -78,10 +73,25 @@ class _Prefill:
 
     def _end(self, _decoder: nn.Module, args: Any, kwargs: Any, _output: Any) -> None:
         cache: Any = next(each for each in (*args, *kwargs.values()) if isinstance(each, DynamicCache))
-        for layer in cache.layers:
-            if layer.is_initialized and len(layer.keys) == len(self.first):
-                layer.batch_select_indices(self.lines.to(layer.keys.device))
+        take_cache_rows(cache, self.lines, len(self.first))
         self.hooks.close()
+
+
+def add_hook(hooks: ExitStack, register: Callable[..., Any], hook: Callable[..., Any], **options: bool) -> None:
+    """Register a hook on this thread's passes alone, until `hooks` is closed."""
+    thread = threading.get_ident()
+
+    def own(*args: Any) -> Any:  # another thread's pass through the same model is none of ours
+        return hook(*args) if threading.get_ident() == thread else None
+
+    hooks.callback(register(own, **options).remove)
+
+
+def take_cache_rows(cache: Any, rows: Tensor, count: int) -> None:
+    """Have a cache of `count` rows hold these `rows` instead, each as often as it is named."""
+    for layer in cache.layers:
+        if layer.is_initialized and len(layer.keys) == count:
+            layer.batch_select_indices(rows.to(layer.keys.device))
 
 
 def _take(values: Tensor, rows: Tensor, dim: int = 0) -> Tensor:
