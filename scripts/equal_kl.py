@@ -32,7 +32,7 @@ from persona_vectors.model.prompts import chat_prompt, encode_answer
 from persona_vectors.vectors.plots import BLUE, GREY, ORANGE, bare
 
 Edit = Callable[[float], AbstractContextManager[Any]]
-TEXTS = neutral_texts()[:6]
+TEXTS = neutral_texts()[:4]
 
 
 def shown(method: str, strength: float) -> str:
@@ -90,11 +90,10 @@ def measure(
     """Find every strength and draw its answers, as far as the ledger lacks them: the vector first, then controls."""
     for vector in vectors:
         for method, edit in methods.of(vector).items():
-            cost = kl_cost(model, tokenizer, edit, texts=TEXTS)
-            for kl in kls:
-                key = f"{vector.trait}, {method}, {kl:g}"
-                if key in run.ledger.found:
-                    continue
+            keys = {kl: f"{vector.trait}, {method}, {kl:g}" for kl in kls}
+            todo = {kl: key for kl, key in keys.items() if key not in run.ledger.found}
+            cost = kl_cost(model, tokenizer, edit, texts=TEXTS) if todo else None
+            for kl, key in todo.items():
                 try:
                     strength = strength_at(cost, kl, of=key, tolerance=0.03)
                 except pv.InputError:
@@ -186,7 +185,7 @@ def main(
     trait: Annotated[str, typer.Argument(help="its trait, of valence; statements of it ship")],
     layer: Annotated[int | None, typer.Option(help="(default: the recommended one)")] = None,
     kl: Annotated[str, typer.Option(help="the costs to compare at, with commas")] = "0.25,0.5,1",
-    controls: Annotated[int, typer.Option(help="random vectors", min=0)] = 4,
+    controls: Annotated[int, typer.Option(help="random vectors", min=0)] = 3,
     positions: Annotated[str, typer.Option(help="all, prompt or response")] = "response",
     max_new_tokens: MaxNewTokens = 24,
     out: Annotated[Path, typer.Option(help="folder for the answers, the table and the plot")] = Path("runs/equal_kl"),
@@ -197,7 +196,7 @@ def main(
     own, told, costs = pv.load_vector(vector), pv.load_trait(trait), [float(part) for part in kl.split(",")]
     place = own.recommended("steer").layer if layer is None else layer
     asked = {"trait": hash_of(told.model_dump()), "vector": hash_of(own.directions[place].tolist())}
-    settings = {**identity(model, tokenizer), **asked, "layer": place, "positions": positions}
+    settings = {**identity(model, tokenizer), **asked, "layer": place, "positions": positions, "texts": len(TEXTS)}
     ledger = Ledger(out / "answers.jsonl", {**settings, "max_new_tokens": max_new_tokens})
     run = Run(model, tokenizer, told, ledger, max_new_tokens)
     for key in ("plain", "own prompt"):

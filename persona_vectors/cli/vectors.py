@@ -156,6 +156,7 @@ def whiten(
     split: Annotated[str, typer.Option(help="the split of a Hugging Face dataset")] = "train",
     first: Annotated[int | None, typer.Option(help="take only the first N samples", min=2)] = None,
     shrinkage: Annotated[float, typer.Option(help="of the mean variance, added to each direction's")] = 0.1,
+    steers: Annotated[bool, typer.Option("--steers", help="have steer and its like take them, to compare")] = False,
     moments: Annotated[Path | None, typer.Option(help="write the moments here, a later run's --reference")] = None,
     batch_tokens: BatchTokens = None,
     as_json: Json = False,
@@ -163,7 +164,8 @@ def whiten(
 ) -> None:
     """Make vectors for reading that weigh each direction by how little neutral answers vary along it.
 
-    They can be monitored, projected on and flagged with like any other, at the layers given here; not steered with.
+    They can be monitored, projected on and flagged with like any other, at the layers given here; not steered with,
+    unless --steers says so.
 
     Example: persona-vectors whiten smollm2-135m smollm2-135m/optimistic --layer 13,20 --reference neutral.jsonl
     -o whitened
@@ -185,7 +187,7 @@ def whiten(
         known.save(moments)
     lines, rows = [], []
     for vector in loaded_vectors:
-        made = known.whiten(vector, shrinkage=shrinkage)
+        made = known.whiten(vector, shrinkage=shrinkage, steers=steers)
         path = out if single else out / f"{vector.trait}.safetensors"
         made.save(path)
         lines.append(f"{made!r}, by {known.count} answers of {known.source} -> {path}")

@@ -191,6 +191,8 @@ def test_whitened_vectors_are_read_and_not_steered_with(tiny, vector_file, tmp_p
     run("monitor", tiny, out, vector_file, "--layer", 1, *asked)
     assert "is zero at layer 2: it was whitened at 0, 1" in run("monitor", tiny, out, "--layer", 2, *asked, code=2)[1]
     assert "is whitened, for reading alone" in run("steer", tiny, out, "--layer", 1, "--coef", 1, *asked, code=2)[1]
+    run("whiten", tiny, vector_file, *options, "--reference", kept, "--steers", "--out", tmp_path / "s.safetensors")
+    run("steer", tiny, tmp_path / "s.safetensors", "--layer", 1, "--coef", 1, *asked)
     wrong = ["whiten", tiny, vector_file, "--reference", kept, "--layer", 2, "--out", out]
     assert "these moments have no layer 2: they have 0, 1" in run(*wrong, code=2)[1]
     PersonaVector("other", "tiny", torch.ones(3, 32)).save(tmp_path / "o.safetensors")
