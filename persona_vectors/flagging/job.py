@@ -14,17 +14,17 @@ from transformers import PreTrainedTokenizerBase
 from persona_vectors.data.checks import check_settings
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import import_pyarrow
-from persona_vectors.data.progress import bar
+from persona_vectors.data.progress import bar, counted_in
 from persona_vectors.data.samples import Source, read_samples
 from persona_vectors.evaluation.served import Generate
 from persona_vectors.flagging.checks import check
 from persona_vectors.flagging.merge import merge
-from persona_vectors.flagging.parts import Flags, is_flags, part, read_header, read_json, write_json
+from persona_vectors.flagging.parts import Flags, count_rows, is_flags, part, read_header, read_json, write_json
 from persona_vectors.flagging.plan import check_digest, make_plan, source_name
 from persona_vectors.flagging.settings import hash_of_json, judged_by, settings_of
 from persona_vectors.flagging.work import answer_prompts, keep_answers, project_rows
 from persona_vectors.model.blocks import Layer, Model, chosen_layers, model_shape
-from persona_vectors.model.loading import cache_dir
+from persona_vectors.model.dense import cache_dir
 from persona_vectors.vectors.directions import unit_directions
 from persona_vectors.vectors.moments import neutral_moments
 from persona_vectors.vectors.vector import PersonaVector
@@ -196,17 +196,20 @@ class Job:
         self.work(project, "values", plan["chunks"])
 
     def work(self, do: Callable[[Model, int], None], kind: str, count: int) -> None:
-        """Do the parts that are not there yet, here or in Ray actors; the bar counts samples."""
+        """Do the parts that are not there yet, here or in Ray actors; the bar counts samples, also within a part."""
+        given, desc = {"answers": ("prompts", "base answers"), "values": ("rows", "projections")}[kind]
+        sizes = [count_rows(part(self.folder, given, number)) for number in range(count)]
         todo = [number for number in range(count) if not part(self.folder, kind, number).exists()]
-        desc = {"answers": "base answers", "values": "projections"}[kind]
-        done = (count - len(todo)) * self.chunk
-        with bar(total=count * self.chunk, initial=done, desc=desc, unit="sample") as shown:
+        done = sum(sizes) - sum(sizes[number] for number in todo)
+        with bar(total=sum(sizes), initial=done, desc=desc, unit="sample") as shown:
             if self.workers > 1 and todo:
                 from persona_vectors.flagging.actors import run_in_actors
 
-                where = partial(part, self.folder, kind)
-                run_in_actors(self.model, do, todo, where, self.workers, lambda n: shown.update(n * self.chunk))
+                where, mean = partial(part, self.folder, kind), (sum(sizes) - done) / len(todo)
+                run_in_actors(self.model, do, todo, where, self.workers, lambda n: shown.update(round(n * mean)))
             else:
                 for number in todo:
-                    do(self.model, number)
-                    shown.update(self.chunk)
+                    done += sizes[number]
+                    with counted_in(shown):
+                        do(self.model, number)
+                    shown.update(done - shown.n)
