@@ -99,7 +99,7 @@ def test_results_are_tables_the_same_way():
 
 # A command's own options: how it loads the model, prints, and saves (`--out`) what the verb returns.
 OWN = {"help", "as_json", "device", "dtype", "device_map", "fold_system", "html", "plot", "check_judge", "from_", "out"}
-OWN |= {"attn_implementation", "quantization", "tp_plan"}
+OWN |= {"attn_implementation", "quantization", "tp_plan", "chat_template"}
 OWN |= {"store"}  # keep the result in the vector's file
 VERBS = {
     "extract": ["extract", "extract_from"],

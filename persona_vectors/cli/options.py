@@ -44,6 +44,7 @@ DeviceMap = Annotated[str | None, typer.Option(help="let accelerate place the we
 Attention = Annotated[str | None, typer.Option("--attn-implementation", help="sdpa, eager, flash_attention_2 ...")]
 Quantization = Annotated[str | None, typer.Option(help="load in fewer bits: nf4 or int8 (.[quantize])")]
 TPPlan = Annotated[str | None, typer.Option(help="shard over torchrun's processes: auto; the first one writes")]
+Template = Annotated[Path | None, typer.Option("--chat-template", help="a file with a Jinja chat template")]
 Fold = Annotated[bool, typer.Option("--fold-system", help="put the system prompt into the user's turn")]
 Seed = Annotated[int, typer.Option(help="random seed: the same run gives the same answers")]
 Samples = Annotated[int, typer.Option(help="answers to each question", min=1)]
@@ -71,6 +72,7 @@ _LOADING: dict[str, tuple[Any, Any]] = {
     "quantization": (Quantization, None),
     "tp_plan": (TPPlan, None),
     "fold_system": (Fold, False),
+    "chat_template": (Template, None),
 }
 
 
@@ -100,6 +102,7 @@ def load_by_name(
     quantization: str | None = None,
     tp_plan: str | None = None,
     fold_system: bool = False,
+    chat_template: Path | None = None,
 ) -> tuple[Any, Any]:
     """Return a model and its tokenizer, as the options of a command line say; raises InputError for a bad one."""
     import torch
@@ -112,9 +115,13 @@ def load_by_name(
     kind = getattr(torch, dtype, None) if dtype else None
     if dtype and not isinstance(kind, torch.dtype):
         raise InputError(f"no dtype {dtype!r}: give float32, bfloat16 or float16")
+    if chat_template is not None and not chat_template.is_file():
+        raise InputError(f"no file --chat-template {chat_template}: give one that holds a Jinja template")
     placing: dict[str, Any] = {"device": device, "device_map": device_map, "tp_plan": tp_plan}
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "quantization": quantization}
     model, tokenizer = load_model(name, dtype=kind, **placing, **options)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
     return model, fold_system_role(tokenizer) if fold_system else tokenizer
 
 

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 _state = {"shown": True}
 _open: list[Any] = []
+_outer: ContextVar[Any] = ContextVar("outer", default=None)
 _silent: ContextVar[bool] = ContextVar("silent", default=False)
 
 
@@ -29,8 +30,23 @@ def without_bars() -> Iterator[None]:
         _silent.reset(before)
 
 
+@contextmanager
+def counted_in(outer: Any) -> Iterator[None]:
+    """Have the bars that are opened inside, in this thread, move `outer` by what they are moved, and not be shown."""
+    before = _outer.set(outer)
+    try:
+        yield
+    finally:
+        _outer.reset(before)
+
+
 def bar(items: Iterable[Any] | None = None, *, desc: str, unit: str, total: int | None = None, initial: int = 0) -> Any:
     """Return a tqdm bar, over `items` or moved with `.update(n)`; what is done within a second shows none."""
+    outer = _outer.get()
+    if outer is not None:
+        made = tqdm(items, total=total, disable=True)
+        made.update = outer.update
+        return made
     silenced = {} if _state["shown"] and not _silent.get() else {"disable": True}  # else tqdm looks at TQDM_DISABLE
     options = {"smoothing": 0, "delay": 1, "leave": False} | silenced  # a batch ends at once: the mean rate tells most
     made = tqdm(items, desc=desc, unit=unit, total=total, initial=initial, **options)

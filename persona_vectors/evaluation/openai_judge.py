@@ -18,7 +18,7 @@ from persona_vectors.data.ledger import Ledger
 from persona_vectors.data.progress import bar
 from persona_vectors.evaluation.judge import Answer, fill
 from persona_vectors.evaluation.openai_client import Malformed, Refused, ask, connect
-from persona_vectors.model.loading import cache_dir
+from persona_vectors.model.dense import cache_dir
 
 THOUGHT = 4096
 """The most tokens that a model which reasons may think, its number included."""

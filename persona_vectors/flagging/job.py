@@ -14,18 +14,18 @@ from transformers import PreTrainedTokenizerBase
 from persona_vectors.data.checks import check_settings
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import import_pyarrow
-from persona_vectors.data.progress import bar
+from persona_vectors.data.progress import bar, counted_in
 from persona_vectors.data.samples import Source, read_samples
 from persona_vectors.evaluation.served import Generate
 from persona_vectors.flagging.checks import check
 from persona_vectors.flagging.merge import merge
-from persona_vectors.flagging.parts import Flags, is_flags, part, read_header, read_json, write_json
+from persona_vectors.flagging.parts import Flags, count_rows, is_flags, part, read_header, read_json, write_json
 from persona_vectors.flagging.plan import check_digest, make_plan, source_name
 from persona_vectors.flagging.settings import hash_of_json, judged_by, settings_of
 from persona_vectors.flagging.work import answer_prompts, keep_answers, project_rows
 from persona_vectors.model.actors import Elsewhere, map_in_actors
 from persona_vectors.model.blocks import Layer, Model, chosen_layers, model_shape
-from persona_vectors.model.loading import cache_dir
+from persona_vectors.model.dense import cache_dir
 from persona_vectors.vectors.directions import unit_directions
 from persona_vectors.vectors.moments import neutral_moments
 from persona_vectors.vectors.vector import PersonaVector
@@ -203,25 +203,28 @@ class Job:
         keep_answers(self.folder, plan["groups"], reading, self.kept if self.generates else None)
 
     def work(self, asked: dict[str, tuple[Callable[[Model, int], None], int]]) -> None:
-        """Do the parts that are not there yet, here or in one pool of Ray actors; the bar counts samples."""
-        where = partial(part, self.folder)
+        """Do the parts that are not there yet, here or in one pool of Ray actors; the bar counts samples one by one."""
+        where, given = partial(part, self.folder), {"answers": "prompts", "values": "rows"}
         parts = [(kind, number) for kind, (_, count) in asked.items() for number in range(count)]
-        todo = [item for item in parts if not where(*item).exists()]
-        work = {kind: do for kind, (do, _) in asked.items()}
-        done = (len(parts) - len(todo)) * self.chunk
+        sizes = {f"{kind} {number}": count_rows(where(given[kind], number)) for kind, number in parts}
+        missing = [f"{kind} {number}" for kind, number in parts if not where(kind, number).exists()]
+        do = partial(_do, {kind: work for kind, (work, _) in asked.items()})
+        total, left = sum(sizes.values()), sum(sizes[name] for name in missing)
         desc = "base answers and projections" if asked["answers"][1] else "projections"
-        with bar(total=len(parts) * self.chunk, initial=done, desc=desc, unit="sample") as shown:
-            if isinstance(self.model, Elsewhere) or (self.workers > 1 and todo):
+        with bar(total=total, initial=total - left, desc=desc, unit="sample") as shown:
+            if isinstance(self.model, Elsewhere) or (self.workers > 1 and missing):
                 pool: dict[str, Any] = {"workers": self.workers, "gpus_per_worker": self.gpus_per_worker}
-                for _ in map_in_actors(self.model, partial(_do, work), [f"{kind} {n}" for kind, n in todo], **pool):
-                    shown.update(self.chunk)
+                for name in map_in_actors(self.model, do, missing, **pool):
+                    shown.update(sizes[name])
             else:
-                for kind, number in todo:
-                    work[kind](self.model, number)
-                    shown.update(self.chunk)
-        missing = [where(*item) for item in todo if not where(*item).exists()]
-        if missing:
-            raise InputError(f"part {missing[0]} was not written here: put `out` on a disk that all workers share")
+                for name in missing:
+                    left -= sizes[name]
+                    with counted_in(shown):
+                        do(self.model, name)
+                    shown.update(total - left - shown.n)
+        lost = [where(*item) for item in parts if not where(*item).exists()]
+        if lost:
+            raise InputError(f"part {lost[0]} was not written here: put `out` on a disk that all workers share")
 
 
 def _do(work: dict[str, Callable[[Model, int], None]], model: Model, asked: str) -> str:

@@ -163,6 +163,11 @@ def read_table(path: Path) -> dict[str, Any]:
     return found
 
 
+def count_rows(path: Path) -> int:
+    """Return how many rows a part has, from its footer."""
+    return int(import_pyarrow()[1].read_metadata(path).num_rows)
+
+
 def part(folder: Path, kind: str, number: int) -> Path:
     return folder / f"{kind}-{number:07d}.parquet"
 

@@ -40,14 +40,15 @@ def write_report(
     *,
     flags: str | Path,
     out: str | Path,
-    each: int = 50,
+    each: int | None = None,
     columns: tuple[str, str] | None = None,
     split: str = "train",
     seed: int = 0,
 ) -> None:
-    """Write a page about a flags file that needs nothing else: `each` top, bottom and random samples a vector.
+    """Write a page about a flags file that needs nothing else: `each` top and bottom samples a vector, and random ones.
 
-    The samples shown are read from the dataset again, and projected token by token. All their text is escaped.
+    The samples shown are read from the dataset again, and projected token by token: 50 of each unless it is given, but
+    10 or more where that would be over a quarter of the dataset. All their text is escaped.
 
     Raises InputError where the flags were made with another model or other vectors, or `data` cannot be read twice.
     """
@@ -58,6 +59,8 @@ def write_report(
         raise InputError(f"{flags} was made with model {found.settings['model']} and {names}: give the same ones")
     if iter(data) is data if not isinstance(data, (str, Path)) else False:
         raise InputError("these samples can be read only once: give a file or a list, or write them to one")
+    if each is None:
+        each = min(50, max(10, found.counts["samples"] // (4 * (2 * len(found.summary) + 1))))
     picked = pick_rows(found, each=each, seed=seed)
     last = max(picked, default=(-1, 0))
     units = unit_directions(model, chosen, found.settings["layers"])
@@ -151,6 +154,8 @@ def _histogram(flags: Flags, key: str) -> dict[str, Any]:
         flagged = limit is not None and edges[i] >= limit
         bars.append({**box, "height": f"{height:.1f}", "title": title, "flagged": flagged})
     own, places = flags.summary[key], {}
+    if low < 0 < edges[-1]:
+        places["zero"] = round(float(-low / (edges[-1] - low)) * 360, 1)
     if own.null is not None:
         for name, value in (("mean", own.mean), ("left", -own.null), ("right", own.null)):
             places[name] = round(float(np.clip((value - low) / (edges[-1] - low), 0, 1)) * 360, 1)

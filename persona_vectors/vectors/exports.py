@@ -1,5 +1,6 @@
 """Take vectors to other tools, and say what each format cannot hold."""
 
+import re
 import warnings
 from operator import index
 from pathlib import Path
@@ -59,7 +60,8 @@ def export_vector(
             notes = _write_capping(temporary, rows, vector)
         elif format == "gguf":
             notes = _write_gguf(temporary, rows, vector.model)
-            if ignored_by_llama_cpp(str(vector.info.get("architecture"))):
+            architecture = re.sub("[-_]", "", str(vector.info.get("architecture")))
+            if architecture in [name.replace("_", "") for name in ignored_by_llama_cpp()]:
                 warnings.warn(
                     f"llama.cpp adds no control vector to a {vector.info['architecture']} model: it loads this file "
                     "and does nothing; use repeng, or serve the model here",

@@ -1,8 +1,10 @@
 """Bring vectors from other tools, and take them there: what each format holds, in its own conventions."""
 
+import json
 from pathlib import Path
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.texts import DATA
 
 FORMATS = {
     "official": ".pt",
@@ -14,12 +16,6 @@ FORMATS = {
     "safetensors": ".safetensors",
 }
 """Each format's name and file suffix. "gguf" is the control vector of repeng and of servers of GGUF models."""
-IGNORED_BY_LLAMA_CPP = (
-    "bert", "clef", "clip", "dflash", "eagle3", "eurobert", "gemma4_assistant", "hy_v4", "jina_bert_v2", "jina_bert_v3",
-    "modern_bert", "neo_bert", "nomic_bert", "nomic_bert_moe", "plamo2", "qwen4exp", "wavtokenizer_dec",
-)  # fmt: skip
-"""The architectures to whose blocks llama.cpp adds no control vector, without a word: build 11549 of October 2026, from
-its compiled graphs, which a test reads again."""
 _OFFICIAL_POOLING = {"response_avg": "response_mean", "prompt_avg": "prompt_mean", "prompt_last": "prompt_last"}
 
 
@@ -31,9 +27,13 @@ def format_named(name: str) -> str:
     return name
 
 
-def ignored_by_llama_cpp(architecture: str) -> bool:
-    """Say whether llama.cpp loads a control vector for an architecture, and then does nothing with it."""
-    return architecture.replace("-", "").replace("_", "") in {name.replace("_", "") for name in IGNORED_BY_LLAMA_CPP}
+def ignored_by_llama_cpp() -> list[str]:
+    """Return the architectures to whose blocks llama.cpp adds no control vector, without a word.
+
+    They are those of one build, from its compiled graphs, which a test reads again.
+    """
+    found: list[str] = json.loads((DATA / "no_control_vectors.json").read_text(encoding="utf-8"))["ignored"]
+    return found
 
 
 def official_pooling(path: Path) -> str:

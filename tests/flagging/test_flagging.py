@@ -1,5 +1,6 @@
 """Flagging: the numbers against one sample at a time, and runs that are killed, repeated, shared out or fed rubbish."""
 
+import io
 import json
 import math
 import re
@@ -14,6 +15,7 @@ import torch
 import zoo
 from helpers import answered_elsewhere, hooks, make_tokenizer, random_direction
 from torch import nn
+from tqdm import tqdm
 
 import persona_vectors as pv
 from persona_vectors.data.errors import InputError
@@ -396,3 +398,28 @@ def test_baselines_from_elsewhere_are_the_models_own_and_are_kept_apart(model, t
         made(out=tmp_path / "other.parquet")
     with pytest.raises(InputError, match="another one is asked for: leave it out"):
         made(out=tmp_path / "none.parquet", generate=elsewhere, baseline="none")
+
+
+def test_the_bar_counts_samples_also_within_a_part(model, tokenizer, tmp_path, options, monkeypatch):
+    """A part of many samples moves it batch by batch, and its end is their number, not that of whole parts."""
+    seen = {}
+
+    class Seen(tqdm):
+        def __init__(self, *, desc: str, **given) -> None:
+            super().__init__(
+                desc=desc, file=io.StringIO(), disable=False, total=given["total"], initial=given["initial"]
+            )
+            self.moves = []
+            seen[desc] = self
+
+        def update(self, n: int = 1) -> None:
+            self.moves.append(n)
+            super().update(n)
+
+    monkeypatch.setattr(flagging, "bar", Seen)
+    options |= {"chunk": 4, "batch_tokens": 40, "baseline": "generate"}
+    data = [{"question": f"{'Why ' * i}so?", "answer": "Yes"} for i in range(6)]
+    pv.flag(model, tokenizer, data, random_direction(model), out=tmp_path / "f.parquet", **options)
+    moved = seen["base answers and projections"]
+    assert moved.total == moved.n == sum(moved.moves) == 12
+    assert max(moved.moves) < 4 and len(moved.moves) > 6

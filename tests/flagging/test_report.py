@@ -7,7 +7,8 @@ from helpers import random_direction
 
 import persona_vectors as pv
 from persona_vectors.data.errors import InputError
-from persona_vectors.flagging.report import pick_rows, render
+from persona_vectors.flagging import report
+from persona_vectors.flagging.report import _histogram, pick_rows, render
 from persona_vectors.vectors.controls import random_vector
 
 HOSTILE = "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\"></script>"
@@ -75,6 +76,26 @@ def test_the_page_sorts_searches_and_escapes(flagged, model, tokenizer, tmp_path
     assert len(browser.find_elements("css selector", "svg rect.null")) == 2  # the random directions, and their note
     assert "inside the\ngrey, a random direction says as much" in browser.page_source
     assert browser.find_element("id", "summary").text.count(" %") == 4
+
+
+@pytest.mark.parametrize(("values", "zero"), [([-1.0, 3.0, None], 90.0), ([1.0, 2.0], None), ([-2.0, -1.0], None)])
+def test_the_histogram_says_where_zero_is(flagged, monkeypatch, values: list, zero: float | None):
+    found, _, _ = flagged
+    monkeypatch.setattr(report, "flag_batches", lambda _, columns: [{columns[0]: values}])
+    assert _histogram(found, next(iter(found.summary)))["places"].get("zero") == zero
+
+
+def test_no_more_than_a_quarter_of_a_dataset_is_read_again(flagged, model, tokenizer, tmp_path, monkeypatch):
+    found, samples, vectors = flagged
+    asked = []
+    monkeypatch.setattr(report, "pick_rows", lambda *_, each, seed: asked.append(each) or {})
+    monkeypatch.setattr(report, "render", lambda *_: None)
+    monkeypatch.setattr(report, "token_projections", lambda *_, **__: [])
+    for count in (121, 600, 10_000):
+        monkeypatch.setitem(found.counts, "samples", count)
+        monkeypatch.setattr(report.Flags, "load", lambda _: found)
+        pv.write_report(model, tokenizer, samples, vectors, flags=found.path, out=tmp_path / "r.html")
+    assert asked == [10, 30, 50]
 
 
 def test_five_thousand_rows_stay_responsive(flagged, tmp_path, browser):

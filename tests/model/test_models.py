@@ -1,16 +1,20 @@
 import subprocess
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import zoo
 from helpers import TEMPLATE, make_tokenizer, save_tiny
 from transformers import PreTrainedTokenizerBase
 
+from persona_vectors.cli.options import load_by_name
 from persona_vectors.data.errors import InputError
-from persona_vectors.model import loading, prompts
+from persona_vectors.model import dense, loading, prompts
 from persona_vectors.model.blocks import model_name
 from persona_vectors.model.generation import generate, generate_tokens
+from persona_vectors.model.identity import config_hash, fingerprint
 from persona_vectors.model.loading import load_model
 from persona_vectors.model.memory import Budget
 from persona_vectors.model.prompts import chat_prompt, encode_answer, fold_system_role
@@ -124,3 +128,51 @@ def test_batches_keep_to_the_budget_and_lose_nothing(model):
     batches = [batch for batch, _ in Budget(model, "test", 20).batches(prompts, 2)]
     assert sorted(i for batch in batches for i in batch) == list(range(7))
     assert all(len(b) == 1 or len(b) * (max(len(prompts[i]) for i in b) + 2) <= 20 for b in batches)
+
+
+def test_a_gguf_file_is_dequantised_once_for_each_dtype_and_content(tmp_path, monkeypatch):
+    path, read, real = tmp_path / "m.gguf", [], loading._load
+
+    def load(name, options, given=None):
+        if "gguf_file" not in options:
+            return real(name, options, given)
+        read.append(options["dtype"])
+        return zoo.build("llama").to(options["dtype"]), make_tokenizer()
+
+    path.write_bytes(b"one")
+    monkeypatch.setenv("PERSONA_VECTORS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(loading, "_load", load)
+    models = [load_model(path, device="cpu")[0] for _ in range(2)]
+    assert read == [torch.float32] and [model_name(model) for model in models] == ["m.gguf"] * 2
+    assert all(torch.equal(*pair) for pair in zip(models[0].parameters(), zoo.build("llama").parameters()))
+    assert fingerprint(models[0]) == fingerprint(models[1]) and config_hash(models[0]) == config_hash(models[1])
+    load_model(path, device="cpu", dtype=torch.bfloat16)
+    path.write_bytes(b"other")
+    load_model(path, device="cpu")
+    assert read == [torch.float32, torch.bfloat16, torch.float32]
+    kept = set((tmp_path / "cache" / "gguf").iterdir())
+    assert len(kept) == 3
+    path.write_bytes(b"a third one")
+    monkeypatch.setattr(dense.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert model_name(load_model(path, device="cpu")[0]) == "m.gguf"
+    monkeypatch.setenv("PERSONA_VECTORS_GGUF_CACHE", "off")
+    load_model(path, device="cpu")
+    assert len(read) == 5 and set((tmp_path / "cache" / "gguf").iterdir()) == kept
+
+
+def test_a_gguf_file_that_is_none_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PERSONA_VECTORS_CACHE", str(tmp_path / "cache"))
+    for content in (b"GGUF, cut", b"something else"):
+        (tmp_path / "m.gguf").write_bytes(content)
+        with pytest.raises(InputError, match=r"cannot load model '.*m.gguf'"):
+            load_model(tmp_path / "m.gguf", device="cpu")
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_a_command_s_chat_template_is_the_file_s(tmp_path):
+    save_tiny(tmp_path / "tiny")
+    (tmp_path / "t.jinja").write_text("[{{ messages[0].content }}]")
+    options = {"device": "cpu", "chat_template": tmp_path / "t.jinja"}
+    assert chat_prompt(load_by_name(str(tmp_path / "tiny"), **options)[1], "Hi") == "[Hi]"
+    with pytest.raises(InputError, match=r"no file --chat-template .*u.jinja"):
+        load_by_name(str(tmp_path / "tiny"), device="cpu", chat_template=tmp_path / "u.jinja")

@@ -22,7 +22,7 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.steering.add import steer
 from persona_vectors.vectors import foreign as interop_files
 from persona_vectors.vectors.exports import export_vector
-from persona_vectors.vectors.formats import FORMATS, IGNORED_BY_LLAMA_CPP
+from persona_vectors.vectors.formats import FORMATS, ignored_by_llama_cpp
 from persona_vectors.vectors.imports import import_vector
 from persona_vectors.vectors.vector import PersonaVector
 
@@ -96,7 +96,7 @@ def test_an_architecture_that_ignores_control_vectors_is_warned_of(tmp_path: Pat
 @pytest.mark.slow
 def test_llama_cpp_s_compiled_graphs_add_control_vectors_but_for_those_that_we_name():
     found = graphs_with_control_vectors()
-    assert {name for name, adds in found.items() if not adds} == set(IGNORED_BY_LLAMA_CPP)
+    assert {name for name, adds in found.items() if not adds} == set(ignored_by_llama_cpp())
     assert found["llama"] and found["qwen3"] and found["gemma3"] and len(found) > 100
 
 
