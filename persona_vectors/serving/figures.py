@@ -31,4 +31,4 @@ class Figures:
         for name, value in zip(("rows", "waiting"), self.engine.load):
             yield GaugeMetricFamily(f"persona_vectors_{name}", f"Answers: {name}.", value=value)
         hooks = sum(len(module._forward_hooks) for module in self.engine.model.modules())
-        yield GaugeMetricFamily("persona_vectors_hooks", "Hooks on the model: none where there are no rows.", value=hooks)
+        yield GaugeMetricFamily("persona_vectors_hooks", "Hooks on the model: 0 without rows.", value=hooks)

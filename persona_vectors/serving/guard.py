@@ -101,9 +101,14 @@ class Guard:
         host, origin = headers.get(b"host", ""), headers.get(b"origin")
         if self.hosts is not None and _name(host) not in self.hosts:
             return fault(403, "this host name is not served: use the address that the server was started with")
-        if not self.proxied and origin is not None and (urlsplit(origin).scheme, urlsplit(origin).netloc) not in (
-            ("http", host),
-            ("https", host),
+        if (
+            not self.proxied
+            and origin is not None
+            and (urlsplit(origin).scheme, urlsplit(origin).netloc)
+            not in (
+                ("http", host),
+                ("https", host),
+            )
         ):
             return fault(403, "requests from another site's page are refused: open this server's own page")
         length = headers.get(b"content-length", "0")

@@ -16,10 +16,10 @@ from persona_vectors.vectors.shipped import VectorLike
 
 _HTML = """\
 <iframe src="{url}" title="Persona vectors" style="width: 100%; height: {height}px; border: 0"></iframe>
-<p><small>Port {port} of the machine that runs this notebook, until <code>.close()</code>. Nothing above? Then the browser runs
-on another one: <code>ssh -L {port}:127.0.0.1:{port} THAT-MACHINE</code> brings it here, or, where the notebook's server has
-jupyter-server-proxy, <code>pv.playground(..., url="/proxy/{{port}}/")</code>, with what stands before <code>/lab</code> or
-<code>/tree</code> in the notebook's own address before it.</small></p>
+<p><small>Port {port} of the machine that runs this notebook, until <code>.close()</code>. Nothing above? Then the
+browser runs on another one: <code>ssh -L {port}:127.0.0.1:{port} THAT-MACHINE</code> brings it here, or, where the
+notebook's server has jupyter-server-proxy, <code>pv.playground(..., url="/proxy/{{port}}/")</code>, with what stands
+before <code>/lab</code> or <code>/tree</code> in the notebook's own address before it.</small></p>
 """
 
 

@@ -63,7 +63,7 @@ SHIPPED = [f"smollm2-135m/{name}" for name in ("optimistic", "evil", "humorous")
 
 
 def a_case(number: int, names: list[str], layers: int) -> tuple[str, list[dict[str, Any]]]:
-    """Return a question and one or two edits, the same each time: of every kind, at layers and strengths of their own."""
+    """Return a question and one or two edits, the same each time: of every kind, at any middle layer."""
     chance, questions = random.Random(number), load_trait("optimistic").questions.extract
     edits = []
     for _ in range(chance.choice([1, 1, 2])):
@@ -99,6 +99,7 @@ def throughput(
     clients: Clients = 8,
     new_tokens: NewTokens = 64,
     rounds: Annotated[int, typer.Option(help="rounds to take medians over", min=1)] = 5,
+    pairs: Annotated[int, typer.Option(help="how often a round has the clients at once, with and without", min=1)] = 3,
     out: Out = None,
 ) -> None:
     """Measure clients at once beside one after another, and projections of every vector beside none.
@@ -116,13 +117,14 @@ def throughput(
             f"{clients} at once, projections": (clients, {"project": keys}),
         }
         runs: dict[str, list[tuple[float, float, int]]] = {way: [] for way in ways}
+        first, together, read = ways
+        order = [first, *([together, read, read, together] * pairs)[: 2 * pairs]]
         for number in tqdm(range(-1, rounds), unit="round", leave=False):  # the first warms up, and is not counted
-            for way in ways if number % 2 == 0 else reversed(ways):
+            for way in order if number % 2 == 0 else reversed(order):
                 at_a_time, ours = ways[way]
                 run = _measured(server, questions, at_a_time, ours, new_tokens)
                 if number >= 0:
                     runs[way].append(run)
-    first, together, read = ways
     found["runs"] = runs
     found["speed"] = _report(runs, [(together, first, True), (read, together, False)])
     save(found, out)
@@ -164,9 +166,16 @@ def _compared(
     for way, other, speed in pairs:
         for place, clock in ((0, "wall"), (1, "CPU")):
             ratios = []
-            for mine, theirs in zip(runs[way], runs[other]):
+            for number, mine in enumerate(runs[way]):
+                theirs = runs[other][number * len(runs[other]) // len(runs[way])]  # of the same round
                 a, b = mine[2] / max(mine[place], 0.01), theirs[2] / max(theirs[place], 0.01)
                 ratios.append(a / b if speed else 100 * (b / a - 1))
             low, high = median_interval(ratios) or (None, None)
             kind = "times the tokens a second" if speed else "% more time a token"
-            yield {"compared": way, "median": median(ratios), "from": low, "to": high, "": f"{kind} ({clock}) of {other}"}
+            yield {
+                "compared": way,
+                "median": median(ratios),
+                "from": low,
+                "to": high,
+                "": f"{kind} ({clock}) of {other}",
+            }

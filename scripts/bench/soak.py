@@ -33,8 +33,8 @@ def soak(
 ) -> None:
     """Keep a server's queue full; say what its memory does, and what is left when all clients have gone.
 
-    A tenth of the clients go away in the middle, a twentieth send nonsense, a tenth read slowly. Every other reply has to
-    be whole, or an error in OpenAI's form.
+    A tenth of the requests are left in the middle, a twentieth are nonsense, a tenth are read slowly. Every other reply
+    has to be whole, or an error in OpenAI's form.
     """
     names = vectors or [f"smollm2-135m/{name}" for name in ("optimistic", "evil")]
     counts: collections.Counter[str] = collections.Counter()

@@ -43,11 +43,11 @@ def test_isolation_finds_every_answer_as_it_is_alone(bench):
 
 @pytest.mark.slow
 def test_throughput_tells_what_clients_at_once_gain_and_projections_cost(bench):
-    found, printed = bench("throughput", "--clients", 3, "--new-tokens", 8, "--rounds", 2)
+    found, printed = bench("throughput", "--clients", 3, "--new-tokens", 8, "--rounds", 2, "--pairs", 2)
     assert [(way, len(runs)) for way, runs in found["runs"].items()] == [
         ("one after another", 2),
-        ("3 at once", 2),
-        ("3 at once, projections", 2),
+        ("3 at once", 4),
+        ("3 at once, projections", 4),
     ]
     assert all(tokens == 24 for runs in found["runs"].values() for _, _, tokens in runs)
     assert "times the tokens a second (wall) of one after another" in printed

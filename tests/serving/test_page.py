@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from helpers import use
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -38,8 +39,9 @@ def answers(browser) -> list[str]:
 
 @pytest.fixture
 def page(served, start, browser):
-    vectors = {**served.vectors, HOSTILE: replace(served.vectors["t"], trait=HOSTILE)}
-    with start(replace(served, vectors=vectors)) as server:
+    hostile = replace(served.vectors["t"], trait=HOSTILE, info={"judge": HOSTILE})
+    hostile = hostile.with_use(use(measure=HOSTILE, source=HOSTILE))
+    with start(replace(served, vectors={**served.vectors, HOSTILE: hostile})) as server:
         browser.get(server.url)
         browser.execute_script("sessionStorage.clear()")
         browser.refresh()
@@ -100,6 +102,15 @@ def test_an_alarm_stops_the_answer_and_is_seen(page):
 def test_hostile_text_is_text_wherever_it_is_shown(page):
     fill(page, "system", HOSTILE)
     say(page, HOSTILE)
+    page.execute_script(  # as a model, a server's error and a kept conversation could say it
+        "const text = arguments[0], tokens = [{ text, values: { [text]: 1 } }];"
+        "const told = { mean: { [text]: 1 }, alarm: text };"
+        "turns.push({ text, edits: [], answers: [{ title: text, tokens, note: text, end: 'alarm', ...told },"
+        " { title: text, tokens, end: 'error: ' + text }] }); card.id = text; keep(); show()",
+        HOSTILE,
+    )
+    find(page, "status").click()
+    assert answers(page) == [HOSTILE, HOSTILE]
     for button in page.find_elements(By.XPATH, "//button[text()='Evidence']"):
         button.click()
         assert page.find_element(By.CSS_SELECTOR, "#inside h2").text
@@ -109,6 +120,22 @@ def test_hostile_text_is_text_wherever_it_is_shown(page):
     find(page, "close").click()
     assert page.title == "Persona vectors" and not page.find_elements(By.CSS_SELECTOR, "img, main script")
     assert page.find_element(By.CSS_SELECTOR, ".turn .said").text == HOSTILE
+    page.refresh()
+    WebDriverWait(page, 30).until(lambda _: len(page.find_elements(By.CSS_SELECTOR, ".turn")) == 2)
+    assert page.title == "Persona vectors" and not page.find_elements(By.CSS_SELECTOR, "img, main script")
+
+
+def test_the_conversation_is_exported_with_its_projections(page):
+    page.execute_script(
+        "URL.createObjectURL = (blob) => { blob.text().then((text) => { window.kept = text; }); return '#'; }"
+    )
+    say(page, "Hi")
+    find(page, "json").click()
+    WebDriverWait(page, 10).until(lambda _: page.execute_script("return window.kept"))
+    kept = json.loads(page.execute_script("return window.kept"))
+    [turn], [answer] = kept["turns"], kept["turns"][0]["answers"]
+    assert (turn["text"], turn["edits"], turn["asked"]["seed"]) == ("Hi", [], 0) and len(answer["tokens"]) == 12
+    assert answer["mean"]["t@1"] == pytest.approx(sum(token["values"]["t@1"] for token in answer["tokens"]) / 12)
 
 
 def test_an_error_is_said_and_stopping_frees_the_row(page):
@@ -128,12 +155,21 @@ def test_an_error_is_said_and_stopping_frees_the_row(page):
 
 
 def test_five_thousand_tokens_stay_responsive(page):
-    script = """const tokens = Array.from({length: 5000}, (_, i) => ({text: "word ", values: {"t@1": i % 7}}));
-        turns = [{text: "x", answers: [{title: "plain", tokens}], edits: []}]; show();
-        const begin = performance.now(); tokens.push({text: "new", values: {"t@1": 1}}); grow();
-        return performance.now() - begin"""
-    assert page.execute_script(script) < 500
-    assert page.execute_script("return document.querySelectorAll('.answer span').length") == 5001
+    """While they stream, typing is seen, and no task of the page keeps it from anything else for long."""
+    page.execute_script("""window.lag = []; let last = performance.now();
+        setInterval(() => { const now = performance.now(); lag.push(now - last); last = now; }, 20)""")
+    fill(page, "longest", 5000)
+    fill(page, "text", "Hi")
+    find(page, "send").click()
+    spans, seen = "return document.querySelectorAll('.answer span').length", set()
+    wait = WebDriverWait(page, 900, poll_frequency=0.5)
+    wait.until(lambda _: (count := page.execute_script(spans)) > 3000 or seen.add(count))
+    find(page, "text").send_keys("and more")
+    assert find(page, "text").get_property("value") == "and more"
+    wait.until(lambda _: "plain: length" in find(page, "status").text)
+    assert page.execute_script(spans) == 5000 and len(seen) > 3  # piece by piece, not all at the end
+    lag = page.execute_script("return lag.sort((a, b) => a - b)")
+    assert lag[int(0.95 * len(lag))] < 300, (lag[len(lag) // 2], lag[-10:])  # ms; 20 of them are the timer's own
 
 
 @pytest.mark.parametrize("width", [1280, 390])
