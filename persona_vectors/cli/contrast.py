@@ -20,6 +20,7 @@ from persona_vectors.cli.options import (
     load_vectors,
     loads_models,
     numbers,
+    run_file,
     store_use,
 )
 from persona_vectors.data.errors import InputError
@@ -51,7 +52,8 @@ def contrast(
 
     Each vector's layer and dose are chosen on eight pairs of its trait's statements; all numbers are from the other
     pairs, in nats a token, as differences from the plain model. No judge and no sampling. --statements takes your own,
-    or the rows of a persona eval of Anthropic's or of a CAA file, which are counterbalanced.
+    or the rows of a persona eval of Anthropic's or of a CAA file, which are counterbalanced. Interrupted,
+    the same command goes on where it stopped.
 
     Example: persona-vectors contrast smollm2-135m vectors/smollm2-135m/*.safetensors
     """
@@ -70,17 +72,18 @@ def contrast(
     options: dict[str, Any] = {"doses": numbers(doses, option="--doses"), "controls": controls, "seed": seed}
     options["positions"] = positions
     loaded, tokenizer = load(model)
+    kept = run_file("contrast", loaded, "-".join(scored)[:60])
     found = []
     for vector in loaded_vectors:
         count = len(vector.directions)
         middle = list(range(count // 3, count - count // 6, max(1, count // 10)))[:5]
         options |= {"layer": layers(layer) if layer else middle, "max_perplexity": max_perplexity}
         options["trait"] = load_trait(vector.trait) if vector.trait in list_traits() else None
-        found.append(contrast_effect(loaded, tokenizer, vector, scored[vector.trait], **options))
+        found.append(contrast_effect(loaded, tokenizer, vector, scored[vector.trait], out=kept, **options))
         if store:
             store_use(vectors[len(found) - 1], vector, found[-1].use(source=command_line()))
     edits = [each.edit(vector) for each, vector in zip(found, loaded_vectors)]
-    matrix = effect_matrix(loaded, tokenizer, edits, scored).tolist() if len(edits) > 1 else []
+    matrix = effect_matrix(loaded, tokenizer, edits, scored, out=kept).tolist() if len(edits) > 1 else []
     rows = [row for each in found for row in each.rows()]
     moved = [{"effect_on": dict(zip(scored, values))} for values in matrix] or [{}]
     rows = [row | on for row, on in zip(rows, moved)]

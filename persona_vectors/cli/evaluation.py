@@ -33,6 +33,7 @@ from persona_vectors.cli.options import (
     load_vectors,
     loads_models,
     numbers,
+    run_file,
     save_figure,
     store_use,
 )
@@ -58,6 +59,7 @@ def evaluate(
     ] = False,
     samples: Samples = 3,
     max_new_tokens: MaxNewTokens = 128,
+    batch_tokens: BatchTokens = None,
     seed: Seed = 0,
     generate: GenerateOption = None,
     as_json: Json = False,
@@ -65,12 +67,13 @@ def evaluate(
 ) -> None:
     """Answer a trait's evaluation questions and have them judged, plain and with what the options ask for.
 
-    For a trait with statements the likelihood contrast is shown beside it, which needs no judge.
+    For a trait with statements the likelihood contrast is shown beside it, which needs no judge. Answers are kept in
+    runs/evaluate; interrupted, the same command goes on where it stopped.
 
     Example: persona-vectors evaluate smollm2-135m optimistic --vector smollm2-135m/optimistic --layer 13 --coef 2
     --max-new-tokens 40
     """
-    from persona_vectors.cli.judges import make_generate
+    from persona_vectors.cli.judges import make_generate, needed_judge
     from persona_vectors.data.traits import load_trait
     from persona_vectors.evaluation.answers import evaluate as run
 
@@ -87,14 +90,17 @@ def evaluate(
     states: dict[str, AbstractContextManager[Any]] = {"plain": nullcontext()}
     if vector or system is not None:
         states |= _edits(loaded, loaded_vector, **edit)
-    scorer = _judge(judge, loaded, tokenizer, loaded_trait, load, check=trait if check_judge else None)
-    options: dict[str, Any] = {"samples": samples, "max_new_tokens": max_new_tokens, "seed": seed}
+    scorer = needed_judge(judge, loaded, tokenizer, loaded_trait, load, check=trait if check_judge else None)
+    options: dict[str, Any] = {"judge": scorer, "samples": samples, "max_new_tokens": max_new_tokens, "seed": seed}
     options["generate"] = elsewhere
+    edit["vector"] = loaded_vector and loaded_vector.directions.tolist()
     rows = []
     for state, edited in states.items():
         prompt = None if state == "plain" else system
+        told = {**options, "trait": loaded_trait.model_dump(), "state": state, "edit": state != "plain" and edit}
+        kept = run_file("evaluate", loaded, loaded_trait.name, system=prompt, **told)
         with edited:
-            found = run(loaded, tokenizer, loaded_trait, judge=scorer, system=prompt, **options)
+            found = run(loaded, tokenizer, loaded_trait, system=prompt, batch_tokens=batch_tokens, out=kept, **options)
             rows.append({"state": state, **_scores(found, _contrast(loaded, tokenizer, trait, prompt))})
     echo_table(rows, as_json=as_json, text=lambda: _evaluations(loaded_trait, rows))
 
@@ -121,22 +127,6 @@ def _edits(
         incremental(vector, **how)
         edits[f"{name} {strength:+g}"] = add.steer(model, vector, positions=positions, **how)
     return edits if len(edits) > 1 else dict(zip(["with the options"], edits.values()))
-
-
-def _judge(spec: str, model: Any, tokenizer: Any, trait: Any, load: Load, *, check: str | None = None) -> Any:
-    """Return the judge that a command needs, checked on the statements of the trait `check`."""
-    from persona_vectors.cli.judges import make_judge
-    from persona_vectors.evaluation.check import require_valid_judge
-    from persona_vectors.evaluation.likelihood import load_statements, shipped_statements
-
-    judge = make_judge(spec, model, tokenizer, trait, load)
-    if judge is None:
-        raise InputError("this command needs a judge; without one, persona-vectors contrast scores a vector")
-    if check is not None:
-        if check not in shipped_statements():
-            raise InputError(f"--check-judge needs statements, and none ship for {check!r}: use pv.require_valid_judge")
-        typer.echo(str(require_valid_judge(judge, trait, load_statements(check))), err=True)
-    return judge
 
 
 def _contrast(model: Any, tokenizer: Any, trait: str, system: str | None) -> Any:
@@ -205,6 +195,7 @@ def sweep(
     Example: persona-vectors sweep smollm2-135m optimistic smollm2-135m/optimistic --layer 10-22 --coefs=-2,-1,1,2
     --max-new-tokens 40
     """
+    from persona_vectors.cli.judges import needed_judge
     from persona_vectors.data.traits import load_trait
     from persona_vectors.evaluation import sweeping
 
@@ -213,7 +204,7 @@ def sweep(
     grid: dict[str, Any] = {"layer": layers(layer), "coefs": numbers(coefs, option="--coefs")}
     grid["doses"] = numbers(doses, option="--doses")
     loaded, tokenizer = load(model)
-    grid["judge"] = _judge(judge, loaded, tokenizer, loaded_trait, load)
+    grid["judge"] = needed_judge(judge, loaded, tokenizer, loaded_trait, load)
     folder = out or Path("runs") / "sweep" / Path(loaded_vector.model).name / loaded_trait.name
     options: dict[str, Any] = {"controls": controls, "samples": samples, "first": first, "gate": gate, "seed": seed}
     options["positions"] = positions

@@ -25,6 +25,7 @@ from persona_vectors.cli.options import (
     command_line,
     echo_table,
     loads_models,
+    run_file,
     save_figure,
 )
 from persona_vectors.data.errors import InputError
@@ -135,23 +136,12 @@ def extract(
         vectors = list(difference.extract_poolings_from(loaded, tokenizer, loaded_trait, ready, **options).values())
     else:
         drawing: dict[str, Any] = {"samples": samples, "first": first, "max_new_tokens": max_new_tokens, "seed": seed}
-        options["generate"] = elsewhere
-        options |= {"pooling": pooling, "rollouts": rollouts or _run_file(loaded, loaded_trait, drawing, options)}
-        typer.echo(f"answers: {options['rollouts']}", err=True)
-        vectors = [difference.extract(loaded, tokenizer, loaded_trait, **drawing, **options)]
+        drawing |= {"judge": chosen, "generate": elsewhere, "skip_reasoning": skip_reasoning}
+        told = {**drawing, "trait": loaded_trait.model_dump()}
+        kept = rollouts or run_file("extract", loaded, loaded_trait.name, **told)
+        drawing |= {"pooling": pooling, "batch_tokens": batch_tokens, "rollouts": kept}
+        vectors = [difference.extract(loaded, tokenizer, loaded_trait, **drawing)]
     _save(vectors, out, by_pooling=pooling == "all", as_json=as_json)
-
-
-def _run_file(model: Any, trait: Any, *settings: dict[str, Any]) -> Path:
-    """Return the file of a run's answers, one for each set of settings, so that the same command finds it."""
-    from persona_vectors.evaluation.judge import judge_name
-    from persona_vectors.model.blocks import model_name
-    from persona_vectors.model.identity import config_hash, hash_of
-
-    options = {name: value for given in settings for name, value in given.items() if name != "batch_tokens"}
-    options |= {name: judge_name(options[name]) for name in ("judge", "generate")}
-    options |= {"trait": trait.model_dump(), "config": config_hash(model)}
-    return Path("runs") / "extract" / Path(model_name(model)).name / f"{trait.name}-{hash_of(options)[:8]}.jsonl"
 
 
 def _check(pooling: str, from_: tuple[Path, Path] | None, generate: str | None) -> None:

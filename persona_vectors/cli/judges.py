@@ -3,12 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
+import typer
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.traits import Trait
+from persona_vectors.evaluation.check import require_valid_judge
 from persona_vectors.evaluation.judge import Judge
 from persona_vectors.evaluation.judges import ContrastJudge, LocalJudge, SentimentJudge
+from persona_vectors.evaluation.likelihood import load_statements, shipped_statements
 from persona_vectors.evaluation.served import Generate
 from persona_vectors.model.blocks import Model
 
@@ -35,6 +38,20 @@ def make_judge(
 
         return OpenAIJudge(name)
     raise InputError(f"no judge {spec!r}: give contrast[:PAIRS], sentiment, openai:MODEL, local:MODEL or none")
+
+
+def needed_judge(
+    spec: str, model: Any, tokenizer: Any, trait: Any, load: Callable[..., Any], *, check: str | None = None
+) -> Judge:
+    """Return the judge that a command needs, checked on the statements of the trait `check`."""
+    judge = make_judge(spec, model, tokenizer, trait, load)
+    if judge is None:
+        raise InputError("this command needs a judge; without one, persona-vectors contrast scores a vector")
+    if check is not None:
+        if check not in shipped_statements():
+            raise InputError(f"--check-judge needs statements, and none ship for {check!r}: use pv.require_valid_judge")
+        typer.echo(str(require_valid_judge(judge, trait, load_statements(check))), err=True)
+    return judge
 
 
 def make_generate(spec: str | None, load: Callable[[], tuple[Any, Any]] | None = None) -> Generate | None:

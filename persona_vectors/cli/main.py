@@ -33,7 +33,9 @@ PANELS = {
 ROOMS = {module.__name__: panel for panel, modules in PANELS.items() for module in modules}
 
 
-RESUMES = dict.fromkeys(("extract", "sweep", "flag"), "the same command goes on where it stopped")
+RESUMES = dict.fromkeys(
+    ("extract", "evaluate", "contrast", "sweep", "flag", "shift"), "the same command goes on where it stopped"
+)
 RESUMES["demo"] = "the same command goes on with the answers that it has drawn"
 RESUMES["finetune"] = "the same command with --resume goes on from the last checkpoint, if there is one"
 

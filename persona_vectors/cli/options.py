@@ -213,3 +213,16 @@ def save_figure(figure: Any, path: Path) -> None:
 
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150)
+
+
+def run_file(command: str, model: Any, name: str, **settings: Any) -> Path:
+    """Return where a command keeps what it has, a file for each model and settings, and say so on standard error."""
+    from persona_vectors.evaluation.judge import judge_name
+    from persona_vectors.model.blocks import model_name
+    from persona_vectors.model.identity import fingerprint, hash_of
+
+    plain = {key: judge_name(value) if callable(value) else value for key, value in settings.items()}
+    told = hash_of({**plain, "weights": fingerprint(model)})[:8]
+    path = Path("runs") / command / Path(model_name(model)).name / f"{name}-{told}.jsonl"
+    typer.echo(f"kept as it comes: {path}", err=True)
+    return path

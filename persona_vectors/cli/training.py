@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from persona_vectors.cli.options import (
+    BatchTokens,
     Json,
     LayerOption,
     Load,
@@ -17,6 +18,7 @@ from persona_vectors.cli.options import (
     load_vectors,
     loads_models,
     read_questions,
+    run_file,
     save_figure,
 )
 
@@ -56,11 +58,13 @@ def shift(
     layer: LayerOption = ["all"],  # noqa: B006
     max_new_tokens: Annotated[int, typer.Option(help="of each answer; 0: read only the questions", min=0)] = 48,
     controls: Annotated[int, typer.Option(help="random directions to read beside the vectors; 0: none", min=0)] = 0,
+    batch_tokens: BatchTokens = None,
     out: Annotated[Path | None, typer.Option(help="write JSON here, and a plot beside it (.png)")] = None,
     as_json: Json = False,
     load: Load,
 ) -> None:
-    """Measure how far training moved a model along vectors, with 95 % intervals over the questions.
+    """Measure how far training moved a model along vectors, with 95 % intervals over the questions. Interrupted,
+    the same command goes on where it stopped.
 
     Example: persona-vectors shift smollm2-135m smollm2-135m/optimistic --tuned runs/tuned --layer 20
     --questions optimistic
@@ -71,7 +75,8 @@ def shift(
     where, asked, loaded_vectors = layers(layer), read_questions(questions), load_vectors(vectors)
     loaded, tokenizer = load(model)
     options: dict[str, Any] = {"tuned": tuned, "questions": asked, "max_new_tokens": max_new_tokens}
-    options["controls"] = controls
+    options |= {"controls": controls, "batch_tokens": batch_tokens}
+    options["out"] = run_file("shift", loaded, "-".join(v.trait for v in loaded_vectors)[:60], tuned=tuned)
     found = finetuning_shift(loaded, tokenizer, loaded_vectors, layer=where, **options)
     rows = found.rows()
     echo_table(rows, as_json=as_json, text=lambda: "\n".join([_table(rows), *_freedom(found)]))

@@ -1,82 +1,26 @@
 """Evaluation: answers of a plain, steered or prompted model, scored, with intervals clustered by question."""
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import writing
 from persona_vectors.data.intervals import Interval, mean_interval
-from persona_vectors.data.progress import bar
+from persona_vectors.data.ledger import Ledger
 from persona_vectors.data.tables import Table
 from persona_vectors.data.traits import Trait, as_trait
-from persona_vectors.evaluation.beside import score_batches
-from persona_vectors.evaluation.judge import Answer, Judge, is_remote, judge_name
-from persona_vectors.evaluation.judges import score_both
-from persona_vectors.evaluation.served import Generate, served_answers
+from persona_vectors.evaluation.asks import Ask, keep_answers, open_ledger
+from persona_vectors.evaluation.judge import Judge, judge_name
+from persona_vectors.evaluation.served import Generate
 from persona_vectors.model.blocks import Model
-from persona_vectors.model.generation import generate_batches
-from persona_vectors.model.prompts import chat_prompt, decode, encode
-from persona_vectors.steering.add import RowEdit, steer_rows
+from persona_vectors.model.identity import hash_of
+from persona_vectors.steering.add import RowEdit
 from persona_vectors.vectors.vector import PersonaVector
-
-
-class Ask(NamedTuple):
-    """A question to answer, under a system prompt and a row edit or none."""
-
-    question: str
-    system: str | None = None
-    edit: RowEdit | None = None
-    pair: int = -1
-    """The instruction pair that the system prompt is from, so that a judge can leave it out."""
-
-
-def answer_batches(
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    asks: Sequence[Ask],
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    seed: int = 0,
-    batch_tokens: int | None = None,
-    skip: Collection[int] = (),
-    generate: Generate | None = None,
-) -> Iterator[list[tuple[int, str]]]:
-    """Yield answers batch by batch, each with the index of what was asked. Different edits share batches.
-
-    `skip` holds indices that need no answer. Whatever is skipped, the batches and their seeds stay the same. With
-    `generate` the answers come from there, without edits.
-    """
-    prompts = [encode(tokenizer, chat_prompt(tokenizer, ask.question, system=ask.system)) for ask in asks]
-    if generate is not None:
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-        for served in served_answers(generate, model, tokenizer, prompts, skip=skip, **options):
-            yield [(item.row, item.text) for item in served]
-        return
-    for batch in generate_batches(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        batch_tokens=batch_tokens,
-        skip=skip,
-        during=lambda rows: steer_rows(model, [asks[i].edit for i in rows]),
-    ):
-        yield [(i, decode(tokenizer, tokens)) for i, (tokens, _) in zip(batch.rows, batch.answers)]
-
-
-def _shown(batches: Iterator[list[tuple[int, str]]], count: int, desc: str) -> Iterator[list[tuple[int, str]]]:
-    with bar(desc=desc, unit="answer", total=count) as done:
-        for batch in batches:
-            yield batch
-            done.update(len(batch))
 
 
 def steered_answers(
@@ -94,10 +38,11 @@ def steered_answers(
 ) -> list[list[str]]:
     """Return the answers to every question at every coefficient, [coef][question]. Coefficients share batches."""
     asks = [Ask(question, edit=RowEdit(vector, layer, coef)) for coef in coefs for question in questions]
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    batches = answer_batches(model, tokenizer, asks, seed=seed, batch_tokens=batch_tokens, **options)
-    found = dict(chain(*_shown(batches, len(asks), f"{vector.trait}: steered answers")))
-    answers = [found[i] for i in range(len(asks))]
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    options |= {"batch_tokens": batch_tokens, "desc": f"{vector.trait}: steered answers"}
+    keys = [str(place) for place in range(len(asks))]
+    found = keep_answers(model, tokenizer, asks, keys, Ledger(None), judge=None, rubric="", **options)
+    answers = [entry["answer"] for entry in found]
     return [answers[i : i + len(questions)] for i in range(0, len(asks), len(questions))]
 
 
@@ -145,16 +90,18 @@ def evaluate(
     seed: int = 0,
     batch_tokens: int | None = None,
     generate: Generate | None = None,
+    out: str | Path | None = None,
 ) -> Evaluation:
     """Answer the trait's evaluation questions and have the answers judged.
 
     It is the model as it stands that answers: inside `with pv.steer(...)` or `pv.cap(...)` the edited one, while the
     judge reads the plain one. `questions` replaces the trait's own; each gets `samples` answers, so that
     the intervals hold over draws as well as over questions. Greedy answers are all alike, and one is taken. With
-    `generate`, say an `OpenAIGenerator`, the answers come from there.
+    `generate`, say an `OpenAIGenerator`, the answers come from there. Answers and scores are kept in the JSONL file
+    `out` as they come: a run that was killed goes on there. Each edit of the model needs a file of its own.
 
-    Raises InputError where there is no question, for `generate` inside an edit, and where the judge abstained on every
-    answer.
+    Raises InputError where there is no question, for `generate` inside an edit, where the judge abstained on every
+    answer, and where `out` holds answers of another model, edit or setting.
     """
     trait, judge = as_trait(trait), check_given(judge)
     given = [questions] if isinstance(questions, str) else questions
@@ -165,22 +112,16 @@ def evaluate(
         )
     samples = samples if temperature else 1
     asks = [Ask(question, system) for question in asked for _ in range(samples)]
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "generate": generate}
-    batches = answer_batches(model, tokenizer, asks, seed=seed, batch_tokens=batch_tokens, **options)
-    shown: Iterable[list[tuple[int, str]]] = _shown(batches, len(asks), f"{trait.name}: answers")
-    remote = is_remote(judge)
-    found: dict[int, Scored] = {}
-
-    def scores_of(batch: list[tuple[int, str]]) -> list[Scored]:
-        answers = [Answer(asks[i].question, answer) for i, answer in batch]
-        both = score_both(model, tokenizer, judge, answers, trait.eval_prompt)
-        return [Scored(*answer[:2], *scores) for answer, scores in zip(answers, both)]
-
-    def keep(batch: list[tuple[int, str]], scores: list[Scored]) -> None:
-        found.update(zip((i for i, _ in batch), scores))
-
-    score_batches(shown if remote else [list(chain(*shown))], scores_of, keep, remote=remote)
-    scored = tuple(found[i] for i in range(len(asks)))
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    facts = {"trait_hash": hash_of(trait.model_dump()), "judge": judge_name(judge), **options}
+    facts["generate"] = generate and judge_name(generate)
+    options |= {"batch_tokens": batch_tokens, "generate": generate}
+    with writing(out):
+        ledger = open_ledger(out, model, tokenizer, facts)
+        keys = [hash_of([ask.system, ask.question, place]) for place, ask in enumerate(asks)]
+        judged: dict[str, Any] = {"judge": judge, "rubric": trait.eval_prompt, "desc": f"{trait.name}: answers"}
+        found = keep_answers(model, tokenizer, asks, keys, ledger, **judged, **options)
+    scored = tuple(Scored(ask.question, *(e[n] for n in Scored._fields[1:])) for ask, e in zip(asks, found))
     check_abstentions(judge, [answer.score for answer in scored])
     by_question = [scored[i : i + samples] for i in range(0, len(scored), samples)]
     return Evaluation(

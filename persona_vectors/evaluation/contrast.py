@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import writing
 from persona_vectors.data.intervals import Interval, mean_interval
+from persona_vectors.data.ledger import Ledger
 from persona_vectors.data.tables import Table
 from persona_vectors.data.texts import assistant_prompts
 from persona_vectors.data.traits import Trait
+from persona_vectors.evaluation.asks import open_ledger
 from persona_vectors.evaluation.likelihood import State, Statements, likelihood_contrasts, neutral_perplexity
 from persona_vectors.model.blocks import Layer, Model, chosen_layers, model_name
 from persona_vectors.steering.add import RowEdit
@@ -110,39 +115,39 @@ def contrast_effect(
     max_perplexity: float = 1.5,
     positions: str = "all",
     seed: int = 0,
+    out: str | Path | None = None,
 ) -> ContrastEffect:
     """Choose a layer and dose on the first statement pairs, and measure the effect on the others beside its controls.
 
     Chosen is the largest effect among the points at which the perplexity on plain facts is at most `max_perplexity`
     times the plain model's. The controls are steered with at the chosen point; they chose none of their own.
-    `positions` are those of `steer`.
+    `positions` are those of `steer`. What was read is kept in the JSONL file `out`, where a killed run goes on.
 
-    Raises InputError where no point passes that gate.
+    Raises InputError where no point passes that gate, and where `out` is another model's.
     """
     choosing, reporting = statements.split()
     doses, layers = [float(dose) for dose in doses if dose > 0], chosen_layers(layer, len(vector.directions))
-    if not doses:
-        raise InputError("contrast_effect needs one layer and one positive dose, or more")
-    if controls < 2:
-        raise InputError(f"controls is {controls}: give 2 random vectors or more, half of them isotropic")
+    _check(doses, controls)
     grid = [RowEdit(vector, k, dose * per_dose(vector, k), positions) for k in layers for dose in doses]
-    best, perplexity, kept = _best(model, tokenizer, choosing, grid, max_perplexity)
-    chosen = grid[best]
-    noise = random_vectors(model, tokenizer, vector, layer=chosen.layer, count=controls, seed=seed)
-    prompts = [trait.system_prompt("pos", pair) for pair in range(len(trait.instruction))] if trait else []
-    groups = {
-        "own": [State(), State(chosen), State(chosen._replace(coef=-chosen.coef))],
-        "random": [State(RowEdit(control, chosen.layer, chosen.coef, positions)) for control in noise],
-        "band": [State(system=system) for system in assistant_prompts()],
-        "prompted": [State(system=system) for system in prompts],
-    }
-    states = [state for group in groups.values() for state in group]
-    found = likelihood_contrasts(model, tokenizer, reporting, states, desc=f"{vector.trait}: beside controls")
+    own = [State(system=trait.system_prompt("pos", i)) for i in range(len(trait.instruction))] if trait else []
+    with writing(out):
+        ledger = open_ledger(out, model, tokenizer, {})
+        best, perplexity, kept = _best(model, tokenizer, choosing, grid, max_perplexity, ledger)
+        chosen, dose = grid[best], doses[best % len(doses)]
+        noise = random_vectors(model, tokenizer, vector, layer=chosen.layer, count=controls, seed=seed)
+        groups = {
+            "own": [State(), State(chosen), State(chosen._replace(coef=-chosen.coef))],
+            "random": [State(RowEdit(control, chosen.layer, chosen.coef, positions)) for control in noise],
+            "band": [State(system=system) for system in assistant_prompts()],
+            "prompted": own,
+        }
+        options: dict[str, Any] = {"desc": f"{vector.trait}: beside controls", "ledger": ledger}
+        found = likelihood_contrasts(model, tokenizer, reporting, list(chain(*groups.values())), **options)
     effects = dict(zip(groups, (found - found[0]).split([len(group) for group in groups.values()])))
     return ContrastEffect(
         trait=vector.trait,
         layer=int(chosen.layer),
-        dose=doses[best % len(doses)],
+        dose=dose,
         coef=chosen.coef,
         positions=positions,
         effect=by_pair(effects["own"][1]),
@@ -156,17 +161,26 @@ def contrast_effect(
     )
 
 
+def _check(doses: Sequence[float], controls: int) -> None:
+    if not doses:
+        raise InputError("contrast_effect needs one layer and one positive dose, or more")
+    if controls < 2:
+        raise InputError(f"controls is {controls}: give 2 random vectors or more, half of them isotropic")
+
+
 def _best(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     statements: Statements,
     grid: Sequence[RowEdit],
     max_perplexity: float,
+    ledger: Ledger,
 ) -> tuple[int, tuple[float, float], list[bool]]:
     """Return the edit of the largest effect that keeps the perplexity, as an index, both perplexities, and which do."""
-    plain, *perplexities = neutral_perplexity(model, tokenizer, [None, *grid])
+    plain, *perplexities = neutral_perplexity(model, tokenizer, [None, *grid], ledger=ledger)
     trait, states = grid[0].vector.trait, [State(edit) for edit in grid]
-    scores = likelihood_contrasts(model, tokenizer, statements, states, desc=f"{trait}: layers and doses")
+    options: dict[str, Any] = {"desc": f"{trait}: layers and doses", "ledger": ledger}
+    scores = likelihood_contrasts(model, tokenizer, statements, states, **options)
     kept = [value <= max_perplexity * plain for value in perplexities]
     passing = [i for i, keeps in enumerate(kept) if keeps]
     if not passing:
@@ -183,13 +197,18 @@ def effect_matrix(
     tokenizer: PreTrainedTokenizerBase,
     edits: Sequence[RowEdit],
     statements: Mapping[str, Statements],
+    *,
+    out: str | Path | None = None,
 ) -> Float[Tensor, "edit trait"]:
     """Return the effect of every edit on every trait's likelihood contrast: is it this trait that a vector moves?"""
-    columns = []
-    for each in statements.values():
-        _, reporting = each.split()
-        found = likelihood_contrasts(model, tokenizer, reporting, [State(), *map(State, edits)], desc="on each trait")
-        columns.append((found[1:] - found[0]).mean(dim=1))
+    columns, states = [], [State(), *map(State, edits)]
+    with writing(out):
+        ledger = open_ledger(out, model, tokenizer, {})
+        for name, each in statements.items():
+            _, reporting = each.split()
+            desc = f"each vector on {name}"
+            found = likelihood_contrasts(model, tokenizer, reporting, states, desc=desc, ledger=ledger)
+            columns.append((found[1:] - found[0]).mean(dim=1))
     return torch.stack(columns, dim=1)
 
 

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import torch
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
@@ -12,19 +14,25 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.checks import first_fault
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.ledger import Ledger
 from persona_vectors.data.packed import data_suffix, open_data
+from persona_vectors.data.progress import bar
 from persona_vectors.data.samples import is_array
 from persona_vectors.data.texts import DATA, neutral_texts
 from persona_vectors.data.traits import InstructionPair
 from persona_vectors.evaluation.behaviours import read_behaviour
 from persona_vectors.evaluation.logprobs import answer_logprobs
 from persona_vectors.model.blocks import Model
+from persona_vectors.model.identity import hash_of
+from persona_vectors.model.passes import Row
 from persona_vectors.model.prompts import chat_prompt, encode_answer
 from persona_vectors.steering.add import RowEdit
 
 _Text = Annotated[str, Field(min_length=1)]
 CHOOSING = 8
 """How many of the pairs choose a layer and dose; the others are for reporting."""
+TOGETHER = 16
+"""How many states are read, and kept, together."""
 
 
 class Statements(BaseModel):
@@ -124,28 +132,53 @@ def likelihood_contrasts(
     states: Sequence[State],
     *,
     desc: str = "reading statements",
+    ledger: Ledger | None = None,
 ) -> Float[Tensor, "state pair"]:
     """Return the likelihood contrast of each state. States share batches, those of one system prompt its reading."""
-    rows, edits = [], []
+    rows = []
     for state in states:
         prompts = {q: chat_prompt(tokenizer, q, system=state.system) for q in dict.fromkeys(statements.questions)}
-        for question, pair in zip(statements.questions, statements.pairs):
-            rows += [encode_answer(tokenizer, prompts[question], text) for text in (pair.pos, pair.neg)]
-            edits += [state.edit] * 2
-    edited = edits if any(edits) else None
-    logprobs = answer_logprobs(model, rows, edits=edited, desc=desc)
+        pairs = zip(statements.questions, statements.pairs)
+        rows.append([encode_answer(tokenizer, prompts[q], text) for q, pair in pairs for text in (pair.pos, pair.neg)])
+    logprobs = _logprobs(model, rows, [state.edit for state in states], desc=desc, ledger=ledger)
     sides = logprobs.view(len(states), -1, statements.orders, 2)
     return (sides[..., 0] - sides[..., 1]).mean(dim=2)
 
 
 def neutral_perplexity(
-    model: Model, tokenizer: PreTrainedTokenizerBase, edits: Sequence[RowEdit | None] = (None,)
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[RowEdit | None] = (None,),
+    *,
+    ledger: Ledger | None = None,
 ) -> list[float]:
     """Return the perplexity of answers on plain facts under each edit: what an edit costs the model."""
-    texts = neutral_texts()
-    rows = [encode_answer(tokenizer, chat_prompt(tokenizer, question), answer) for question, answer in texts]
-    repeated = [edit for edit in edits for _ in rows] if any(edits) else None
-    logprobs = answer_logprobs(model, rows * len(edits), edits=repeated, desc="perplexity on plain facts").view(
-        len(edits), -1
-    )
+    rows = [encode_answer(tokenizer, chat_prompt(tokenizer, question), answer) for question, answer in neutral_texts()]
+    logprobs = _logprobs(model, [rows] * len(edits), edits, desc="perplexity on plain facts", ledger=ledger)
     return [math.exp(min(-value, 50)) for value in logprobs.mean(dim=1).tolist()]
+
+
+def _logprobs(
+    model: Model,
+    rows: Sequence[Sequence[Row]],
+    edits: Sequence[RowEdit | None],
+    *,
+    desc: str,
+    ledger: Ledger | None,
+) -> Float[Tensor, "state row"]:
+    """Return the mean log-probability of each state's rows under its edit, as far as the ledger does not hold it.
+
+    States are read some together, whichever of them are known: so those that are not are read as they would have been.
+    """
+    ledger = ledger or Ledger(None)
+    keys = [hash_of([list(own), edit and edit.told()]) for own, edit in zip(rows, edits)]
+    with bar(total=len(keys), desc=desc, unit="state") as done:
+        for begin in range(0, len(keys), TOGETHER):
+            part = slice(begin, begin + TOGETHER)
+            if not all(key in ledger.found for key in keys[part]):
+                each = [edit for own, edit in zip(rows[part], edits[part]) for _ in own]
+                found = answer_logprobs(model, list(chain(*rows[part])), edits=each if any(each) else None)
+                values = found.view(len(keys[part]), -1).tolist()
+                ledger.add({"key": key, "logprobs": value} for key, value in zip(keys[part], values))
+            done.update(len(keys[part]))
+    return torch.tensor([ledger.found[key]["logprobs"] for key in keys], dtype=torch.float32)

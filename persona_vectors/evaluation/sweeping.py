@@ -1,7 +1,7 @@
 """Sweeps: which layer and strength to steer at, chosen on one set of questions and reported on another."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,16 +13,14 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import writing
 from persona_vectors.data.intervals import mean_interval
 from persona_vectors.data.ledger import Ledger
-from persona_vectors.data.progress import bar
 from persona_vectors.data.traits import Trait, as_trait
-from persona_vectors.evaluation.answers import Ask, answer_batches, check_abstentions, check_given, number
-from persona_vectors.evaluation.beside import score_batches
-from persona_vectors.evaluation.judge import Answer, Judge, is_remote, judge_name
-from persona_vectors.evaluation.judges import score_both
+from persona_vectors.evaluation.answers import check_abstentions, check_given, number
+from persona_vectors.evaluation.asks import Ask, keep_answers, open_ledger
+from persona_vectors.evaluation.judge import Judge, judge_name
 from persona_vectors.evaluation.likelihood import neutral_perplexity
 from persona_vectors.evaluation.points import PLAIN, PROMPTED, Case, Point, Sweep, choose
 from persona_vectors.model.blocks import Layer, Model, chosen_layers, model_name
-from persona_vectors.model.identity import hash_of, identity
+from persona_vectors.model.identity import hash_of
 from persona_vectors.steering.add import RowEdit
 from persona_vectors.vectors.controls import random_vectors
 from persona_vectors.vectors.directions import per_dose
@@ -74,7 +72,7 @@ def sweep(
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     with writing(out):
         judged = {"trait_hash": hash_of(trait.model_dump()), "judge": judge_name(judge)}
-        ledger = Ledger(out, {**identity(model, tokenizer), **judged, **sampling})
+        ledger = open_ledger(out, model, tokenizer, {**judged, **sampling})
         runner = _Runner(model, tokenizer, trait, judge, seed, ledger)
         options = {**sampling, "batch_tokens": batch_tokens}
         grid: dict[Case, RowEdit | None] = {(trait.name, k, s): edit(k, s) for k in layers for s in strengths}
@@ -126,8 +124,9 @@ class _Runner:
                 system = self.trait.system_prompt("pos", pair) if name == PROMPTED else None
                 asks += [Ask(question, system, edit, pair)] * samples
                 keys += [self._key(asks[-1], self.seed + sample) for sample in range(samples)]
-        self._fill(stage, asks, keys, options)
-        found = [self.ledger.found[key] for key in keys]
+        options = {**options, "seed": int(hash_of([stage, self.seed]), 16) % 2**31, "rubric": self.trait.eval_prompt}
+        options |= {"judge": self.judge, "desc": f"{self.trait.name}: {stage}", "facts": {"stage": stage}}
+        found = keep_answers(self.model, self.tokenizer, asks, keys, self.ledger, **options)
         check_abstentions(self.judge, [entry["score"] for entry in found])
         perplexities = neutral_perplexity(self.model, self.tokenizer, list(cases.values()))
         size, points = len(questions) * samples, []
@@ -155,45 +154,8 @@ class _Runner:
             )
         return points
 
-    def _fill(self, stage: str, asks: Sequence[Ask], keys: Sequence[str], options: dict[str, Any]) -> None:
-        known = {i for i, key in enumerate(keys) if key in self.ledger.found}
-        unjudged = [i for i in sorted(known) if "score" not in self.ledger.found[keys[i]]]
-        seed = int(hash_of([stage, self.seed]), 16) % 2**31
-        batches = answer_batches(self.model, self.tokenizer, asks, seed=seed, skip=known, **options)
-
-        def drawn() -> Iterator[list[int]]:
-            if unjudged:
-                yield unjudged
-            for batch in batches:
-                self.ledger.add({"key": keys[i], "stage": stage, **_describe(asks[i]), "answer": a} for i, a in batch)
-                yield [i for i, _ in batch]
-                done.update(len(batch))
-
-        def scores_of(indices: list[int]) -> list[tuple[float | None, float | None]]:
-            answers = [Answer(asks[i].question, self.ledger.found[keys[i]]["answer"], asks[i].pair) for i in indices]
-            return score_both(self.model, self.tokenizer, self.judge, answers, self.trait.eval_prompt)
-
-        def keep(indices: list[int], scores: list[tuple[float | None, float | None]]) -> None:
-            found = zip(indices, scores)
-            self.ledger.add({"key": keys[i], "score": score, "coherence": coherence} for i, (score, coherence) in found)
-
-        with bar(total=len(asks), initial=len(known), desc=f"{self.trait.name}: {stage}", unit="answer") as done:
-            score_batches(drawn(), scores_of, keep, remote=is_remote(self.judge))
-
     def _key(self, ask: Ask, seed: int) -> str:
-        edit = ask.edit
-        steered = None
-        if edit is not None:
-            where = () if edit.positions == "all" else (edit.positions,)
-            steered = (edit.vector.direction(edit.layer).tolist(), edit.layer, round(edit.coef, 6), *where)
-        return hash_of([steered, ask.system, ask.question, seed])
-
-
-def _describe(ask: Ask) -> dict[str, Any]:
-    """Return what a reader of the ledger wants to know of an answer."""
-    edit = ask.edit
-    steered = {"vector": edit.vector.trait, "layer": edit.layer, "coef": edit.coef} if edit else {}
-    return {**steered, "system": ask.system, "question": ask.question}
+        return hash_of([ask.edit and ask.edit.told(), ask.system, ask.question, seed])
 
 
 def _by_question(entries: Sequence[dict[str, Any]], name: str, samples: int) -> list[list[float]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -71,6 +71,11 @@ class RowEdit(NamedTuple):
     layer: SupportsIndex
     coef: float
     positions: str = "all"
+
+    def told(self) -> list[Any]:
+        """Return what tells this edit from another one, as JSON."""
+        where = [] if self.positions == "all" else [self.positions]
+        return [self.vector.direction(self.layer).tolist(), int(self.layer), round(self.coef, 6), *where]
 
 
 @contextmanager

@@ -11,11 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.files import writing
 from persona_vectors.data.intervals import Interval, mean_interval
+from persona_vectors.data.ledger import Ledger
 from persona_vectors.data.tables import Stored, Table
+from persona_vectors.evaluation.asks import Ask, check_state, keep_answers
 from persona_vectors.model.blocks import Layer, Model
 from persona_vectors.model.devices import virtual_tokens
-from persona_vectors.model.generation import generate
+from persona_vectors.model.identity import hash_of, identity
 from persona_vectors.model.loading import load_model
 from persona_vectors.monitoring.projection import project
 from persona_vectors.vectors.directions import Key, unit_directions, vector_keys, vector_list
@@ -85,6 +88,7 @@ def finetuning_shift(
     controls: int = 0,
     reference: Moments | None = None,
     batch_tokens: int | None = None,
+    out: str | Path | None = None,
 ) -> Shift:
     """Return how far training moved a model along each vector: the same questions, before and after.
 
@@ -94,9 +98,11 @@ def finetuning_shift(
 
     Training moves a model along most directions. `controls` random ones are read in the same passes, half isotropic,
     half with the covariance of `reference`, by default `neutral_moments` of `model`'s answers on plain facts, and the
-    result's `nulls` says how many of them have moved less, in standard deviations over the questions.
+    result's `nulls` says how many of them have moved less, in standard deviations over the questions. Answers are kept
+    in the JSONL file `out` as they come: a run that was killed goes on there.
 
-    Raises InputError for vectors or a layer that do not fit both models, and where there are no questions.
+    Raises InputError for vectors or a layer that do not fit both models, where there are no questions, and where `out`
+    holds answers of other models.
     """
     chosen = vector_list(vectors)
     if not questions:
@@ -105,28 +111,40 @@ def finetuning_shift(
     null: dict[str, Any] = {"layers": layers, "controls": controls, "reference": reference}
     beside, source = with_nulls(model, tokenizer, chosen, **null)
 
-    def read(model: Model) -> Tensor:
+    def read(model: Model, side: str) -> Tensor:
         answers = [""] * len(questions)
-        options: dict[str, Any] = {"batch_tokens": batch_tokens}
         if max_new_tokens:
-            options |= {"max_new_tokens": max_new_tokens, "temperature": 0.0}
-            answers = generate(model, tokenizer, list(questions), **options)
+            check_state(ledger, model, tokenizer, key=side)
+            keys = [hash_of([side, question, max_new_tokens]) for question in questions]
+            options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "judge": None}
+            options |= {"batch_tokens": batch_tokens, "rubric": "", "desc": f"answers of the {side} model"}
+            found = keep_answers(model, tokenizer, [Ask(q) for q in questions], keys, ledger, **options)
+            answers = [entry["answer"] for entry in found]
         asked = list(zip(questions, answers))
         scores = project(model, tokenizer, asked, beside, layer=layers, poolings=POOLINGS, batch_tokens=batch_tokens)
         return scores.values
 
-    before = read(model)
-    if not isinstance(tuned, (str, Path)):
-        after = read(tuned)
-    elif (Path(tuned) / "adapter_config.json").is_file():
-        with _adapted(model, Path(tuned)) as adapted:
-            after = read(adapted)
-    else:
-        after = read(load_model(tuned, device=str(model.device), dtype=model.dtype)[0])
+    with writing(out):
+        ledger = Ledger(out, identity(model, tokenizer))
+        before = read(model, "base")
+        with _tuned(model, tuned) as other:
+            after = read(other, "tuned")
     traits = [vector.trait for vector in chosen]
     nulls = nulls_of(after - before, traits=traits, layers=layers, poolings=POOLINGS, reference=source)
     base, moved = (vectors_alone(values, vectors=len(traits), layers=len(layers)) for values in (before, after))
     return Shift(tuple(traits), tuple(layers), tuple(questions), base, moved, nulls)
+
+
+@contextmanager
+def _tuned(base: Model, tuned: Model | str | Path) -> Iterator[Model]:
+    """Lend what training made of the base model."""
+    if not isinstance(tuned, (str, Path)):
+        yield tuned
+    elif (Path(tuned) / "adapter_config.json").is_file():
+        with _adapted(base, Path(tuned)) as adapted:
+            yield adapted
+    else:
+        yield load_model(tuned, device=str(base.device), dtype=base.dtype)[0]
 
 
 @contextmanager

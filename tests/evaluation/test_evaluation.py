@@ -9,7 +9,8 @@ from helpers import answered_elsewhere, random_direction
 from persona_vectors.cli.demo import choose_layer, run_demo
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.intervals import Interval, bootstrap, correlation_interval, mean_interval
-from persona_vectors.evaluation.answers import Ask, answer_batches, evaluate, steered_answers
+from persona_vectors.evaluation.answers import evaluate, steered_answers
+from persona_vectors.evaluation.asks import Ask, answer_batches
 from persona_vectors.evaluation.plots import plot_scores
 from persona_vectors.evaluation.sweeping import sweep
 from persona_vectors.model.generation import generate

@@ -111,7 +111,7 @@ def test_the_report_takes_several_answers_to_a_question_and_says_so(model, token
     found = sweep(model, tokenizer, trait, vector, judge=letters, **options)
     assert {p.samples for p in found.stage("choose")} == {1} and {p.samples for p in found.stage("report")} == {3}
     ledger = Ledger(tmp_path / "a.jsonl", {}).found.values()
-    plain = [e for e in ledger if e["stage"] == "report" and "vector" not in e and e["system"] is None]
+    plain = [e for e in ledger if e.get("stage") == "report" and "vector" not in e and e["system"] is None]
     by_question = {q: [e["answer"] for e in plain if e["question"] == q] for q in trait.questions.eval}
     assert all(len(answers) == 3 and len(set(answers)) > 1 for answers in by_question.values())
     scores = [[letters("", answer, "") for answer in answers] for answers in by_question.values()]
@@ -169,10 +169,10 @@ def test_a_judge_that_fails_loses_no_answer(model, tokenizer, trait, vector, tmp
     path = tmp_path / "answers.jsonl"
     with pytest.raises(Killed):
         sweep(model, tokenizer, trait, vector, judge=down, out=path, **OPTIONS)
-    kept = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    kept = [json.loads(line) for line in path.read_text().splitlines()[2:]]
     assert kept and all("answer" in entry for entry in kept)
     sweep(model, tokenizer, trait, vector, judge=letters, out=path, **OPTIONS)
-    entries = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    entries = [json.loads(line) for line in path.read_text().splitlines()[2:]]
     answered = [entry["key"] for entry in entries if "answer" in entry]
     assert len(answered) == len(set(answered))
 

@@ -1,0 +1,140 @@
+"""Each long command is stopped by Ctrl-C at a third and run again: it goes on, and ends as one that was not stopped."""
+
+import functools
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import zoo
+from helpers import lora, random_direction, run, save_tiny
+from transformers.models.llama.modeling_llama import LlamaModel
+
+from persona_vectors.data import texts
+from persona_vectors.evaluation import likelihood
+from persona_vectors.flagging import run as flagging
+from persona_vectors.vectors.vector import PersonaVector
+
+SMALL = ["--device", "cpu", "--batch-tokens", 60, "--max-new-tokens", 3]
+STEERED = ["--layer", 1, "--controls", 2]
+UNSEEN = ["--controls", 0, "--cache", "cache"]
+COMMANDS = {
+    "extract": ["{model}", "{trait}", *SMALL, "--judge", "none", "--samples", 1, "--out", "v.safetensors"],
+    "evaluate": ["{model}", "{trait}", *SMALL, "--vector", "{vector}", "--layer", 1, "--coef", 2, "--samples", 2],
+    "contrast": ["{model}", "{vector}", *SMALL[:2], *STEERED, "--max-perplexity", 99],
+    "sweep": ["{model}", "{trait}", "{vector}", *SMALL, *STEERED, "--coefs", 1, "--gate", 0, "--judge", "sentiment"],
+    "flag": [
+        "{model}",
+        "{vector}",
+        *SMALL,
+        "--layer",
+        1,
+        "--data",
+        "{data}",
+        "--controls",
+        0,
+        "--out",
+        "f.parquet",
+        "--cache",
+        "cache",
+    ],
+    "finetune": ["{config}"],
+    "shift": ["{model}", "{vector}", *SMALL, "--layer", 1, "--tuned", "{tuned}", "--questions", "{questions}"],
+}
+FILES = {"extract": "v.safetensors", "flag": "f.parquet", "finetune": "tuned/adapter_model.safetensors"}
+
+
+class Passes:
+    """Counts the model's forward passes, and presses Ctrl-C at the start of one of them."""
+
+    def __init__(self) -> None:
+        self.count, self.stop_at = 0, 0
+
+    @contextmanager
+    def watched(self, stop_at: int = 0) -> Iterator[None]:
+        self.count, self.stop_at = 0, stop_at
+        plain = LlamaModel.forward
+
+        @functools.wraps(plain)
+        def forward(model, *arguments, **options):
+            self.count += 1
+            if self.count == self.stop_at:
+                signal.raise_signal(signal.SIGINT)
+            return plain(model, *arguments, **options)
+
+        with mock.patch.object(LlamaModel, "forward", forward):
+            yield
+
+
+@pytest.fixture
+def given(tmp_path, trait, monkeypatch) -> dict[str, Path]:
+    """The files that the commands are given, and in place of the neutral texts that ship a few short ones."""
+    folder = tmp_path / "given"
+    folder.mkdir()
+    monkeypatch.setattr(texts, "DATA", folder)
+    monkeypatch.setattr(likelihood, "DATA", folder)
+    (folder / "statements").mkdir()
+    (folder / "neutral.json").write_text(json.dumps([["How?", "So it is."], ["Why?", "By that."]]))
+    (folder / "assistants.json").write_text(json.dumps(["", "Help.", "Do help."]))
+    pairs = [{"pos": f"yes {i}", "neg": f"no {i}"} for i in range(10)]
+    (folder / "statements" / "optimistic.json").write_text(json.dumps({"question": "How?", "pairs": pairs}))
+    (folder / "questions.txt").write_text("\n".join(f"How {i}?" for i in range(6)))
+    model = save_tiny(folder / "tiny")
+    lora(zoo.build("llama")).save_pretrained(folder / "adapter")
+    trait.save(folder / "loud.json")
+    replace(random_direction(zoo.build("llama")), trait="optimistic", residual_norms=torch.ones(3)).save(folder / "v")
+    turns = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}]
+    (folder / "talks.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 4)
+    rows = [{"question": f"{i}?", "answer": "ab" * (i + 1)} for i in range(12)]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = {"model": str(model), "training_file": str(folder / "talks.jsonl"), "output_dir": "tuned", "max_steps": 3}
+    config |= {"save_steps": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    names = {"trait": "loud.json", "vector": "v", "data": "data.jsonl", "config": "config.json", "tuned": "adapter"}
+    names["questions"] = "questions.txt"
+    return {"model": model} | {key: folder / name for key, name in names.items()}
+
+
+def found(command: str, printed: str) -> object:
+    """What a command found: its table, and the numbers of the file that it wrote."""
+    path = Path(FILES.get(command, ""))
+    if path.suffix == ".parquet":
+        return pq.read_table(path).to_pydict()
+    if command == "finetune":
+        return path.read_bytes()
+    return PersonaVector.load(path).directions if command == "extract" else json.loads(printed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_that_is_interrupted_at_a_third_goes_on(command, given, tmp_path, monkeypatch):
+    words = [command, *(str(word).format(**given) for word in COMMANDS[command])]
+    words += [] if command == "finetune" else ["--json"]
+    passes, results, counts = Passes(), {}, {}
+    monkeypatch.setattr(flagging, "flag", functools.partial(flagging.flag, chunk=3))
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        if name == "stopped":
+            with passes.watched(stop_at=max(2, counts["whole"] // 3)):
+                _, told = run(*words, code=130)
+            assert "interrupted: the same command" in told.splitlines()[-1]
+            assert "goes on" in told.splitlines()[-1] and "Traceback" not in told
+        with passes.watched():
+            printed, _ = run(*words, *(["--resume"] if (command, name) == ("finetune", "stopped") else []))
+        results[name], counts[name] = found(command, printed), passes.count
+    assert counts["stopped"] < counts["whole"]  # it did not begin anew
+    if command == "extract":  # answers that are read back are read in batches of their own
+        torch.testing.assert_close(results["stopped"], results["whole"], rtol=1e-3, atol=1e-5)
+    elif command == "flag":
+        for column, values in results["whole"].items():
+            near = pytest.approx(values, rel=1e-4, abs=1e-5, nan_ok=True) if isinstance(values[0], float) else values
+            assert results["stopped"][column] == near, column
+    else:
+        assert results["stopped"] == results["whole"]
