@@ -85,7 +85,7 @@ def lines(given: Given) -> list[Line]:
     edits = {"plain": None, "steered": given.edits[0]}
     edits |= {f"random {i}": edit for i, edit in enumerate(given.random_edits(given.edits[0], 4))}
     found = {name: given.once(name, scored, given, questions, edit) for name, edit in edits.items()}
-    measures = {
+    measures: dict[str, Callable[[Sequence[Sequence[float]]], float]] = {
         "ACC": partial(over_answers, accuracy),
         "IC": partial(over_answers, internal_consistency),
         "RC": retest_consistency,

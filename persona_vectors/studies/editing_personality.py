@@ -18,6 +18,7 @@ opinions are a personality.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,11 +61,12 @@ def drawdown(before: Sequence[Float[Tensor, "_ vocab"]], after: Sequence[Float[T
     return float(kls.mean())
 
 
-def coef_at(success: Callable[[float], float], wanted: float, most: float) -> float:
-    """Return the coefficient, up to `most`, that has an ES; nan where `most` has less."""
+def coef_at(success: Callable[[float], float], wanted: float, full: float) -> float:
+    """Return the coefficient that has an ES; nan where it is not reached at one, two or four times `full`."""
     if success(0.0) >= wanted:
         return 0.0
-    return brentq(lambda coef: success(coef) - wanted, 0, most, xtol=most / 200) if success(most) > wanted else math.nan
+    most = next((times * full for times in (1, 2, 4) if success(times * full) >= wanted), math.nan)
+    return most if math.isnan(most) else brentq(lambda coef: success(coef) - wanted, 0, most, xtol=full / 100)
 
 
 class Topic:
@@ -147,7 +149,7 @@ def measure(given: Given, name: str) -> dict[str, Any]:
     topic, full = Topic(given, name), given.edits[0].coef
     ways = [None, *topic.gates(4)]
     wanted = min(topic.success(way, full) for way in ways[:2])
-    coefs = [coef_at(lambda coef, w=way: topic.success(w, coef), wanted, 4 * full) for way in ways]
+    coefs = [coef_at(partial(topic.success, way), wanted, full) for way in ways]
     found: dict[str, Any] = {"before": topic.success(None, 0.0), "everywhere": topic.success(None, full)}
     found |= {"gated": topic.success(ways[1], full), "random": topic.random_success(10)}
     item = [f"Like {name}."]

@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
@@ -19,6 +18,7 @@ from persona_vectors.data.files import atomic_path, writing
 from persona_vectors.data.intervals import Interval, mean_interval
 from persona_vectors.data.ledger import Ledger
 from persona_vectors.data.tables import Table
+from persona_vectors.data.texts import DATA
 from persona_vectors.model.blocks import Model, model_name
 from persona_vectors.model.identity import hash_of, identity
 from persona_vectors.steering.add import RowEdit
@@ -32,6 +32,7 @@ NAMES = (
     "atomic_fidelity",
     "situational_judgment",
     "principled_personas",
+    "localizing",
 )
 """The studies: each is the module of that name, whose docstring is the text of its page and whose `lines` its table."""
 
@@ -44,6 +45,11 @@ class Line:
     value: Interval
     null: float = math.nan
     null_of: str = ""
+
+
+def shipped(name: str) -> Any:
+    """Return what a study's file holds: what is asked of models."""
+    return json.loads((DATA / "studies" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def over(values: Iterable[float]) -> Interval:
@@ -142,8 +148,7 @@ def run_study(
     directions = hash_of([vector.directions.tolist() for vector in vectors])
     settings = {"study": name, **identity(model, tokenizer), "vectors": directions, "size": size, "seed": seed}
     ledger = None if out is None else Path(out) / f"{name}.jsonl"
-    with writing(ledger), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with writing(ledger):
         given = Given(model, tokenizer, tuple(vectors), size, seed, Ledger(ledger, settings))
         lines = tuple(module.lines(given))
         seconds = sum(entry["seconds"] for entry in given.done.found.values())

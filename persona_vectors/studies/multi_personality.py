@@ -127,7 +127,7 @@ def lines(given: Given) -> list[Line]:
         read = given.once(vector.trait, contrasts, given, statements, [*given.edits[:2], *noise], pairs)
         effects = torch.tensor(read[1:]) - torch.tensor(read[0])
         null = float(effects[3:].mean(dim=1).max())
-        for name, effect in zip((*(f"{v.trait} alone" for v in given.vectors), "both"), effects):
+        for name, effect in zip((*(f"{v.trait} alone" for v in given.vectors[:2]), "both"), effects):
             what = f"effect on {vector.trait} statements of {name}"
             result.append(Line(what, by_pair(effect), null, "largest of 6 targets of two random vectors"))
     return result

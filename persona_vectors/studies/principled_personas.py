@@ -4,8 +4,8 @@ Luz de Araujo et al. 2025 (arXiv 2508.19764). The utility of a persona, given as
 questions is how much likelier the right answer is than the mean of three wrong ones, in nats a token. Expertise
 advantage is the utility of "an expert in DOMAIN" less that of no persona. Robustness is the least utility over
 experts with an attribute that does not matter (a name, a colour that they like) less that of the expert alone: the
-worst case. Fidelity is Kendall's tau of the utilities with the order of what a persona says of its expertise: the
-level of education, and whether the domain is its own.
+worst case. Fidelity is Kendall's tau of the utilities with six levels of expertise, from "someone without schooling
+in DOMAIN" to "a professor in DOMAIN".
 
 The paper: experts help or do no harm; irrelevant attributes cost up to 30 points of accuracy; fidelity is weak for
 most models.
@@ -24,31 +24,13 @@ from persona_vectors.data.intervals import Interval, bootstrap
 from persona_vectors.data.texts import assistant_prompts
 from persona_vectors.evaluation.logprobs import answer_logprobs
 from persona_vectors.model.prompts import chat_prompt, encode_answer
-from persona_vectors.studies.frame import Given, Line, over
+from persona_vectors.studies.frame import Given, Line, over, shipped
 
 VECTORS = 0
-FACTS = {
-    "geography": (
-        ("What is the capital of France?", "Paris", "Lyon", "Madrid", "Rome"),
-        ("Which ocean lies between Europe and America?", "The Atlantic", "The Pacific", "The Indian", "The Arctic"),
-        ("On which continent is Egypt?", "Africa", "Asia", "Europe", "America"),
-        ("Which river flows through London?", "The Thames", "The Seine", "The Rhine", "The Danube"),
-    ),
-    "biology": (
-        ("Which organ pumps blood?", "The heart", "The liver", "The lung", "The stomach"),
-        ("What do bees make?", "Honey", "Milk", "Silk", "Wool"),
-        ("How many legs has a spider?", "Eight", "Six", "Four", "Ten"),
-        ("What do plants take from the air?", "Carbon dioxide", "Nitrogen oxide", "Helium gas", "Carbon monoxide"),
-    ),
-    "music": (
-        ("How many strings has a violin?", "Four", "Six", "Five", "Eight"),
-        ("Who wrote The Magic Flute?", "Mozart", "Verdi", "Wagner", "Chopin"),
-        ("Which instrument has black and white keys?", "The piano", "The flute", "The drum", "The harp"),
-        ("What does piano mean in a score?", "Softly", "Loudly", "Quickly", "Slowly"),
-    ),
-}
+FACTS: dict[str, list[list[str]]] = shipped("facts")
+"""Questions by domain, each with the right answer and three wrong ones."""
 ATTRIBUTES = ("Your name is Robin.", "Your name is Alex.", "You like the colour green.", "You own a bicycle.")
-LEVELS = ("someone without schooling", "a school pupil", "a student", "a professor")
+LEVELS = ("someone without schooling", "a child", "a school pupil", "a student", "a teacher", "a professor")
 
 
 def advantage(expert: np.ndarray, none: np.ndarray) -> float:
@@ -80,7 +62,7 @@ def personas(domain: str) -> dict[str, Sequence[str | None]]:
     }
 
 
-def utilities(given: Given, questions: Sequence[tuple[str, ...]], systems: Sequence[str | None]) -> Any:
+def utilities(given: Given, questions: Sequence[Sequence[str]], systems: Sequence[str | None]) -> Any:
     """Return the utility of each system prompt on each question, [system][question]."""
     prompts = [[chat_prompt(given.tokenizer, q, system=system) for q, *_ in questions] for system in systems]
     rows = [
@@ -125,14 +107,14 @@ def lines(given: Given) -> list[Line]:
         Line(
             "advantage over experts in other domains",
             over(expert - found["others"].mean(axis=0)),
-            float(same.mean(axis=1).std()),
-            f"deviation of 12 {meaning}",
+            float(np.quantile(np.abs(np.subtract.outer(*[same.mean(axis=1)] * 2)), 0.975)),
+            f"97.5th percentile of two {meaning}",
         ),
         Line(
             "robustness, the worst of four attributes",
             interval(lambda i: robustness(expert[i], found["attributes"][:, i])),
-            float(np.mean(worst)),
-            f"worst of four {meaning}, on average",
+            float(np.quantile(worst, 0.025)),
+            f"2.5th percentile of the worst of four {meaning}",
         ),
         Line(
             "fidelity, tau with the level of expertise",

@@ -30,23 +30,13 @@ from persona_vectors.data.intervals import Interval, bootstrap
 from persona_vectors.evaluation.logprobs import answer_logprobs
 from persona_vectors.model.prompts import chat_prompt, encode_answer
 from persona_vectors.steering.add import RowEdit
-from persona_vectors.studies.frame import Given, Line
+from persona_vectors.studies.frame import Given, Line, shipped
 
 VECTORS = 1
 STRENGTHS = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 ASKED = ("What do you do?", "Which of these would you choose?")
-SCENES = (
-    ("It rains on the day of your picnic.", "Go anyway and enjoy it.", "Give up and stay at home."),
-    ("Your train is an hour late.", "Use the time well.", "Expect the whole day to fail."),
-    ("A friend starts a small shop.", "Tell them that it will go well.", "Warn them that it will fail."),
-    ("You did badly in a test.", "Look forward to the next one.", "Decide that you will never pass."),
-    ("Your team loses the first game.", "Hope for the second one.", "Expect to lose them all."),
-    ("You are asked about next year.", "Say that it will be a good one.", "Say that it will be a hard one."),
-    ("A plant in your room looks weak.", "Water it and trust it to grow.", "Throw it away at once."),
-    ("You move to a new town.", "Look for new friends.", "Expect to be lonely."),
-    ("Your cake has sunk in the middle.", "Fill it with fruit and serve it.", "Throw it away and bake no more."),
-    ("Someone does not answer your letter.", "Suppose that they are busy.", "Suppose that they dislike you."),
-)
+SCENES: list[list[str]] = shipped("scenes")
+"""Scenes, each with the action in character and another."""
 
 
 def two_parameter_fit(choices: Float[Tensor, "respondent item"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +74,7 @@ def icc(ratings: np.ndarray) -> float:
     return float((rows - error) / (rows + (raters - 1) * error + raters * (columns - error) / targets))
 
 
-def margins(given: Given, scenes: Sequence[tuple[str, str, str]], edit: RowEdit | None) -> list[list[float]]:
+def margins(given: Given, scenes: Sequence[Sequence[str]], edit: RowEdit | None) -> list[list[float]]:
     """Return by how much the character's action is likelier, [scene][paraphrase], over all orders of the list."""
     rows = []
     for scene, *actions in scenes:

@@ -30,6 +30,8 @@ def test_equal_success_is_found_by_the_coefficient():
     def success(coef):
         return 0.2 + 0.1 * coef
 
-    assert coef_at(success, 0.45, most=8.0) == pytest.approx(2.5, abs=0.04)
-    assert coef_at(success, 0.1, most=8.0) == 0
-    assert math.isnan(coef_at(success, 2.0, most=8.0))
+    assert coef_at(success, 0.45, full=8.0) == pytest.approx(2.5, abs=0.04)
+    assert coef_at(success, 0.45, full=1.0) == pytest.approx(2.5, abs=0.04)
+    assert coef_at(success, 0.1, full=8.0) == 0
+    assert math.isnan(coef_at(success, 2.0, full=4.0))
+    assert coef_at(lambda coef: coef * (2 - coef), 0.75, full=1.0) == pytest.approx(0.5, abs=0.02)  # 4 is too much

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from persona_vectors.studies.multi_personality import acceptance, accepted, combined
+from persona_vectors.data.ledger import Ledger
+from persona_vectors.evaluation.likelihood import State, likelihood_contrasts, load_statements
+from persona_vectors.studies.frame import Given
+from persona_vectors.studies.multi_personality import acceptance, accepted, combined, contrasts
 from persona_vectors.studies.policies import frequencies, total_variation
 
 
@@ -77,3 +80,11 @@ def test_the_target_of_one_token_is_the_product_normalised():
     torch.testing.assert_close(found, tilted / tilted.sum())
     torch.testing.assert_close(combined(reference.log(), [part.log()], [1.0]).exp(), part)
     torch.testing.assert_close(combined(reference.log(), [], []).exp(), reference)
+
+
+def test_the_target_of_one_part_has_that_part_s_contrast_on_statements(model, tokenizer, vectors):
+    statements = load_statements("optimistic").part(0, 3)
+    given = Given(model, tokenizer, tuple(vectors), 1, 0, Ledger(None))
+    found = contrasts(given, statements, given.edits, [(), (1,)])
+    plain = likelihood_contrasts(model, tokenizer, statements, [State(), State(given.edits[1])])
+    torch.testing.assert_close(torch.tensor(found), plain, atol=1e-4, rtol=1e-3, check_dtype=False)
