@@ -19,6 +19,7 @@ ROOMS = (
     "flagging",
     "training",
     "serving",
+    "studies",
     "cli",
 )
 
@@ -51,6 +52,13 @@ def test_rooms_import_downwards_only():
             assert not above, f"{name} imports {other}, from a room above its own"
 
 
+def test_nothing_stands_on_the_studies_but_the_command_that_runs_them():
+    for name, tree in modules().items():
+        if not name.startswith("studies."):
+            found = {other for other in imported(tree) if other.startswith("studies.")}
+            assert not found or name == "cli.studies", f"{name} imports {found}"
+
+
 def test_no_circle_of_modules():
     arrows = {name: imported(tree) - {name} for name, tree in modules().items()}
     while arrows:
@@ -65,7 +73,7 @@ def test_the_rooms_are_the_folders_and_hold_nothing_but_a_docstring_at_their_doo
         (only,) = ast.parse((PACKAGE / room / "__init__.py").read_text()).body
         assert isinstance(only, ast.Expr) and isinstance(only.value, ast.Constant)
     entries = {path.name for path in PACKAGE.iterdir()} - {"data", "__pycache__"}
-    assert len(entries) <= 13, entries
+    assert len(entries) <= 14, entries
 
 
 def test_no_room_bears_a_public_name():

@@ -18,6 +18,7 @@ from persona_vectors.cli import (
     monitoring,
     serving,
     steering,
+    studies,
     training,
     vectors,
 )
@@ -27,7 +28,7 @@ from persona_vectors.data.errors import InputError
 PANELS = {
     "Traits and vectors": (extraction, vectors),
     "Steer and watch": (steering, monitoring, chat, serving),
-    "Measure": (evaluation, contrast),
+    "Measure": (evaluation, contrast, studies),
     "Training data and training": (flagging, training),
 }
 ROOMS = {module.__name__: panel for panel, modules in PANELS.items() for module in modules}
@@ -36,6 +37,7 @@ ROOMS = {module.__name__: panel for panel, modules in PANELS.items() for module 
 RESUMES = dict.fromkeys(
     ("extract", "evaluate", "contrast", "sweep", "flag", "shift"), "the same command goes on where it stopped"
 )
+RESUMES["study"] = "the same command goes on where it stopped, if it has --out"
 RESUMES["demo"] = "the same command goes on with the answers that it has drawn"
 RESUMES["finetune"] = "the same command with --resume goes on from the last checkpoint, if there is one"
 

@@ -13,9 +13,8 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.data.traits import Trait
 from persona_vectors.evaluation.beside import in_background
 from persona_vectors.evaluation.judge import COHERENCE_RUBRIC, Answer, Judge, fill, is_remote, score
-from persona_vectors.evaluation.logprobs import answer_logprobs
+from persona_vectors.evaluation.logprobs import answer_logprobs, next_token_logprobs
 from persona_vectors.model.blocks import Model
-from persona_vectors.model.passes import forward_passes, own_tokens, read_pass
 from persona_vectors.model.prompts import chat_prompt, encode, encode_answer
 from persona_vectors.model.wrappers import unwrap
 
@@ -143,17 +142,8 @@ class LocalJudge:
 
     def _next_probabilities(self, prompt: list[int], stems: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Return the distribution over the next token after the prompt and each stem."""
-        rows, found = [(prompt, list(stem)) for stem in stems], [torch.zeros(0)] * len(stems)
-        with torch.inference_mode():
-            for step in forward_passes(self.model, rows, held_back=1):
-                if not step.answers:
-                    read_pass(self.model, step)
-                    continue
-                logits = own_tokens(self.model(**step.inputs).logits, step)
-                ends = step.position.argmax(dim=1)
-                for line, members in enumerate(step.rows):
-                    found[members[0]] = logits[line, ends[line]].float().softmax(dim=-1).cpu()
-        return found
+        found = next_token_logprobs(self.model, [(prompt, list(stem)) for stem in stems])
+        return [logprobs.exp() for logprobs in found]
 
 
 def score_both(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from persona_vectors.data.progress import bar
 from persona_vectors.model.blocks import Model
-from persona_vectors.model.passes import Row, forward_passes, read_pass
+from persona_vectors.model.passes import Row, forward_passes, own_tokens, read_pass
 from persona_vectors.model.prompts import batch_tokens_for
 from persona_vectors.model.tokens import answers_at
 from persona_vectors.steering.add import RowEdit, steer_rows
@@ -49,3 +49,25 @@ def answer_logprobs(
             done.update(len(step.rows))
     count = torch.tensor([len(answer) for _, answer in rows], dtype=torch.float64)
     return (total / count).float()
+
+
+def next_token_logprobs(
+    model: Model, rows: Sequence[Row], *, edits: Sequence[RowEdit | None] | None = None
+) -> list[Float[Tensor, " vocab"]]:
+    """Return all tokens' log-probabilities after each row's answer, which may be empty; see `answer_logprobs`."""
+    found = [torch.zeros(0)] * len(rows)
+    groups = None if edits is None else [None if e is None else (id(e.vector), *e[1:]) for e in edits]
+    with torch.inference_mode():
+        for step in forward_passes(model, rows, held_back=1, groups=groups):
+            index = [members[0] for members in step.rows]
+            begin = torch.tensor([[len(rows[row][0])] for row in index], device=step.position.device)
+            steered = steer_rows(model, [edits[row] for row in index]) if edits else nullcontext()
+            with step.attempt, answers_at(step.position - begin), steered:
+                if not step.answers:
+                    read_pass(model, step)
+                    continue
+                logits = own_tokens(model(**step.inputs).logits, step)
+                ends = step.position.argmax(dim=1)
+                for line, row in enumerate(index):
+                    found[row] = logits[line, ends[line]].float().log_softmax(dim=-1).cpu()
+    return found

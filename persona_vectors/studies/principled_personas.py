@@ -1,0 +1,125 @@
+"""Principled personas: whether an expert's persona helps, and whether what should not matter does not.
+
+Luz de Araujo et al. 2025 (arXiv 2508.19764). The utility of a persona, given as a system prompt, on a domain's
+questions is how much likelier the right answer is than the mean of three wrong ones, in nats a token. Expertise
+advantage is the utility of "an expert in DOMAIN" less that of no persona. Robustness is the least utility over
+experts with an attribute that does not matter (a name, a colour that they like) less that of the expert alone: the
+worst case. Fidelity is Kendall's tau of the utilities with six levels of expertise, from "someone without schooling
+in DOMAIN" to "a professor in DOMAIN".
+
+The paper: experts help or do no harm; irrelevant attributes cost up to 30 points of accuracy; fidelity is weak for
+most models.
+
+A small model can show whether these differences are larger than those of prompts that mean the same; it cannot show
+an expertise, as its knowledge ends before any level of it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.stats import kendalltau
+
+from persona_vectors.data.intervals import Interval, bootstrap
+from persona_vectors.data.texts import assistant_prompts
+from persona_vectors.evaluation.logprobs import answer_logprobs
+from persona_vectors.model.prompts import chat_prompt, encode_answer
+from persona_vectors.studies.frame import Given, Line, over, shipped
+
+VECTORS = 0
+FACTS: dict[str, list[list[str]]] = shipped("facts")
+"""Questions by domain, each with the right answer and three wrong ones."""
+ATTRIBUTES = ("Your name is Robin.", "Your name is Alex.", "You like the colour green.", "You own a bicycle.")
+LEVELS = ("someone without schooling", "a child", "a school pupil", "a student", "a teacher", "a professor")
+
+
+def advantage(expert: np.ndarray, none: np.ndarray) -> float:
+    """Return the expertise advantage, of utilities by question."""
+    return float((expert - none).mean())
+
+
+def robustness(expert: np.ndarray, variants: np.ndarray) -> float:
+    """Return the worst case over irrelevant attributes less the expert alone, of utilities [attribute, question]."""
+    return float(variants.mean(axis=1).min() - expert.mean())
+
+
+def fidelity(levels: np.ndarray) -> float:
+    """Return Kendall's tau of utilities with the levels of expertise, lowest first, [level, question]."""
+    found = kendalltau(np.arange(len(levels)), levels.mean(axis=1)).statistic
+    return float(found)
+
+
+def personas(domain: str) -> dict[str, Sequence[str | None]]:
+    """Return the system prompts that are held against each other on a domain's questions."""
+    expert = f"You are an expert in {domain}."
+    return {
+        "none": [None],
+        "expert": [expert],
+        "attributes": [f"{expert} {attribute}" for attribute in ATTRIBUTES],
+        "levels": [f"You are {level} in {domain}." for level in LEVELS],
+        "others": [f"You are an expert in {other}." for other in FACTS if other != domain],
+        "same": [text for text in assistant_prompts() if text][:12],
+    }
+
+
+def utilities(given: Given, questions: Sequence[Sequence[str]], systems: Sequence[str | None]) -> Any:
+    """Return the utility of each system prompt on each question, [system][question]."""
+    prompts = [[chat_prompt(given.tokenizer, q, system=system) for q, *_ in questions] for system in systems]
+    rows = [
+        encode_answer(given.tokenizer, prompt, answer)
+        for asked in prompts
+        for prompt, (_, *answers) in zip(asked, questions)
+        for answer in answers
+    ]
+    found = answer_logprobs(given.model, rows).view(len(systems), len(questions), -1).numpy()
+    return (found[..., 0] - found[..., 1:].mean(axis=2)).tolist()
+
+
+def lines(given: Given) -> list[Line]:
+    """Return advantage, robustness and fidelity over all domains; `size` questions of each, at most four."""
+    found: dict[str, np.ndarray] = {}
+    for domain, facts in FACTS.items():
+        groups = personas(domain)
+        systems = [system for group in groups.values() for system in group]
+        read = given.once(domain, utilities, given, facts[: given.size], systems)
+        parts = np.split(np.array(read), np.cumsum([len(group) for group in groups.values()])[:-1])
+        for name, part in zip(groups, parts):
+            found[name] = np.concatenate([found[name], part], axis=1) if name in found else part
+    (none,), (expert,), same = found["none"], found["expert"], found["same"]
+    everyone = range(len(none))
+
+    def interval(statistic: object) -> Interval:
+        return bootstrap(statistic, everyone)  # type: ignore[arg-type]
+
+    worst = [robustness(same[i], np.delete(same, i, axis=0)[:4]) for i in range(len(same))]
+    shuffled = [
+        kendalltau(np.random.default_rng(i).permutation(len(LEVELS)), range(len(LEVELS)))[0] for i in range(500)
+    ]
+    meaning = "prompts that mean the same"
+    return [
+        Line("utility without a persona", over(none)),
+        Line(
+            "expertise advantage",
+            over(expert - none),
+            float((same.mean(axis=1) - none.mean()).max()),
+            f"largest of 12 {meaning}",
+        ),
+        Line(
+            "advantage over experts in other domains",
+            over(expert - found["others"].mean(axis=0)),
+            float(np.quantile(np.abs(np.subtract.outer(*[same.mean(axis=1)] * 2)), 0.975)),
+            f"97.5th percentile of two {meaning}",
+        ),
+        Line(
+            "robustness, the worst of four attributes",
+            interval(lambda i: robustness(expert[i], found["attributes"][:, i])),
+            float(np.quantile(worst, 0.025)),
+            f"2.5th percentile of the worst of four {meaning}",
+        ),
+        Line(
+            "fidelity, tau with the level of expertise",
+            interval(lambda i: fidelity(found["levels"][:, i])),
+            float(np.quantile(shuffled, 0.975)),
+            "97.5th percentile of shuffled levels",
+        ),
+    ]

@@ -1,0 +1,136 @@
+"""Situational judgment: what a character would do, by forced choice, with item response theory.
+
+Tests of situational judgment put a scene and several actions, one of which is the character's. Here an action is
+chosen by its likelihood as an answer, the mean log-probability of its tokens, averaged over all orders in which the
+actions are listed and over paraphrases of the question. Respondents are states of the model: steered with the first
+vector at several strengths and with random vectors at the recommended one. Choices are fitted by the two-parameter
+model, P(choice) = sigmoid(a_j (theta_i - b_j)), with theta from N(0, 1) integrated out (marginal maximum likelihood,
+with normal priors of deviation 0.5 on log a and of 2 on b), and theta is its posterior mean. ICC is ICC(A,1):
+absolute agreement of single paraphrases, two-way random effects (Shrout and Fleiss 1979, their ICC(2,1));
+respondents by paraphrase, the value being the mean margin over scenes.
+
+The paper: scenes with several actions tell models' characters apart better than questionnaires do.
+
+A small model can show whether a vector orders the respondents as its strength does; it cannot show what it would do
+in a scene that it acts in.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from itertools import permutations
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from persona_vectors.data.intervals import Interval, bootstrap
+from persona_vectors.evaluation.logprobs import answer_logprobs
+from persona_vectors.model.prompts import chat_prompt, encode_answer
+from persona_vectors.steering.add import RowEdit
+from persona_vectors.studies.frame import Given, Line, shipped
+
+VECTORS = 1
+STRENGTHS = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
+ASKED = ("What do you do?", "Which of these would you choose?")
+SCENES: list[list[str]] = shipped("scenes")
+"""Scenes, each with the action in character and another."""
+
+
+def two_parameter_fit(choices: Float[Tensor, "respondent item"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return discriminations a [item], difficulties b [item] and abilities theta [respondent] of choices, 0 or 1."""
+    nodes, weights = (torch.tensor(each) for each in np.polynomial.hermite_e.hermegauss(31))
+    log_prior = (weights / weights.sum()).log()
+    log_a, b = (torch.zeros(choices.shape[1], dtype=torch.float64, requires_grad=True) for _ in range(2))
+    chosen = choices.double()
+
+    def joint() -> Tensor:
+        logits = log_a.exp() * (nodes[:, None] - b)
+        loglik = chosen @ logits.T - torch.nn.functional.softplus(logits).sum(dim=1)
+        return loglik + log_prior  # [respondent, node]
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = -joint().logsumexp(dim=1).sum() + (log_a**2 / 0.5).sum() + (b**2 / 8).sum()
+        value.backward()
+        return value
+
+    optimizer = torch.optim.LBFGS([log_a, b], max_iter=60, line_search_fn="strong_wolfe")
+    optimizer.step(loss)
+    with torch.no_grad():
+        return log_a.exp(), b.clone(), joint().softmax(dim=1) @ nodes
+
+
+def icc(ratings: np.ndarray) -> float:
+    """Return ICC(2,1) of ratings [target, rater]: how far single raters agree, their levels included."""
+    targets, raters = ratings.shape
+    total = ratings.mean()
+    rows = raters * ((ratings.mean(axis=1) - total) ** 2).sum() / (targets - 1)
+    columns = targets * ((ratings.mean(axis=0) - total) ** 2).sum() / (raters - 1)
+    rest = ((ratings - total) ** 2).sum() - (targets - 1) * rows - (raters - 1) * columns
+    error = rest / ((targets - 1) * (raters - 1))
+    return float((rows - error) / (rows + (raters - 1) * error + raters * (columns - error) / targets))
+
+
+def margins(given: Given, scenes: Sequence[Sequence[str]], edit: RowEdit | None) -> list[list[float]]:
+    """Return by how much the character's action is likelier, [scene][paraphrase], over all orders of the list."""
+    rows = []
+    for scene, *actions in scenes:
+        for asked in ASKED:
+            for order in permutations(actions):
+                listed = "\n".join(f"- {action}" for action in order)
+                prompt = chat_prompt(given.tokenizer, f"{scene} {asked}\n{listed}\nAnswer with one of them.")
+                rows += [encode_answer(given.tokenizer, prompt, action) for action in actions]
+    found = answer_logprobs(given.model, rows, edits=[edit] * len(rows)).view(len(scenes), len(ASKED), -1, 2)
+    return (found[..., 0] - found[..., 1]).mean(dim=2).tolist()
+
+
+def lines(given: Given) -> list[Line]:
+    """Return how abilities follow the strength, and how paraphrases agree; `size` + 2 scenes, intervals over them."""
+    scenes, own = SCENES[: given.size + 2], given.edits[0]
+    edits = {f"{s:+g}": own._replace(coef=s * own.coef) for s in STRENGTHS}
+    edits |= {f"random {i}": edit for i, edit in enumerate(given.random_edits(own, 10))}
+    found = np.array([given.once(name, margins, given, scenes, edit) for name, edit in edits.items()])
+    count, plain, full = len(STRENGTHS), STRENGTHS.index(0.0), STRENGTHS.index(1.0)
+    rng, everyone = np.random.default_rng(given.seed), np.arange(len(scenes))
+
+    @cache
+    def fitted(which: tuple[int, ...]) -> np.ndarray:
+        return two_parameter_fit(torch.tensor(found.mean(axis=2)[:, which] > 0).float())[2].numpy()
+
+    def theta(which: np.ndarray) -> np.ndarray:
+        return fitted(tuple(sorted(which.tolist())))
+
+    def share(which: np.ndarray) -> np.ndarray:
+        return (found.mean(axis=2)[:, which] > 0).mean(axis=1)
+
+    def difference(measure: Callable[[np.ndarray], np.ndarray], which: np.ndarray) -> float:
+        return float(np.subtract(*measure(which)[[full, plain]]))
+
+    def follows(which: np.ndarray) -> float:
+        abilities = theta(which)[:count]
+        return float(spearmanr(abilities, STRENGTHS).statistic) if np.ptp(abilities) > 1e-9 else math.nan
+
+    def agreement(which: np.ndarray) -> float:
+        return icc(found[:, which].mean(axis=1))
+
+    ranks = [spearmanr(rng.permutation(count), STRENGTHS).statistic for _ in range(1000)]
+    rated = found.mean(axis=1)
+    shuffled = [icc(np.stack([rng.permutation(column) for column in rated.T], axis=1)) for _ in range(400)]
+    result = [Line("Spearman's rho of ability with strength", _over_scenes(follows, everyone), *_upper(ranks, "ranks"))]
+    for name, measure in (("ability", theta), ("share chosen in character", share)):
+        at = measure(everyone)
+        moved = _over_scenes(partial(difference, measure), everyone)
+        null = float((at[count:] - at[plain]).max())
+        result.append(Line(f"{name}, recommended strength less plain", moved, null, "largest of 10 random vectors"))
+    return [*result, Line("ICC of paraphrases", _over_scenes(agreement, everyone), *_upper(shuffled, "respondents"))]
+
+
+def _over_scenes(statistic: Callable[[np.ndarray], float], everyone: np.ndarray) -> Interval:
+    return bootstrap(statistic, everyone, resamples=100)
+
+
+def _upper(null: list[float], what: str) -> tuple[float, str]:
+    return float(np.quantile(null, 0.975)), f"97.5th percentile of shuffled {what}"
