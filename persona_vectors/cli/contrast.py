@@ -84,9 +84,8 @@ def contrast(
             store_use(vectors[len(found) - 1], vector, found[-1].use(source=command_line()))
     edits = [each.edit(vector) for each, vector in zip(found, loaded_vectors)]
     matrix = effect_matrix(loaded, tokenizer, edits, scored, out=kept).tolist() if len(edits) > 1 else []
-    rows = [row for each in found for row in each.rows()]
     moved = [{"effect_on": dict(zip(scored, values))} for values in matrix] or [{}]
-    rows = [row | on for row, on in zip(rows, moved)]
+    rows = [row | on for row, on in zip((row for each in found for row in each.rows()), moved)]
     echo_table(rows, as_json=as_json, text=lambda: "\n".join([*_effects(found), *_matrix(list(scored), matrix)]))
 
 

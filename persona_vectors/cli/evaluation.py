@@ -79,11 +79,8 @@ def evaluate(
 
     loaded_trait, elsewhere = load_trait(trait), make_generate(generate, partial(load, model))
     loaded_vector = load_vectors([vector])[0] if vector else None
-    if vector and generate:
-        raise InputError("--generate has a server answer, and --vector edits the model here: leave one out")
-    given = [bool(coef), bool(dose), cap is not None].count(True)
-    if vector and (given > 1 or (given == 0 and layer) or (cap is not None and not layer)):
-        raise InputError("with --vector give --layer, and one of --coef, --dose and --cap; or none: what it recommends")
+    if vector:
+        _check_edit(generate, layer, coef, dose, cap)
     edit: dict[str, Any] = {"layer": layers(layer) if layer else None, "cap": cap, "positions": positions}
     edit |= {"coef": numbers(coef, option="--coef"), "dose": numbers(dose, option="--dose")}
     loaded, tokenizer = load(model)
@@ -103,6 +100,14 @@ def evaluate(
             found = run(loaded, tokenizer, loaded_trait, system=prompt, batch_tokens=batch_tokens, out=kept, **options)
             rows.append({"state": state, **_scores(found, _contrast(loaded, tokenizer, trait, prompt))})
     echo_table(rows, as_json=as_json, text=lambda: _evaluations(loaded_trait, rows))
+
+
+def _check_edit(generate: str | None, layer: Any, coef: Any, dose: Any, cap: float | None) -> None:
+    if generate:
+        raise InputError("--generate has a server answer, and --vector edits the model here: leave one out")
+    given = [bool(coef), bool(dose), cap is not None].count(True)
+    if given > 1 or (given == 0 and layer) or (cap is not None and not layer):
+        raise InputError("with --vector give --layer, and one of --coef, --dose and --cap; or none: what it recommends")
 
 
 def _edits(

@@ -136,7 +136,7 @@ def extract(
         vectors = list(difference.extract_poolings_from(loaded, tokenizer, loaded_trait, ready, **options).values())
     else:
         drawing: dict[str, Any] = {"samples": samples, "first": first, "max_new_tokens": max_new_tokens, "seed": seed}
-        drawing |= {"judge": chosen, "generate": elsewhere, "skip_reasoning": skip_reasoning}
+        drawing |= {"judge": chosen, "generate": elsewhere, "positions": positions}
         told = {**drawing, "trait": loaded_trait.model_dump()}
         kept = rollouts or run_file("extract", loaded, loaded_trait.name, **told)
         drawing |= {"pooling": pooling, "batch_tokens": batch_tokens, "rollouts": kept}

@@ -71,7 +71,7 @@ def kl_cost(
 ) -> Callable[[float], float]:
     """Return what gives the cost, as in `coef_at_kl`, of any edit at a strength: `lambda s: pv.floor(..., limit=s)`."""
     rows = [encode_answer(tokenizer, chat_prompt(tokenizer, asked), text) for asked, text in texts or neutral_texts()]
-    plain = next_logprobs(model, rows, nullcontext())
+    plain = next_logprobs(model, rows)
 
     @cache
     def cost(strength: float) -> float:
@@ -106,11 +106,11 @@ def strength_at(cost: Callable[[float], float], kl: float, *, of: str, tolerance
 
 
 def next_logprobs(
-    model: Model, rows: Sequence[Row], edit: AbstractContextManager[Any]
+    model: Model, rows: Sequence[Row], edit: AbstractContextManager[Any] | None = None
 ) -> list[Float[Tensor, "token vocab"]]:
     """Return all tokens' log-probabilities at each of a row's answer tokens, under an edit or as the model is."""
     model, found = unwrap(model), []
-    with edit, torch.inference_mode(), bar(rows, desc="divergence from plain", unit="text") as shown:
+    with edit or nullcontext(), torch.inference_mode(), bar(rows, desc="divergence from plain", unit="text") as shown:
         for prompt, answer in shown:
             ids = torch.tensor([prompt + answer], device=model.device)
             place = torch.arange(ids.shape[1], device=ids.device)[None] - len(prompt)

@@ -158,7 +158,10 @@ def _load_gguf(path: Path, options: dict[str, Any], usual: torch.dtype = torch.f
     dtype = options["dtype"] or usual
     dense = {"gguf_file": path.name, "quantization_config": GgufConfig(gguf_file=path.name, dequantize=True)}
     folder = kept_folder(path, dtype)
-    if folder is None or not (folder.is_dir() or keep(*_load(path.parent, {"dtype": dtype, "revision": None, **dense}, dtype, path), folder)):
+    if folder is not None and not folder.is_dir():
+        plain = {"dtype": dtype, "revision": None, **dense}
+        folder = folder if keep(*_load(path.parent, plain, dtype, path), folder) else None
+    if folder is None:
         return _load(path.parent, {**options, **dense}, usual, path)
     return _load(folder, options, usual, path)  # also the first time: what is kept is what is used
 

@@ -78,7 +78,7 @@ class Topic:
         self.made = self.rows(topic, MADE)
         self.measured, self.elsewhere = self.rows(topic, MEASURED), [self.rows(t, MEASURED)[0] for t in self.others]
         self.before = answer_logprobs(given.model, self.measured)
-        self.plain = next_logprobs(given.model, self.elsewhere, None)
+        self.plain = next_logprobs(given.model, self.elsewhere)
 
     def rows(self, topic: str, texts: Sequence[tuple[str, str]]) -> list[Row]:
         """Return statements about a topic, wanted ones and their opposites in turn."""
@@ -102,7 +102,7 @@ class Topic:
             return torch.zeros_like(found, dtype=torch.bool)
 
         with steer_where(self.given.model, self.edit.vector, layer=self.edit.layer, coef=1.0, when=note, watch=watch):
-            next_logprobs(self.given.model, rows, None)
+            next_logprobs(self.given.model, rows)
         return torch.cat(read)
 
     def gates(self, count: int) -> list[Gate]:
@@ -141,7 +141,7 @@ class Topic:
         if math.isnan(coef):
             return math.nan
         with self.steered(gate, coef):
-            return drawdown(self.plain, next_logprobs(self.given.model, self.elsewhere, None))
+            return drawdown(self.plain, next_logprobs(self.given.model, self.elsewhere))
 
 
 def measure(given: Given, name: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from persona_vectors.evaluation.likelihood import Statements, load_statements
 from persona_vectors.evaluation.logprobs import answer_logprobs
 from persona_vectors.model.generation import generate_tokens
 from persona_vectors.model.prompts import chat_prompt, encode, encode_answer
-from persona_vectors.steering.add import RowEdit
+from persona_vectors.steering.add import RowEdit, steer_rows
 from persona_vectors.studies.frame import Given, Line, over
 from persona_vectors.studies.policies import draws, frequencies, policy, total_variation
 
@@ -85,7 +85,9 @@ def contrasts(given: Given, statements: Statements, edits: Sequence[RowEdit], pa
     for number, (question, pair) in enumerate(zip(statements.questions, statements.pairs)):
         for text, sign in ((pair.pos, 1), (pair.neg, -1)):
             row = encode_answer(given.tokenizer, chat_prompt(given.tokenizer, question), text)
-            reference, *parts = (next_logprobs(given.model, [row], edit)[0].cpu() for edit in (None, *edits))
+            reference, *parts = (
+                next_logprobs(given.model, [row], steer_rows(given.model, [edit]))[0].cpu() for edit in (None, *edits)
+            )
             for target, members in enumerate(pairs):
                 logprobs = combined(reference, [parts[i] for i in members], [1] * len(members))
                 found[target, number] += sign * logprobs.gather(1, torch.tensor(row[1])[:, None]).mean()
