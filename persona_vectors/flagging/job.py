@@ -211,7 +211,7 @@ class Job:
         done = (len(parts) - len(todo)) * self.chunk
         desc = "base answers and projections" if asked["answers"][1] else "projections"
         with bar(total=len(parts) * self.chunk, initial=done, desc=desc, unit="sample") as shown:
-            if isinstance(self.model, Elsewhere) or (self.workers > 1 and todo):
+            if todo and (isinstance(self.model, Elsewhere) or self.workers > 1):
                 pool: dict[str, Any] = {"workers": self.workers, "gpus_per_worker": self.gpus_per_worker}
                 for _ in map_in_actors(self.model, partial(_do, work), [f"{kind} {n}" for kind, n in todo], **pool):
                     shown.update(self.chunk)
