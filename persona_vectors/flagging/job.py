@@ -212,7 +212,7 @@ class Job:
         total, left = sum(sizes.values()), sum(sizes[name] for name in missing)
         desc = "base answers and projections" if asked["answers"][1] else "projections"
         with bar(total=total, initial=total - left, desc=desc, unit="sample") as shown:
-            if isinstance(self.model, Elsewhere) or (self.workers > 1 and missing):
+            if missing and (isinstance(self.model, Elsewhere) or self.workers > 1):
                 pool: dict[str, Any] = {"workers": self.workers, "gpus_per_worker": self.gpus_per_worker}
                 for name in map_in_actors(self.model, do, missing, **pool):
                     shown.update(sizes[name])

@@ -87,6 +87,12 @@ def map_in_actors(
         _check_size(model)
         each = float(ray.cluster_resources().get("GPU", 0) >= workers)
         gpus, load, held = each if gpus_per_worker is None else gpus_per_worker, None, model
+    there = ray.cluster_resources().get("GPU", 0)
+    if gpus * workers > there:
+        raise InputError(
+            f"{workers} workers of {gpus:g} GPUs are more than the {there:g} there are: give fewer workers, or a "
+            "smaller gpus_per_worker (with 0.5 two share one)"
+        )
     shared = ray.put((held, work))
     ray.data.DataContext.get_current().enable_progress_bars = False
     done = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts)).map_batches(

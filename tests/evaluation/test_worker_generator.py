@@ -1,5 +1,8 @@
 """Answers of Ray actors that each load the model."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import save_tiny
@@ -7,15 +10,13 @@ from helpers import save_tiny
 import persona_vectors as pv
 from persona_vectors.cli.judges import make_generate
 from persona_vectors.data.errors import InputError
+from persona_vectors.evaluation.worker_generator import _answer
+from persona_vectors.model import actors
+from persona_vectors.model.generation import generate_tokens
 
 
 def test_an_actor_s_answers_are_those_of_the_seeds(model, tokenizer):
     """One part, as an actor answers it, against one prompt at a time."""
-    import json
-
-    from persona_vectors.evaluation.worker_generator import _answer
-    from persona_vectors.model.generation import generate_tokens
-
     prompts, seeds = [[5, 6, 7], [5, 6, 7], [8, 9]], [2**61 + 3, 4, 5]
     part = json.dumps([(i + 10, prompt, seed) for i, (prompt, seed) in enumerate(zip(prompts, seeds))])
     found = json.loads(_answer(tokenizer, {"max_new_tokens": 6, "temperature": 1.0}, model, part))
@@ -30,6 +31,12 @@ def test_no_workers_are_refused():
         make_generate("workers:0", lambda: pytest.fail("loaded"))
     with pytest.raises(InputError, match=r"give openai:MODEL, .* or workers:N"):
         make_generate("workers:many", lambda: pytest.fail("loaded"))
+
+
+def test_more_workers_than_gpus_are_told(model, monkeypatch):
+    monkeypatch.setattr(actors, "_ray", lambda: SimpleNamespace(cluster_resources=lambda: {"GPU": 2}))
+    with pytest.raises(InputError, match="3 workers of 1 GPUs are more than the 2 there are: give fewer workers"):
+        next(actors.map_in_actors(model, lambda *_: "", ["a"], workers=3, gpus_per_worker=1))
 
 
 @pytest.mark.slow
