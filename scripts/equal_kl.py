@@ -39,7 +39,7 @@ def shown(method: str, strength: float) -> str:
     """Return a strength in the method's own words."""
     if method == "rotate":
         return f"to {angle(strength):.0f} degrees"
-    return f"lowest {strength:+.2f} |v|" if method == "floor" else f"{strength:.2f} v"
+    return f"lowest {strength:+.2f} v" if method == "floor" else f"{strength:.2f} v"
 
 
 def angle(strength: float) -> float:

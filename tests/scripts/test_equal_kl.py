@@ -49,7 +49,7 @@ def test_the_effect_is_the_mean_difference_from_plain_and_unreached_costs_have_n
     assert run.effect("x").mean == 15 and run.effect("y") is None
     assert equal_kl.angle(1.0) == pytest.approx(45) and equal_kl.angle(1e-9) == pytest.approx(90)
     assert equal_kl.shown("rotate", 1.0) == "to 45 degrees"
-    assert equal_kl.shown("floor", 2) == "lowest +2.00 |v|"
+    assert equal_kl.shown("floor", 2) == "lowest +2.00 v"
 
 
 def test_the_gate_is_open_near_the_opposite_and_shut_near_the_trait(model, tokenizer):
