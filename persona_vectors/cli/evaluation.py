@@ -97,7 +97,7 @@ def evaluate(
         prompt = None if state == "plain" else system
         kept = _file(loaded, loaded_trait, state, loaded_vector, edit, system=prompt, **options)
         with edited:
-            found = run(loaded, tokenizer, loaded_trait, system=prompt, batch_tokens=batch_tokens, out=kept, **options)
+            found = run(loaded, tokenizer, loaded_trait, system=prompt, out=kept, **options)
             rows.append({"state": state, **_scores(found, _contrast(loaded, tokenizer, trait, prompt))})
     echo_table(rows, as_json=as_json, text=lambda: _evaluations(loaded_trait, rows))
 
