@@ -89,15 +89,13 @@ def evaluate(
         states |= _edits(loaded, loaded_vector, **edit)
     scorer = needed_judge(judge, loaded, tokenizer, loaded_trait, load, check=trait if check_judge else None)
     options: dict[str, Any] = {"judge": scorer, "samples": samples, "max_new_tokens": max_new_tokens, "seed": seed}
-    options["generate"] = elsewhere
-    edit["vector"] = loaded_vector and loaded_vector.directions.tolist()
+    options |= {"generate": elsewhere, "batch_tokens": batch_tokens}
     rows = []
     for state, edited in states.items():
         prompt = None if state == "plain" else system
-        told = {**options, "trait": loaded_trait.model_dump(), "state": state, "edit": state != "plain" and edit}
-        kept = run_file("evaluate", loaded, loaded_trait.name, system=prompt, **told)
+        kept = _file(loaded, loaded_trait, state, loaded_vector, edit, system=prompt, **options)
         with edited:
-            found = run(loaded, tokenizer, loaded_trait, system=prompt, batch_tokens=batch_tokens, out=kept, **options)
+            found = run(loaded, tokenizer, loaded_trait, system=prompt, out=kept, **options)
             rows.append({"state": state, **_scores(found, _contrast(loaded, tokenizer, trait, prompt))})
     echo_table(rows, as_json=as_json, text=lambda: _evaluations(loaded_trait, rows))
 
@@ -108,6 +106,14 @@ def _check_edit(generate: str | None, layer: Any, coef: Any, dose: Any, cap: flo
     given = [bool(coef), bool(dose), cap is not None].count(True)
     if given > 1 or (given == 0 and layer) or (cap is not None and not layer):
         raise InputError("with --vector give --layer, and one of --coef, --dose and --cap; or none: what it recommends")
+
+
+def _file(model: Any, trait: Any, state: str, vector: Any, edit: dict[str, Any], **options: Any) -> Path:
+    """Return where the answers of one state are kept."""
+    told = {**options, "trait": trait.model_dump(), "state": state}
+    if vector and state != "plain":
+        told |= {**edit, "vector": vector.directions.tolist()}
+    return run_file("evaluate", model, trait.name, **told)
 
 
 def _edits(

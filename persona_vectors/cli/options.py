@@ -222,6 +222,7 @@ def run_file(command: str, model: Any, name: str, **settings: Any) -> Path:
     from persona_vectors.model.identity import fingerprint, hash_of
 
     plain = {key: judge_name(value) if callable(value) else value for key, value in settings.items()}
+    plain.pop("batch_tokens", None)  # no answer depends on it
     told = hash_of({**plain, "weights": fingerprint(model)})[:8]
     path = Path("runs") / command / Path(model_name(model)).name / f"{name}-{told}.jsonl"
     typer.echo(f"kept as it comes: {path}", err=True)

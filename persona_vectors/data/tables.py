@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, ConfigDict, PlainSerializer, TypeAdapter, 
 from persona_vectors.data.checks import first_fault
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path
+from persona_vectors.data.notebook import html_table
 
 FORMAT = 1
 T = TypeVar("T", bound="Table")
@@ -25,6 +26,11 @@ class Table:
     def rows(self) -> list[dict[str, Any]]:
         """Return one dictionary a row, of plain values."""
         return [TypeAdapter(type(self)).dump_python(self)]
+
+    def _repr_html_(self) -> str:
+        """Show the first rows in a notebook."""
+        shown = repr(self)
+        return html_table(shown if len(shown) < 300 else type(self).__name__, self.rows())
 
     def to_pandas(self) -> Any:
         """Return the rows as a pandas DataFrame; raises InputError where pandas is not installed."""

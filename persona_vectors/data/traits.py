@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from persona_vectors.data.checks import first_fault
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path
+from persona_vectors.data.notebook import html_table
 
 _SHIPPED = files("persona_vectors") / "data" / "shipped" / "traits"
 
@@ -80,6 +81,12 @@ class Trait(BaseModel):
         return f"Trait({self.name!r}, {len(self.instruction)} instruction pairs, {counts})"
 
     __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        """Show its instruction pairs and its first questions in a notebook."""
+        pairs = [{"positive": pair.pos, "negative": pair.neg} for pair in self.instruction]
+        asked = [{"questions, such as": question} for question in self.questions.extract]
+        return html_table(f"{self!r} {self.description}", pairs) + html_table("", asked, first=3)
 
     @classmethod
     def from_personas(cls, positive: str, negative: str = "helpful", *, name: str | None = None) -> "Trait":

@@ -66,6 +66,11 @@ class Evaluation(Table):
     answers: tuple[Scored, ...]
     """Those to one question stand together."""
 
+    def __repr__(self) -> str:
+        means = f"score {self.score:.1f}, coherence {self.coherence:.1f}"
+        counts = f"{len(self.answers)} answers, {self.abstained} not scored"
+        return f"Evaluation({self.trait!r}: {means}; {counts}; judge: {self.judge})"
+
     def rows(self) -> list[dict[str, Any]]:
         """Return one row an answer: question, answer, score and coherence."""
         return [answer._asdict() for answer in self.answers]

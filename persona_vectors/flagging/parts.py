@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path, import_pyarrow
+from persona_vectors.data.notebook import html_table
 from persona_vectors.flagging.results import Best, Summary
 from persona_vectors.vectors.uses import Use
 
@@ -49,6 +50,10 @@ class Flags:
                 )
             lines += [f"    labels: {found.labelled}"] if found.labelled else []
         return "\n".join([*lines, *[f"  {line}" for line in self.best_lines()]])
+
+    def _repr_html_(self) -> str:
+        """Show what was found of each vector in a notebook."""
+        return html_table(repr(self).splitlines()[0], self.rows())
 
     def best_lines(self) -> list[str]:
         """Return a line for each vector's best layer, by effect and by AUROC."""

@@ -6,7 +6,6 @@ import operator
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from html import escape
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.files import atomic_path
+from persona_vectors.data.notebook import html_table
 from persona_vectors.model.blocks import Model, model_name, model_shape
 from persona_vectors.model.identity import config_hash
 from persona_vectors.vectors.uses import Use, from_json, recommended, to_json
@@ -73,8 +73,8 @@ class PersonaVector:
 
     def _repr_html_(self) -> str:
         """Show in a notebook what it is, and where to use it."""
-        lines = [escape(str(use)) for use in self.uses.values()] or ["no recommended use is stored"]
-        return f"<b>{escape(repr(self))}</b><ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>"
+        uses = [str(use) for use in self.uses.values()] or ["none is stored"]
+        return html_table(repr(self), [{"recommended use": use} for use in uses])
 
     def with_use(self, use: Use) -> "PersonaVector":
         """Return the same vector with a use that was measured, in place of an earlier one for that purpose.

@@ -16,6 +16,7 @@ from persona_vectors.evaluation.check import JudgeReport
 from persona_vectors.evaluation.contrast import ContrastEffect
 from persona_vectors.evaluation.points import Point, Sweep
 from persona_vectors.training.shifts import Shift
+from persona_vectors.vectors.vector import PersonaVector
 
 HALF = Interval(0.5, math.nan, 1.0)
 POINT = Point("report", "loud", None, 0.0, 0.0, HALF, HALF, HALF, math.nan, 3.0)
@@ -69,3 +70,21 @@ def test_pandas_is_asked_for_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(InputError, match="pip install pandas"):
         RESULTS[1].to_pandas()
+
+
+def test_results_show_themselves_in_a_notebook_short_and_escaped(trait):
+    hostile = "<script>alert(1)</script> & " + "long " * 100
+    answers = tuple(Scored(hostile, f"answer {i}", None if i else 12.3456789, 50.0) for i in range(12))
+    found = Evaluation("calm", "a <judge>", Interval(12.3, 1.0, 20.0), Interval(50.0, 50.0, 50.0), answers)
+    assert repr(found) == (
+        "Evaluation('calm': score 12.3 [1.0, 20.0], coherence 50.0 [50.0, 50.0]; 12 answers, 11 not scored; "
+        "judge: a <judge>)"
+    )
+    html = found._repr_html_()
+    assert "<script" not in html and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; long" in html and "…" in html
+    assert "a &lt;judge&gt;" in html and "12.35" in html and "and 2 rows more" in html
+    assert html.count("<tr>") == 11 and "answer 9<" in html and "answer 10<" not in html and len(html) < 6000
+    odd = trait.model_copy(update={"description": "<b>loud</b>"})._repr_html_()
+    assert "&lt;b&gt;loud&lt;/b&gt;" in odd and "Be loud 0." in odd and "Be quiet, 2." in odd and "Where?" not in odd
+    vector = PersonaVector("<i>", "m", torch.eye(2, 4))
+    assert "&lt;i&gt;" in vector._repr_html_() and "none is stored" in vector._repr_html_()
