@@ -7,7 +7,8 @@ an answer's scores over the largest that the range allows, half its width. RC = 
 between the sentence scores of two answers to one question over the range's width. An answer whose mean is in
 character may have half of its sentences outside: the last lines count how many such answers there are.
 
-The paper: scores of whole answers overlook sentences out of character, and neutral characters waver most.
+The paper: scores of whole answers overlook sentences out of character; how well a character is kept depends on the
+task and on how desirable it is.
 
 A small model can show whether steering moves every sentence or a few; it cannot show a character that holds over a
 long text.

@@ -9,7 +9,8 @@ topic's own tokens. Both are given the same ES, by coefficient, and their DD com
 that open as often are the null. Directions and thresholds are made of other statements than those that are measured.
 The change of ratings is that of the expected agreement, 1 to 5, with "Like TOPIC.".
 
-The paper: edited models answer with the personality on the topic, at a drawdown elsewhere that no method avoids.
+The paper: a benchmark of opinions on topics with three personality traits, which methods that edit knowledge find
+hard.
 
 A small model can show whether a gate on the topic saves drawdown at equal success; it cannot show whether its
 opinions are a personality.

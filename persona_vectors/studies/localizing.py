@@ -8,8 +8,8 @@ each has a p-value, of a t-test of the pairs' differences, and the subset of tho
 maximises Berk and Jones's N * KL(share at most alpha, alpha). Its null flips the pairs' signs. Overlap is the
 Jaccard index of two personas' subsets, beside that of random subsets of their sizes.
 
-The paper: personas part most in the final third of the layers; subsets of ethical views overlap, of political ones
-less.
+The paper: personas part much only in the final third of the layers; units of some ethical views overlap, those of
+political ones less.
 
 A small model can show whether statements part in it, where, and in how many units; it cannot show that a persona is
 more than what these statements have in common.
@@ -105,12 +105,7 @@ def lines(given: Given) -> list[Line]:
         result += [
             Line(f"{name}: pairs told apart at layer {each['layer']}, the best", best, each["random"], randoms),
             Line(f"{name}: final third of the layers less the others", over(each["later"]), later, randoms),
-            Line(
-                f"{name}: scan of {each['units']} units",
-                over([each["score"]]),
-                flipped,
-                signs,
-            ),
+            Line(f"{name}: scan of {each['units']} units", over([each["score"]]), flipped, signs),
             Line(f"{name}: share of units in the subset", over([len(each["subset"]) / each["units"]])),
         ]
     for one, other in combinations(SETS, 2):

@@ -8,8 +8,8 @@ first token of each question's answer. Four thousand first tokens are held again
 pairs of the first two tokens against as many of the judge's own and of the draft's own. A token counts as one of the
 judge's seven likeliest after its prefix, or as another.
 
-The paper: personalised answers to preferences that no model was trained for, as good as those of trained rewards; it
-reads the result as a mixture of both preferences.
+The paper: answers that fit preferences which no model was trained for, with no training and no reward model, from
+one model that drafts and judges under different prompts.
 
 A small model can show what the distribution is, and how seldom a steered judge refuses; it cannot show which answers
 people would prefer.

@@ -7,8 +7,8 @@ experts with an attribute that does not matter (a name, a colour that they like)
 worst case. Fidelity is Kendall's tau of the utilities with six levels of expertise, from "someone without schooling
 in DOMAIN" to "a professor in DOMAIN".
 
-The paper: experts help or do no harm; irrelevant attributes cost up to 30 points of accuracy; fidelity is weak for
-most models.
+The paper: experts help or do no harm; irrelevant attributes cost up to 30 points of accuracy; education and domain
+help in some tasks and not in others.
 
 A small model can show whether these differences are larger than those of prompts that mean the same; it cannot show
 an expertise, as its knowledge ends before any level of it.
@@ -31,11 +31,6 @@ FACTS: dict[str, list[list[str]]] = shipped("facts")
 """Questions by domain, each with the right answer and three wrong ones."""
 ATTRIBUTES = ("Your name is Robin.", "Your name is Alex.", "You like the colour green.", "You own a bicycle.")
 LEVELS = ("someone without schooling", "a child", "a school pupil", "a student", "a teacher", "a professor")
-
-
-def advantage(expert: np.ndarray, none: np.ndarray) -> float:
-    """Return the expertise advantage, of utilities by question."""
-    return float((expert - none).mean())
 
 
 def robustness(expert: np.ndarray, variants: np.ndarray) -> float:
@@ -91,35 +86,26 @@ def lines(given: Given) -> list[Line]:
     def interval(statistic: object) -> Interval:
         return bootstrap(statistic, everyone)  # type: ignore[arg-type]
 
-    worst = [robustness(same[i], np.delete(same, i, axis=0)[:4]) for i in range(len(same))]
-    shuffled = [
-        kendalltau(np.random.default_rng(i).permutation(len(LEVELS)), range(len(LEVELS)))[0] for i in range(500)
-    ]
-    meaning = "prompts that mean the same"
+    means, order = same.mean(axis=1), range(len(LEVELS))
+    apart = np.quantile(np.abs(np.subtract.outer(means, means)), 0.975)
+    worst = np.quantile([robustness(same[i], np.delete(same, i, axis=0)[:4]) for i in range(len(same))], 0.025)
+    shuffled = [kendalltau(np.random.default_rng(i).permutation(len(LEVELS)), order)[0] for i in range(500)]
+    ranked = np.quantile(shuffled, 0.975)
+    robust = interval(lambda i: robustness(expert[i], found["attributes"][:, i]))
+    faithful = interval(lambda i: fidelity(found["levels"][:, i]))
+    elsewhere = over(expert - found["others"].mean(axis=0))
+    most, alike = float((means - none.mean()).max()), "prompts that mean the same"
     return [
         Line("utility without a persona", over(none)),
-        Line(
-            "expertise advantage",
-            over(expert - none),
-            float((same.mean(axis=1) - none.mean()).max()),
-            f"largest of 12 {meaning}",
-        ),
-        Line(
-            "advantage over experts in other domains",
-            over(expert - found["others"].mean(axis=0)),
-            float(np.quantile(np.abs(np.subtract.outer(*[same.mean(axis=1)] * 2)), 0.975)),
-            f"97.5th percentile of two {meaning}",
-        ),
+        Line("expertise advantage", over(expert - none), most, f"largest of 12 {alike}"),
+        Line("advantage over experts in other domains", elsewhere, float(apart), f"97.5th percentile of two {alike}"),
         Line(
             "robustness, the worst of four attributes",
-            interval(lambda i: robustness(expert[i], found["attributes"][:, i])),
-            float(np.quantile(worst, 0.025)),
-            f"2.5th percentile of the worst of four {meaning}",
+            robust,
+            float(worst),
+            f"2.5th percentile of the worst of four {alike}",
         ),
         Line(
-            "fidelity, tau with the level of expertise",
-            interval(lambda i: fidelity(found["levels"][:, i])),
-            float(np.quantile(shuffled, 0.975)),
-            "97.5th percentile of shuffled levels",
+            "fidelity, tau with the level of expertise", faithful, float(ranked), "97.5th percentile of shuffled levels"
         ),
     ]

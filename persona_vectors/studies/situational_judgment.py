@@ -9,7 +9,8 @@ with normal priors of deviation 0.5 on log a and of 2 on b), and theta is its po
 absolute agreement of single paraphrases, two-way random effects (Shrout and Fleiss 1979, their ICC(2,1));
 respondents by paraphrase, the value being the mean margin over scenes.
 
-The paper: scenes with several actions tell models' characters apart better than questionnaires do.
+The paper: none in particular. Such tests come from the choice of staff, and are used on models as well; the method
+is taken here, and no published number compared.
 
 A small model can show whether a vector orders the respondents as its strength does; it cannot show what it would do
 in a scene that it acts in.

@@ -6,11 +6,7 @@ from helpers import make_tokenizer
 from persona_vectors.data.ledger import Ledger
 from persona_vectors.studies import principled_personas
 from persona_vectors.studies.frame import Given
-from persona_vectors.studies.principled_personas import FACTS, advantage, fidelity, personas, robustness, utilities
-
-
-def test_the_advantage_is_the_expert_s_utility_less_nobody_s():
-    assert advantage(np.array([3.0, 1.0]), np.array([1.0, 2.0])) == 0.5
+from persona_vectors.studies.principled_personas import FACTS, fidelity, personas, robustness, utilities
 
 
 def test_robustness_is_the_worst_attribute_s_and_never_their_mean():
