@@ -109,11 +109,9 @@ def _check_edit(generate: str | None, layer: Any, coef: Any, dose: Any, cap: flo
 
 
 def _file(model: Any, trait: Any, state: str, vector: Any, edit: dict[str, Any], **options: Any) -> Path:
-    """Return where the answers of one state are kept."""
-    told = {**options, "trait": trait.model_dump(), "state": state}
-    if vector and state != "plain":
-        told |= {**edit, "vector": vector.directions.tolist()}
-    return run_file("evaluate", model, trait.name, **told)
+    told = {**options, "trait": trait.model_dump(), "state": state, "batch_tokens": None}  # answers depend on no batch
+    edited = {**edit, "vector": vector.directions.tolist()} if vector and state != "plain" else {}
+    return run_file("evaluate", model, trait.name, **told, **edited)
 
 
 def _edits(

@@ -422,4 +422,4 @@ def test_the_bar_counts_samples_also_within_a_part(model, tokenizer, tmp_path, o
     pv.flag(model, tokenizer, data, random_direction(model), out=tmp_path / "f.parquet", **options)
     moved = seen["base answers and projections"]
     assert moved.total == moved.n == sum(moved.moves) == 12
-    assert max(moved.moves) < 4 and len(moved.moves) > 6
+    assert sum(0 < step < 4 for step in moved.moves) > 3  # a part has 4, and its batches move it
