@@ -72,8 +72,7 @@ def contrast(
     options: dict[str, Any] = {"doses": numbers(doses, option="--doses"), "controls": controls, "seed": seed}
     options["positions"] = positions
     loaded, tokenizer = load(model)
-    kept = run_file("contrast", loaded, "-".join(scored)[:60])
-    found = []
+    kept, found = run_file("contrast", loaded, "-".join(scored)[:60]), []
     for vector in loaded_vectors:
         count = len(vector.directions)
         middle = list(range(count // 3, count - count // 6, max(1, count // 10)))[:5]
