@@ -69,7 +69,7 @@ class ProjectionCallback(TrainerCallback):
         if positions != "all" and trainer.processing_class is None:
             raise InputError("the Trainer has no tokenizer to tell reasoning by: give it processing_class=")
         tokenizer: Any = trainer.processing_class
-        self.span = span_of(tokenizer, positions)
+        self.span = None if positions == "all" else span_of(tokenizer, positions)
         self.warn_at, self.stop_at, self.plot = warn_at, stop_at, plot
         self.controls, self.reference = controls, reference
         self.history: list[dict[str, float]] = []

@@ -194,7 +194,7 @@ def test_the_command_line_names_the_server_s_model(serve, tmp_path, trait, monke
     monkeypatch.setenv("OPENAI_BASE_URL", serve().url)
     run(*asked, "openai:m", "--samples", 4, "--first", 1, "--max-new-tokens", 6)
     assert PersonaVector.load(out).info["generate"] == "openai:m"
-    assert "--generate is 'vllm': give openai:MODEL, and the server" in run(*asked, "vllm", code=2)[1]
+    assert "--generate is 'vllm': give openai:MODEL, with the server's address" in run(*asked, "vllm", code=2)[1]
     assert "leave one out" in run(*asked, "openai:m", "--from", "a", "b", code=2)[1]
     options = ["--generate", "openai:m", "--max-new-tokens", 6]
     told = run("evaluate", folder, tmp_path / "loud.json", "--judge", "sentiment", "--samples", 1, "--json", *options)

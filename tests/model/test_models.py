@@ -133,11 +133,11 @@ def test_batches_keep_to_the_budget_and_lose_nothing(model):
 def test_a_gguf_file_is_dequantised_once_for_each_dtype_and_content(tmp_path, monkeypatch):
     path, read, real = tmp_path / "m.gguf", [], loading._load
 
-    def load(name, options, given=None):
+    def load(name, options, usual, given=None):
         if "gguf_file" not in options:
-            return real(name, options, given)
-        read.append(options["dtype"])
-        return zoo.build("llama").to(options["dtype"]), make_tokenizer()
+            return real(name, options, usual, given)
+        read.append(options["dtype"] or usual)
+        return zoo.build("llama").to(read[-1]), make_tokenizer()
 
     path.write_bytes(b"one")
     monkeypatch.setenv("PERSONA_VECTORS_CACHE", str(tmp_path / "cache"))
@@ -157,7 +157,7 @@ def test_a_gguf_file_is_dequantised_once_for_each_dtype_and_content(tmp_path, mo
     assert model_name(load_model(path, device="cpu")[0]) == "m.gguf"
     monkeypatch.setenv("PERSONA_VECTORS_GGUF_CACHE", "off")
     load_model(path, device="cpu")
-    assert len(read) == 5 and set((tmp_path / "cache" / "gguf").iterdir()) == kept
+    assert len(read) == 6 and set((tmp_path / "cache" / "gguf").iterdir()) == kept
 
 
 def test_a_gguf_file_that_is_none_is_named(tmp_path, monkeypatch):
