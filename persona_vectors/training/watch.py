@@ -66,9 +66,9 @@ class ProjectionCallback(TrainerCallback):
         self.trainer = trainer  # a callback is given everything but its Trainer, and only that can log
         self.vectors = vector_list(vectors)
         self.layer, self.questions, self.every = layer, list(questions), every
-        if positions != "all" and trainer.processing_class is None:
+        tokenizer: Any = getattr(trainer, "processing_class", None)  # an older Trainer has none of that name
+        if positions != "all" and tokenizer is None:
             raise InputError("the Trainer has no tokenizer to tell reasoning by: give it processing_class=")
-        tokenizer: Any = trainer.processing_class
         self.span = None if positions == "all" else span_of(tokenizer, positions)
         self.warn_at, self.stop_at, self.plot = warn_at, stop_at, plot
         self.controls, self.reference = controls, reference
