@@ -205,10 +205,8 @@ def main(
     methods = Methods(model, tokenizer, pv.load_statements(trait), place, positions)
     noise = [pv.random_vector(own, seed=seed) for seed in range(controls)]
     measure(model, tokenizer, methods, [own, *noise], costs, run)
-    rows, prompted = (
-        rows_of(run, own.trait, [v.trait for v in noise], costs, list(methods.of(own))),
-        run.effect("own prompt"),
-    )
+    rows = rows_of(run, own.trait, [v.trait for v in noise], costs, list(methods.of(own)))
+    prompted = run.effect("own prompt")
     text = table(rows, prompted, controls)
     print(text, end="")
     with atomic_path(out / "table.md") as temporary:

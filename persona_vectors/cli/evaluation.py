@@ -89,13 +89,13 @@ def evaluate(
         states |= _edits(loaded, loaded_vector, **edit)
     scorer = needed_judge(judge, loaded, tokenizer, loaded_trait, load, check=trait if check_judge else None)
     options: dict[str, Any] = {"judge": scorer, "samples": samples, "max_new_tokens": max_new_tokens, "seed": seed}
-    options |= {"generate": elsewhere, "batch_tokens": batch_tokens}
+    options["generate"] = elsewhere
     rows = []
     for state, edited in states.items():
         prompt = None if state == "plain" else system
         kept = _file(loaded, loaded_trait, state, loaded_vector, edit, system=prompt, **options)
         with edited:
-            found = run(loaded, tokenizer, loaded_trait, system=prompt, out=kept, **options)
+            found = run(loaded, tokenizer, loaded_trait, system=prompt, out=kept, batch_tokens=batch_tokens, **options)
             rows.append({"state": state, **_scores(found, _contrast(loaded, tokenizer, trait, prompt))})
     echo_table(rows, as_json=as_json, text=lambda: _evaluations(loaded_trait, rows))
 
@@ -109,7 +109,7 @@ def _check_edit(generate: str | None, layer: Any, coef: Any, dose: Any, cap: flo
 
 
 def _file(model: Any, trait: Any, state: str, vector: Any, edit: dict[str, Any], **options: Any) -> Path:
-    told = {**options, "trait": trait.model_dump(), "state": state, "batch_tokens": None}  # answers depend on no batch
+    told = {**options, "trait": trait.model_dump(), "state": state}
     edited = {**edit, "vector": vector.directions.tolist()} if vector and state != "plain" else {}
     return run_file("evaluate", model, trait.name, **told, **edited)
 

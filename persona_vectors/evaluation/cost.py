@@ -76,8 +76,7 @@ def kl_cost(
     @cache
     def cost(strength: float) -> float:
         edited = next_logprobs(model, rows, edit(strength))
-        kls = torch.cat([(p.exp() * (p - q)).sum(dim=-1) for p, q in zip(plain, edited)])
-        return float(kls.double().quantile(percentile / 100))
+        return float(token_kls(plain, edited).double().quantile(percentile / 100))
 
     return cost
 
@@ -103,6 +102,13 @@ def strength_at(cost: Callable[[float], float], kl: float, *, of: str, tolerance
     if not excess(low) < 0 <= excess(high):
         raise InputError(f"no strength of {of} has a KL of {kl:g}: give another kl")
     return math.exp(brentq(excess, low, high, xtol=tolerance))
+
+
+def token_kls(
+    before: Sequence[Float[Tensor, "_ vocab"]], after: Sequence[Float[Tensor, "_ vocab"]]
+) -> Float[Tensor, " token"]:
+    """Return KL(before | after) in nats at every token of some texts, of `next_logprobs`."""
+    return torch.cat([(p.exp() * (p - q)).sum(dim=-1) for p, q in zip(before, after)])
 
 
 def next_logprobs(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from persona_vectors.model.blocks import Model, decoder_layers
+from persona_vectors.model.devices import constant
 from persona_vectors.model.prefill import add_hook, can_take_rows, take_cache_rows, taken
 from persona_vectors.model.wrappers import unwrap
 
@@ -33,7 +34,7 @@ class _Leaving:
     """The rows of one call that have not ended, and the hooks that give blocks no others."""
 
     def __init__(self, model: Any, stops: Sequence[int], hooks: ExitStack) -> None:
-        self.model, self.stops, self.add = model, torch.tensor(stops), partial(add_hook, hooks)
+        self.model, self.stops, self.add = model, constant(torch.tensor(stops)), partial(add_hook, hooks)
         self.alive: Bool[Tensor, " row"] | None = None
         self.kept: Int[Tensor, " kept"] | None = None
         """The rows that are left in the cache; None: all of them."""
@@ -47,7 +48,7 @@ class _Leaving:
         cache = next((each for each in (*args, *kwargs.values()) if isinstance(each, DynamicCache)), None)
         if ids is None or ids.shape[1] > 1 or cache is None or not cache.get_seq_length():
             return  # a prompt
-        ended = torch.isin(ids[:, -1], self.stops.to(ids.device))
+        ended = torch.isin(ids[:, -1], self.stops(ids.device))
         self.alive = ~ended if self.alive is None else self.alive & ~ended
         before = torch.arange(len(ids), device=ids.device) if self.kept is None else self.kept
         if not 0 < int(self.alive.sum()) <= len(before) // 2:

@@ -187,10 +187,8 @@ def first_mark(tokenizer: PreTrainedTokenizerBase, answer: str) -> str | None:
 def _open_after(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], answer: Sequence[int]) -> list[bool]:
     """Say whether a thought is open after the prompt, and after each token of the answer, from what is read by then."""
     _, opens, closes = marks_of(tokenizer)
-    states, count = (
-        [opens_thought(tokenizer, _text(tokenizer, prompt[-64:]))] * (len(answer) + 1),
-        range(len(answer) + 1),
-    )
+    count = range(len(answer) + 1)
+    states = [opens_thought(tokenizer, _text(tokenizer, prompt[-64:]))] * len(count)
     for mark in re.finditer(f"(?P<open>{opens})|{closes}", _text(tokenizer, answer)):
         place = bisect_left(count, mark.end(), key=lambda n: _length(tokenizer, answer, n))
         states[place:] = [mark["open"] is not None] * (len(count) - place)

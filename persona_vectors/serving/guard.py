@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from persona_vectors.data.errors import InputError
 
@@ -101,15 +100,7 @@ class Guard:
         host, origin = headers.get(b"host", ""), headers.get(b"origin")
         if self.hosts is not None and _name(host) not in self.hosts:
             return fault(403, "this host name is not served: use the address that the server was started with")
-        if (
-            not self.proxied
-            and origin is not None
-            and (urlsplit(origin).scheme, urlsplit(origin).netloc)
-            not in (
-                ("http", host),
-                ("https", host),
-            )
-        ):
+        if not self.proxied and origin not in (None, f"http://{host}", f"https://{host}"):
             return fault(403, "requests from another site's page are refused: open this server's own page")
         length = headers.get(b"content-length", "0")
         if not re.fullmatch(r"\d{1,18}", length) or int(length) > LARGEST:

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from scipy.optimize import brentq
 from torch import Tensor
 
-from persona_vectors.evaluation.cost import next_logprobs
+from persona_vectors.evaluation.cost import next_logprobs, token_kls
 from persona_vectors.evaluation.inventory import item_scores
 from persona_vectors.evaluation.logprobs import answer_logprobs
 from persona_vectors.model.passes import Row
@@ -58,8 +58,7 @@ def edit_success(pos: Tensor, neg: Tensor, pos_before: Tensor) -> Tensor:
 
 def drawdown(before: Sequence[Float[Tensor, "_ vocab"]], after: Sequence[Float[Tensor, "_ vocab"]]) -> float:
     """Return DD: the mean over all tokens of KL(before | after), in nats, of log-probabilities."""
-    kls = torch.cat([(p.exp() * (p - q)).sum(dim=-1) for p, q in zip(before, after)])
-    return float(kls.mean())
+    return float(token_kls(before, after).mean())
 
 
 def coef_at(success: Callable[[float], float], wanted: float, full: float) -> float:
