@@ -42,7 +42,7 @@ Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu (default: the
 DType = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 ... (default: bfloat16 on a GPU)")]
 DeviceMap = Annotated[str | None, typer.Option(help="let accelerate place the weights, say: auto")]
 Attention = Annotated[str | None, typer.Option("--attn-implementation", help="sdpa, eager, flash_attention_2 ...")]
-Quantization = Annotated[str | None, typer.Option(help="load in fewer bits: nf4 or int8 (.[quantize])")]
+Quantization = Annotated[str | None, typer.Option(help="load in fewer bits: nf4 or int8; needs the extra quantize")]
 TPPlan = Annotated[str | None, typer.Option(help="shard over torchrun's processes: auto; the first one writes")]
 Template = Annotated[Path | None, typer.Option("--chat-template", help="a file with a Jinja chat template")]
 Fold = Annotated[bool, typer.Option("--fold-system", help="put the system prompt into the user's turn")]

@@ -16,6 +16,7 @@ from persona_vectors.cli.options import (
     load_vectors,
     loads_models,
 )
+from persona_vectors.data.errors import InputError
 
 
 @app.command()
@@ -42,9 +43,12 @@ def study(
 
     Example: persona-vectors study persona_judge smollm2-135m --out runs/studies
     """
+    from persona_vectors.model.loading import EMBEDDED
     from persona_vectors.studies.frame import module_of, run_study
 
     module_of(name)
+    if not vector and model != EMBEDDED:
+        raise InputError(f"vectors ship for {EMBEDDED} alone: give --vector, the file of one of {model}'s")
     vectors = load_vectors(vector or [f"{model}/{trait}" for trait in ("optimistic", "humorous")])
     loaded, tokenizer = load(model)
     found = run_study(name, loaded, tokenizer, vectors, size=size, seed=seed, out=out, command=command_line())

@@ -67,8 +67,9 @@ class Diagnosis(Table):
         shares.plot(self.separation, color=BLUE, label="separation: AUROC", **style)
         shares.plot(self.wrong_way, color=ORANGE, label="questions that move the wrong way", **style)
         shares.axhline(0.5, color=GREY, linewidth=0.8, linestyle="--")
-        shares.text(0, 0.51, "chance, of both", color=GREY, fontsize=8, va="bottom")
-        against = "that of other questions" if self.own else "the vector"
+        last = len(self.separation) - 1
+        shares.text(last, 0.51, "chance, of both", color=GREY, fontsize=8, va="bottom", ha="right")
+        against = "the vector of other questions" if self.own else "the vector"
         shares.set(title=f"each pair against {against}", ylabel="AUROC, share", ylim=(-0.02, 1.02))
         for axes in (cosines, shares):
             axes.set_xlabel("layer (decoder block, from 0)")

@@ -63,7 +63,7 @@ def load_model(
     if quantization is not None:
         options["quantization_config"] = quantization_config(quantization, dtype or usual)
     if str(name) == EMBEDDED:
-        model, tokenizer = _load(_embedded_folder(), options, usual)
+        model, tokenizer = _load(_embedded_folder(), options, usual, name)
     elif str(name).endswith(".gguf"):
         model, tokenizer = _load_gguf(Path(name), options, usual)
     else:

@@ -68,8 +68,12 @@ class Passes:
                 signal.raise_signal(signal.SIGINT)
             return plain(model, *arguments, **options)
 
-        with mock.patch.object(LlamaModel, "forward", forward):
-            yield
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a background shell starts ignores it
+        try:
+            with mock.patch.object(LlamaModel, "forward", forward):
+                yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
