@@ -55,7 +55,7 @@ def page(served, start, browser):
 
 def slide(browser, coef: float) -> None:
     script = """const s = document.querySelector("#vectors input[type=range]"); s.value = arguments[0];
-        s.dispatchEvent(new Event("input")); return document.querySelector("#vectors input[type=number][step=any]").value"""
+        s.dispatchEvent(new Event("input")); return document.querySelector("#vectors input[type=number][step]").value"""
     assert float(browser.execute_script(script, coef)) == pytest.approx(coef, abs=0.1)
 
 
@@ -84,7 +84,7 @@ def test_a_conversation_steered_compared_coloured_and_taken_away(page, served):
     find(page, "new").click()
     slide(page, 1.0)
     assert "There is no evidence for any strength" in page.find_element(By.CSS_SELECTOR, "#vectors .warn").text
-    coef = float(page.execute_script("return document.querySelector('#vectors input[type=number][step=any]').value"))
+    coef = float(page.execute_script("return document.querySelector('#vectors input[type=number][step]').value"))
     with pv.steer(served.model, served.vectors["t"], layer=1, coef=coef):
         steered = pv.generate(served.model, served.tokenizer, "Hi", max_new_tokens=12, temperature=0)
     assert say(page, "Hi") == [plain, steered]
