@@ -36,9 +36,11 @@ def bench(tmp_path, model):
 
 @pytest.mark.slow
 def test_isolation_finds_every_answer_as_it_is_alone(bench):
-    found, printed = bench("isolation", "--requests", 20, "--clients", 6, "--new-tokens", 6)
-    assert found["equal"] == 20 and not found["differ"] and found["tokens a step"] > 2
-    assert "20 of 20 answers equal those alone" in printed and int(re.search(r"(\d+) different texts", printed)[1]) > 5
+    found, printed = bench("isolation")  # 200 requests, 16 clients, 24 tokens
+    assert found["equal"] == 200 and not found["differ"] and found["tokens a step"] > 2
+    assert (
+        "200 of 200 answers equal those alone" in printed and int(re.search(r"(\d+) different texts", printed)[1]) > 5
+    )
 
 
 @pytest.mark.slow
