@@ -92,6 +92,8 @@ def test_a_conversation_steered_compared_coloured_and_taken_away(page, served):
     assert said == [steered]
     say(page, "And then?")
     assert page.execute_script("return document.querySelectorAll('#chart circle').length") == 6
+    filled = "return [...document.querySelectorAll('#chart polyline')].map((line) => getComputedStyle(line).fill)"
+    assert set(page.execute_script(filled)) == {"none"}  # lines, not areas
     page.refresh()
     WebDriverWait(page, 30).until(lambda _: len(page.find_elements(By.CSS_SELECTOR, ".turn")) == 2)
     kept = json.loads(page.execute_script("return sessionStorage.getItem('turns')"))
