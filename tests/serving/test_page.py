@@ -148,6 +148,9 @@ def test_a_strength_is_a_coefficient_or_a_dose_and_the_code_says_the_same(page, 
     assert "layer=1, dose=0.25)" in code and ran(code, served, [vector]) == [expected]
     put(unit, "coef")
     assert float(amount.get_property("value")) == pytest.approx(0.25 * long, rel=1e-3)
+    before = float(amount.get_property("value"))
+    bar.send_keys(Keys.ARROW_RIGHT)
+    assert before < float(amount.get_property("value")) < before + 0.1 * float(bar.get_property("max"))
 
 
 def test_an_alarm_stops_the_answer_and_is_seen(page):
