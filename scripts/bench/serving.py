@@ -119,11 +119,12 @@ def throughput(
         runs: dict[str, list[tuple[float, float, int]]] = {way: [] for way in ways}
         first, together, read = ways
         order = [first, *([together, read, read, together] * pairs)[: 2 * pairs]]
-        for number in tqdm(range(-1, rounds), unit="round", leave=False):  # the first warms up, and is not counted
-            for way in order if number % 2 == 0 else reversed(order):
+        turns = [list(ways), *(order[:: -1 if number % 2 else 1] for number in range(rounds))]
+        for number, turn in enumerate(tqdm(turns, unit="round", leave=False)):
+            for way in turn:
                 at_a_time, ours = ways[way]
                 run = _measured(server, questions, at_a_time, ours, new_tokens)
-                if number >= 0:
+                if number:  # the first warms up, and is not counted
                     runs[way].append(run)
     found["runs"] = runs
     found["speed"] = _report(runs, [(together, first, True), (read, together, False)])
