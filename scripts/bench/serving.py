@@ -15,12 +15,14 @@ from bench.clients import Server, at_once, running
 from bench.inputs import ModelName, Out
 from bench.measuring import environment, median, median_interval, save, show
 from bench.soak import Vectors, soak
+from bench.step import step
 from persona_vectors.data.traits import load_trait
 from persona_vectors.model.blocks import Model, model_shape
 from persona_vectors.model.loading import EMBEDDED
 
 serve = typer.Typer(help="The server under many clients.", no_args_is_help=True)
 serve.command()(soak)
+serve.command()(step)
 NewTokens = Annotated[int, typer.Option(help="most tokens of an answer", min=1)]
 Clients = Annotated[int, typer.Option(help="clients at once", min=1)]
 

@@ -57,6 +57,14 @@ def test_throughput_tells_what_clients_at_once_gain_and_projections_cost(bench):
 
 
 @pytest.mark.slow
+def test_a_step_with_projections_is_beside_plain_ones(bench):
+    found, printed = bench("step", "--steps", 6, "--rows", 3)
+    assert [line["way"] for line in found["steps"]] == ["plain", "plain again", "projections"]
+    assert found["steps"][0]["more %"] == 0 and found["steps"][2]["from"] <= found["steps"][2]["to"]
+    assert "projections" in printed and "3 rows" in printed
+
+
+@pytest.mark.slow
 def test_a_soak_ends_with_nothing_left(bench):
     found, printed = bench("soak", "--minutes", 0.1, "--clients", 12, "--rows", 2, "--new-tokens", 16)
     assert found["rows left"] == found["hooks left"] == 0 and len(found["memory"]) > 5
