@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.progress import pulse
 from persona_vectors.data.samples import Source, Talk, read_talks
 from persona_vectors.model.blocks import Model, model_name
 from persona_vectors.model.loading import load_model
@@ -109,7 +110,7 @@ def finetune(
     with ExitStack() as stack:
         opens = _OpensEdit(stack, edit)
         trainer = make_trainer(config, model, tokenizer)
-        for callback in [*callbacks, opens]:
+        for callback in [*callbacks, opens, _Substeps]:
             trainer.add_callback(callback if isinstance(callback, TrainerCallback) else callback(trainer))
         trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir) if resume else None)
     trainer.save_model(config.output_dir)
@@ -127,6 +128,22 @@ class _OpensEdit(TrainerCallback):
         if not self.opened:
             self.stack.enter_context(self.edit)
             self.opened = True
+
+
+class _Substeps(TrainerCallback):
+    """Says on the Trainer's bar, which moves by steps, how many of a step's batches are done."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.done = trainer, 0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.done = 0
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.done += 1
+        for callback in self.trainer.callback_handler.callbacks:
+            if getattr(callback, "training_bar", None) is not None:
+                pulse(f"batch {self.done} of {args.gradient_accumulation_steps}", on=callback.training_bar)
 
 
 def make_trainer(config: FinetuneConfig, model: Model, tokenizer: PreTrainedTokenizerBase) -> Any:
