@@ -58,6 +58,9 @@ def test_a_vector_is_indexed_measured_and_compared(model, tmp_path):
     with pytest.raises(pv.InputError, match="layer 3 is out of range"):
         vector[3]
     assert pv.__version__.count(".") == 2
+    axes = vector.plot(layer=1).axes
+    assert [a.get_title() for a in axes] == ["t: how reliable", "t: how large"]
+    assert axes[1].lines[0].get_ydata() == pytest.approx(vector.norm().tolist())
 
 
 def test_what_is_of_another_kind_is_refused_in_words(model, tokenizer):

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from persona_vectors.data.intervals import Interval
 from persona_vectors.evaluation.points import PROMPTED, Sweep
-from persona_vectors.vectors.plots import BLUE, GREY, ORANGE, bare
+from persona_vectors.vectors.drawing import BLUE, GREY, ORANGE, bare
 
 
 def plot_scores(

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from persona_vectors.vectors.plots import GREY, bare
+from persona_vectors.vectors.drawing import GREY, bare
 
 
 def plot_history(history: Sequence[Mapping[str, float]]) -> Figure:

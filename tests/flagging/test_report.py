@@ -44,6 +44,13 @@ def test_rows_are_picked_by_difference(flagged):
     assert sum("random" in entry["set"].split(", ") for entry in picked.values()) == 5
 
 
+def test_a_result_shows_itself_in_a_notebook(flagged):
+    found, _, _ = flagged
+    html = found._repr_html_()
+    assert all(f"<td style='text-align:left'>{key}</td>" in html for key in found.summary)
+    assert len(html) < 10_000 and HOSTILE not in html
+
+
 def test_the_page_sorts_searches_and_escapes(flagged, model, tokenizer, tmp_path, browser):
     found, samples, vectors = flagged
     pv.write_report(model, tokenizer, samples, vectors, flags=found.path, out=tmp_path / "r.html", each=120)
