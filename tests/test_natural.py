@@ -30,6 +30,15 @@ def test_a_file_s_path_stands_for_its_vector_and_a_tensor_s_argmax_for_a_layer(m
     with monitor(model, path, layer=1) as trace:
         generate(model, tokenizer, "Hi", **SHORT)
     assert trace["t"].shape[0] == 1
+    for edit, more in ((pv.ablate, {}), (pv.cap, {"limit": -9.0}), (pv.rotate, {"angle": 0})):
+        changed = []
+        for given in (vector, path):
+            with edit(model, given, layer=1, **more):
+                changed.append(generate(model, tokenizer, "Hi", **SHORT))
+        assert changed[0] == changed[1]
+    with pv.steer_where(model, path, layer=1, coef=1.0, when=lambda p: p > 99, watch=path):
+        unmoved = generate(model, tokenizer, "Hi", **SHORT)
+    assert unmoved == generate(model, tokenizer, "Hi", **SHORT)
 
 
 def test_a_trait_s_name_stands_for_it_and_one_question_is_not_its_letters(model, tokenizer):

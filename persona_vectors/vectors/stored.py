@@ -27,7 +27,7 @@ def write(path: str | Path, fields: Mapping[str, Any], tensors: Mapping[str, Ten
         save_file(plain, temporary, metadata=header)
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a file's fields and tensors; raises InputError where it is truncated, changed or of another version."""
     if not path.is_file():
         raise InputError(f"no vector file {path}: give the path of a .safetensors file, or make one with extract")
