@@ -1,3 +1,4 @@
+import sys
 import warnings
 from unittest import mock
 
@@ -74,6 +75,7 @@ def test_probes_and_batches_are_logged_as_the_model_is(model, tokenizer, tmp_pat
 def test_what_is_logged_reaches_where_the_trainer_reports(model, tokenizer, tmp_path, monkeypatch):
     """TensorBoard's callback, with a writer that notes what it is given; W&B's takes the same call and names."""
     monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", mock.MagicMock())
     writer = mock.MagicMock()
     watch = {"layer": 1, "questions": PROMPTS, "every": 2}
     trainer, callback = watched(model, tokenizer, tmp_path, random_direction(model), watch=watch)
