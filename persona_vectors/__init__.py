@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.evaluation.contrast import contrast_effect
     from persona_vectors.evaluation.cost import coef_at_kl
     from persona_vectors.evaluation.harness import side_effects
+    from persona_vectors.evaluation.inspecting import inspect_model, inspect_scorer
     from persona_vectors.evaluation.inventory import big_five
     from persona_vectors.evaluation.judge import Answer
     from persona_vectors.evaluation.judges import ContrastJudge, LocalJudge, SentimentJudge
@@ -75,6 +76,7 @@ _WHERE = {
     "evaluation.contrast": ["contrast_effect"],
     "evaluation.cost": ["coef_at_kl"],
     "evaluation.harness": ["side_effects"],
+    "evaluation.inspecting": ["inspect_model", "inspect_scorer"],
     "evaluation.inventory": ["big_five"],
     "evaluation.judge": ["Answer"],
     "evaluation.judges": ["ContrastJudge", "LocalJudge", "SentimentJudge"],
