@@ -1,7 +1,12 @@
 """Persona vectors: extract them, steer and monitor with them, flag training data (arXiv 2507.21509)."""
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+warnings.filterwarnings(
+    "ignore", "IProgress not found"
+)  # tqdm's, in a notebook without ipywidgets: bars are text there
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time a name is imported when it is first asked for
     from persona_vectors.data.errors import InputError

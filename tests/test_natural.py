@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
+import nbformat
 import pytest
 import torch
 from helpers import random_direction
+from nbclient import NotebookClient
 
 import persona_vectors as pv
 from persona_vectors.model.generation import generate
@@ -69,6 +71,7 @@ def test_a_vector_is_indexed_measured_and_compared(model, tmp_path):
     assert pv.__version__.count(".") == 2
     axes = vector.plot(layer=1).axes
     assert [a.get_title() for a in axes] == ["t: how reliable", "t: how large"]
+    assert vector.plot()._repr_png_().startswith(b"\x89PNG")  # it shows itself in a notebook
     assert axes[1].lines[0].get_ydata() == pytest.approx(vector.norm().tolist())
 
 
@@ -94,3 +97,18 @@ def test_what_is_of_another_kind_is_refused_in_words(model, tokenizer):
             plain[function](*arguments)
     with pytest.raises(pv.InputError, match="conversation 0 is a text: give a question and its answer"):
         list(answered_turns(tokenizer, 0, "some text", False, None))
+
+
+@pytest.mark.slow
+def test_a_notebook_shows_figures_and_no_walls_of_warnings(tmp_path):
+    """In a kernel of its own, without `%matplotlib inline` and, where they are missing, without ipywidgets."""
+    lines = [
+        "import torch, persona_vectors as pv",
+        "vector = pv.PersonaVector('calm', 'tiny', torch.eye(2, 4))",
+        "pv.generate, pv.finetune, pv.flag",
+        "vector.plot()",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(lines))])
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    (only,) = notebook.cells[0].outputs
+    assert "image/png" in only["data"]

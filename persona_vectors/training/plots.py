@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from persona_vectors.vectors.drawing import GREY, bare
+from persona_vectors.vectors.drawing import GREY, Figure, bare
 
 
 def plot_history(history: Sequence[Mapping[str, float]]) -> Figure:

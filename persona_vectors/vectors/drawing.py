@@ -1,11 +1,21 @@
 """What every figure of the package shares; a vector's evidence, drawn."""
 
+from io import BytesIO
 from typing import Any, SupportsIndex
 
+from matplotlib import figure as matplotlib_figure
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"  # told apart by colour-blind readers too
+
+
+class Figure(matplotlib_figure.Figure):
+    """A figure that shows itself in a notebook, also in one without `%matplotlib inline`."""
+
+    def _repr_png_(self) -> bytes:
+        written = BytesIO()
+        self.savefig(written, format="png")
+        return written.getvalue()
 
 
 def evidence_figure(vector: Any, layer: SupportsIndex | None) -> Figure:

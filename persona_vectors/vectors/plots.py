@@ -5,10 +5,9 @@ from typing import SupportsIndex
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from persona_vectors.vectors.drawing import BLUE, bare, evidence_figure
+from persona_vectors.vectors.drawing import BLUE, Figure, bare, evidence_figure
 from persona_vectors.vectors.geometry import Separation
 from persona_vectors.vectors.vector import PersonaVector
 
