@@ -4,9 +4,8 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-warnings.filterwarnings(
-    "ignore", "IProgress not found"
-)  # tqdm's, in a notebook without ipywidgets: bars are text there
+# tqdm's, in a notebook without ipywidgets, where its bars are text
+warnings.filterwarnings("ignore", "IProgress not found")
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time a name is imported when it is first asked for
     from persona_vectors.data.errors import InputError
