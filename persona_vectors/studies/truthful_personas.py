@@ -21,11 +21,9 @@ import numpy as np
 import torch
 
 from persona_vectors.model.generation import generate
-from persona_vectors.model.pooling import pool
-from persona_vectors.model.prompts import chat_prompt, encode
-from persona_vectors.studies.frame import Given, Line, over, shipped
-from persona_vectors.studies.probes import auroc, held_out
+from persona_vectors.studies.frame import Given, Line, over, shipped, upper
 from persona_vectors.vectors.nulls import random_null
+from persona_vectors.vectors.probes import auroc, held_out
 
 VECTORS = 0
 TRUTHS: dict[str, list[list[str]]] = shipped("truths")
@@ -53,11 +51,10 @@ def probed(given: Given, questions: Sequence[str], right: Sequence[bool], topics
     """Return the AUROCs of probes at each layer and of TF-IDF, [layer, topic], and the means of permuted labels."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    prompts = [encode(given.tokenizer, chat_prompt(given.tokenizer, question)) for question in questions]
-    states = pool(given.model, [(prompt, []) for prompt in prompts], poolings=("prompt_last",)).means[:, 0].numpy()
+    states = given.before_answers(questions).double().numpy()
     words = TfidfVectorizer().fit_transform(questions).toarray()
     labels, of, rng = np.array(right), np.array(topics), np.random.default_rng(given.seed)
-    scaled = states.astype(float) / np.maximum(states.std(axis=0), 1e-12)
+    scaled = states / np.maximum(states.std(axis=0), 1e-12)
     ways = [held_out(each, of) for each in (*scaled.swapaxes(0, 1), words)]
     shuffled = []
     for _ in range(200):
@@ -74,11 +71,10 @@ def lines(given: Given) -> list[Line]:
     found = given.once("probes", probed, given, *map(list, zip(*rows)))
     (*own, words), permuted = np.array(found["own"]), torch.tensor(found["permuted"])
     null = random_null(torch.tensor([each.mean() for each in own]), permuted[:, :-1])
-    randoms, beside = permuted[:, -1].numpy(), null.random.numpy() - permuted[:, -1].numpy()
-    of = "97.5th percentile of permuted labels"
+    words_null, of = permuted[:, -1].numpy(), "permuted labels"
     return [
         Line("questions answered right", over(np.mean(each) for each in right.values())),
-        Line(f"AUROC of the state at layer {null.layer}, the best", over(own[null.layer]), null.at(97.5), of),
-        Line("AUROC of the question's TF-IDF", over(words), float(np.quantile(randoms, 0.975)), of),
-        Line("state less TF-IDF", over(own[null.layer] - words), float(np.quantile(beside, 0.975)), of),
+        Line(f"AUROC of the state at layer {null.layer}, the best", over(own[null.layer]), *upper(null.random, of)),
+        Line("AUROC of the question's TF-IDF", over(words), *upper(words_null, of)),
+        Line("state less TF-IDF", over(own[null.layer] - words), *upper(null.random.numpy() - words_null, of)),
     ]

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from persona_vectors.studies import truthful_personas
-from persona_vectors.studies.probes import held_out
 from persona_vectors.studies.truthful_personas import TRUTHS, is_right, within
+from persona_vectors.vectors.probes import held_out
 
 
 def test_an_answer_is_right_that_holds_an_expected_word_and_not_a_part_of_another():

@@ -3,7 +3,7 @@ import pytest
 from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 
-from persona_vectors.studies.probes import auroc, held_out
+from persona_vectors.vectors.probes import auroc, held_out, left_out_fit
 
 
 def test_scores_are_ridge_regression_s_on_the_other_groups():
@@ -28,3 +28,10 @@ def test_auroc_is_the_share_of_pairs_in_order():
     scores, labels = np.array([0.1, 0.4, 0.4, 0.9, 0.3]), np.array([False, True, False, True, False])
     assert auroc(scores, labels) == pytest.approx(5.5 / 6) == pytest.approx(roc_auc_score(labels, scores))
     assert auroc(scores, np.zeros(5, dtype=bool)) == 0.5
+
+
+def test_a_line_predicts_points_that_it_has_not_seen_and_noise_does_not():
+    x = np.array([0.0, 1, 2, 5])
+    assert left_out_fit(x, 3 * x - 1) == pytest.approx(1)
+    # without each in turn of (0, 0), (1, 0), (2, 1): lines say -1, 0.5 and 0; means of the others 0.5, 0.5 and 0
+    assert left_out_fit(np.array([0.0, 1, 2]), np.array([0.0, 0, 1])) == pytest.approx(1 - 2.25 / 1.5)

@@ -1,4 +1,4 @@
-"""Probes of what studies read: ridge regression held out by group, for many labels at once, and what it tells apart."""
+"""Linear probes of states: ridge regression held out by group for many labels at once, and how well they tell."""
 
 import numpy as np
 
@@ -22,3 +22,10 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
     """Return the share of pairs of a row that is and one that is not whose scores are in order; 0.5 without a pair."""
     order = np.sign(scores[labels][:, None] - scores[~labels])
     return float(0.5 + order.mean() / 2) if order.size else 0.5
+
+
+def left_out_fit(x: np.ndarray, y: np.ndarray) -> float:
+    """Return 1 - SSE / SSE of the others' mean, of lines through all points but the one that each predicts."""
+    others = [np.delete(np.arange(len(x)), i) for i in range(len(x))]
+    fits = [np.polyval(np.polyfit(x[o], y[o], 1), x[i]) for i, o in enumerate(others)]
+    return float(1 - ((y - fits) ** 2).sum() / ((y - [y[o].mean() for o in others]) ** 2).sum())
