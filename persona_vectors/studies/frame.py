@@ -41,6 +41,7 @@ NAMES = (
     "localizing",
     "truthful_personas",
     "user_personas",
+    "personality_alignment",
 )
 """The studies: each is the module of that name, whose docstring is the text of its page and whose `lines` its table."""
 
@@ -126,7 +127,8 @@ class Given:
 
     def before_answers(self, questions: Sequence[str]) -> Float[Tensor, "question layer hidden"]:
         """Return the state at the last token of each question's prompt."""
-        rows: list[Row] = [(encode(self.tokenizer, chat_prompt(self.tokenizer, question)), []) for question in questions]
+        prompts = [encode(self.tokenizer, chat_prompt(self.tokenizer, question)) for question in questions]
+        rows: list[Row] = [(prompt, []) for prompt in prompts]
         return pool(self.model, rows, poolings=("prompt_last",)).means[:, 0]
 
     def once(self, key: str, make: Callable[..., Any], *arguments: Any) -> Any:
