@@ -1,21 +1,20 @@
 """Personality alignment: a person's answers to an inventory brought about by shifts of attention heads.
 
 Zhu et al. 2024 (arXiv 2408.11779), PAS. People are drawn: high or low in each of five factors, so that each IPIP item
-has an answer of 5 or 1. On 30 items, "yes" and "no" are answers of this person or not; a ridge probe of each head at
-the answer's end, held out by item, is measured by its AUROC. The tenth of the heads that do best are shifted by alpha
-times the mean difference's direction and the deviation of projections on it, as biases of the output projections
-(which the tests hold equal to a hook within 1e-5). Alpha is the best on 5 other items (in the original it is chosen
-on those that are reported), or 0; the distance, of 1 to 5, is between the model's expected answers and the person's
-on 15 further ones. Beside it are the layer-wise difference of means, steered with at the layer whose probe does best
-with alpha chosen alike, the person's answers in the prompt, and random directions in random heads.
+has an answer, 5 or 1. "Yes" and "no" to 30 items are answers of this person or not; a ridge probe of each head at the
+answer's end, held out by item, has an AUROC. The best tenth of the heads are shifted along the mean difference by
+alpha deviations of the projections on it, as biases of the output projections. Alpha, or none, is what is best on 5
+other items (in the original it is chosen on those that are reported). The distance, in points of 1 to 5, is that of
+the model's expected answers from the person's on 15 further items. Beside it stand a layer's mean difference, steered
+with where a layer's probe is best, by an alpha chosen alike; the person's answers in the prompt; and as the null the
+heads, directions and alphas that random answers to the 30 items give.
 
-The paper: shifts of heads come nearer to 300 people's answers than prompts and training by preferences do.
+The paper: shifts of heads come nearer to people's answers than prompts and training on their preferences do.
 
 A small model can show whether heads that tell a person's answers also give them; it cannot show a personality, as its
 answers to an inventory follow the options' letters as much as the item.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
@@ -25,9 +24,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from persona_vectors.data.texts import DATA
-from persona_vectors.evaluation.inventory import item_scores
+from persona_vectors.evaluation.inventory import ipip_items, item_scores
 from persona_vectors.model.pooling import pool
 from persona_vectors.model.prompts import chat_prompt, encode_answer
 from persona_vectors.steering.add import steer
@@ -36,94 +35,95 @@ from persona_vectors.studies.frame import Given, Line, over
 from persona_vectors.vectors.probes import auroc, held_out
 from persona_vectors.vectors.vector import PersonaVector
 
-VECTORS, ALPHAS = 0, (2.0, 5.0, 10.0)
-FACTORS = list(json.loads((DATA / "ipip50.json").read_text(encoding="utf-8"))["factors"].values())
-ITEMS = [
-    (entry["item"], factor, entry["key"]) for i in range(10) for factor in range(5) for entry in [FACTORS[factor][i]]
-]
+VECTORS, ALPHAS, RANDOM = 0, (2.0, 5.0, 10.0), 3
+ITEMS = [item for i in range(10) for item in ipip_items()[i::10]]
 PROBED, CHOOSING, MEASURED = ITEMS[:30], ITEMS[30:35], ITEMS[35:]
-Shift = Callable[[float], AbstractContextManager[None]]
+Person = dict[str, int]
+"""1 or -1 in each factor."""
 
 
-def scaled_directions(states: Float[Tensor, "row *unit dim"], agrees: Bool[Tensor, " row"]) -> Tensor:
-    """Return the direction from other answers to a person's, as long as the deviation of projections on it."""
-    unit = torch.nn.functional.normalize(states[agrees].mean(dim=0) - states[~agrees].mean(dim=0), dim=-1)
+def deviations(states: Float[Tensor, "row *unit dim"], agrees: Bool[Tensor, " row"]) -> Tensor:
+    """Return the direction towards a person's answers, as long as the deviation of the projections on it."""
+    unit = normalize(states[agrees].mean(dim=0) - states[~agrees].mean(dim=0), dim=-1)
     return unit * (states * unit).sum(dim=-1).std(dim=0)[..., None]
 
 
-def answers(person: Sequence[int], items: Sequence[Any]) -> Tensor:
-    """Return what a person, 1 or -1 in each factor, answers to items: 5 or 1."""
+def answers(person: Person, items: Sequence[Any]) -> Float[Tensor, " item"]:
+    """Return a person's answers to items, 5 or 1."""
     return torch.tensor([3.0 + 2 * person[factor] * key for _, factor, key in items])
 
 
-def distance(given: Given, person: Sequence[int], items: Sequence[Any], system: str | None = None) -> float:
+def distance(given: Given, person: Person, items: Sequence[Any], system: str | None = None) -> float:
     """Return the mean distance of the model's expected answers from a person's."""
     found = item_scores(given.model, given.tokenizer, [item for item, *_ in items], system=system).mean(dim=1)
     return float((found - answers(person, items)).abs().mean())
 
 
-def aligned(far: Callable[[Sequence[Any]], float], shift: Shift) -> float:
-    """Return the distance on MEASURED at the alpha, or none, that is nearest on CHOOSING."""
-    found = {}
-    for alpha in (0.0, *ALPHAS):
+def nearest(far: Callable[[Sequence[Any]], float], shift: Callable[[float], AbstractContextManager[None]]) -> float:
+    """Return the distance on MEASURED at the alpha, or none, that is the nearest on CHOOSING."""
+
+    def at(alpha: float, items: Sequence[Any]) -> float:
         with shift(alpha) if alpha else nullcontext():
-            found[alpha] = far(CHOOSING)
-    alpha = min(found, key=lambda each: found[each])
-    with shift(alpha) if alpha else nullcontext():
-        return far(MEASURED)
+            return far(items)
+
+    return at(min((0.0, *ALPHAS), key=lambda alpha: at(alpha, CHOOSING)), MEASURED)
 
 
-def read(given: Given) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Return states of yes and no to the items probed, of heads and layers [row, ...], and the probes of all these."""
+def read(given: Given) -> tuple[Tensor, Tensor, list[np.ndarray], list[np.ndarray]]:
+    """Return states of yes and no to each item, [row, layer, head, dim] and [row, layer, hidden], and their probes."""
     prompts = [chat_prompt(given.tokenizer, f'Is this accurate of you? "{item}"') for item, *_ in PROBED]
     rows = [encode_answer(given.tokenizer, prompt, reply) for prompt in prompts for reply in ("Yes.", "No.")]
     heads, layers = head_states(given.model, rows), pool(given.model, rows).means[:, 0]
-    units = [*heads.flatten(1, 2).unbind(dim=1), *layers.unbind(dim=1)]
-    items = np.repeat(np.arange(len(PROBED)), 2)
-    return heads, layers, np.stack([held_out(unit.double().numpy(), items) for unit in units])
+    probes = [
+        [held_out(each.double().numpy(), np.arange(len(rows)) // 2) for each in states.unbind(dim=1)]
+        for states in (heads.flatten(1, 2), layers)
+    ]
+    return heads, layers, *probes
 
 
 def measure(given: Given, known: Callable[[], Any], number: int) -> dict[str, Any]:
-    """Return a person's distances: plain, prompted, at a layer, at heads, and at random ones."""
-    rng = np.random.default_rng([given.seed, number])
-    person = rng.choice([-1, 1], 5).tolist()
-    heads, layers, probes = known()
-    agrees = (answers(person, PROBED) > 3).repeat_interleave(2) == torch.tensor([True, False] * len(PROBED))
-    scores = torch.tensor([auroc(probe @ agrees.numpy(), agrees.numpy()) for probe in probes])
-    shifts, count = scaled_directions(heads, agrees), heads[0, ..., 0].numel()
-    best, layer = scores[:count].topk(max(1, count // 10)).indices, int(scores[count:].argmax())
-    vector = PersonaVector("person", "", scaled_directions(layers, agrees))
+    """Return a person's distances: plain, prompted, at a layer, at heads, and at those of random answers."""
+    rng, (heads, layers, by_head, by_layer) = np.random.default_rng([given.seed, number]), known()
+    person = {factor: int(rng.choice([-1, 1])) for _, factor, _ in ITEMS[:5]}
+    own, far = answers(person, PROBED) > 3, partial(distance, given, person)
 
-    def only(directions: Tensor, which: Any) -> Shift:
-        kept = torch.zeros(count, 1).index_fill(0, torch.as_tensor(which), 1.0).view(*heads.shape[1:3], 1)
-        return lambda alpha: shift_heads(given.model, alpha * directions * kept)
+    def aligned(yes: Tensor, directions: Tensor, probes: Sequence[np.ndarray], way: Callable[..., Any]) -> Any:
+        agrees = torch.stack([yes, ~yes], dim=1).flatten()
+        scores = torch.tensor([auroc(probe @ agrees.numpy(), agrees.numpy()) for probe in probes])
+        best = scores.topk(max(1, len(scores) // 10)).indices
+        return float(scores[best].mean()), nearest(far, partial(way, deviations(directions, agrees), best))
 
-    noise = [torch.as_tensor(rng.permutation(len(agrees))) for _ in range(3)]
-    randoms = [
-        only(scaled_directions(heads, agrees[order]), rng.choice(count, len(best), replace=False)) for order in noise
-    ]
-    far = partial(distance, given, person)
-    said = " ".join(item for (item, *_), answer in zip(PROBED, answers(person, PROBED)) if answer > 3)
+    def at_layer(directions: Tensor, best: Tensor, alpha: float) -> AbstractContextManager[None]:
+        return steer(given.model, PersonaVector("person", "", directions), layer=int(best[0]), coef=alpha)
+
+    def at_heads(directions: Tensor, best: Tensor, alpha: float) -> AbstractContextManager[None]:
+        chosen = torch.zeros(len(by_head)).index_fill(0, best, alpha).view(*directions.shape[:2], 1)
+        return shift_heads(given.model, directions * chosen)
+
+    said = " ".join(item for (item, *_), yes in zip(PROBED, own) if yes)
     return {
         "plain": far(MEASURED),
-        "prompt": far(MEASURED, f"You are a person of whom this is accurate: {said}"),
-        "layer": aligned(far, lambda alpha: steer(given.model, vector, layer=layer, coef=alpha)),
-        "heads": aligned(far, only(shifts, best)),
-        "random": [aligned(far, each) for each in randoms],
-        "probe": float(scores[best].mean()),
+        "prompt": far(MEASURED, f"This is accurate of you: {said}"),
+        "layer": aligned(own, layers, by_layer, at_layer)[1],
+        "heads": aligned(own, heads, by_head, at_heads),
+        "random": [aligned(torch.from_numpy(rng.random(30) < 0.5), heads, by_head, at_heads) for _ in range(RANDOM)],
     }
 
 
 def lines(given: Given) -> list[Line]:
-    """Return how near `size` people come, with their answers in a prompt, a layer's vector, and shifts of heads."""
+    """Return how near `size` + 1 people come: by their answers in the prompt, a layer's vector, and shifts of heads."""
     known = cache(partial(read, given))
-    found = [given.once(f"person {i}", measure, given, known, i) for i in range(given.size)]
-    random = float(np.mean([np.subtract(each["random"], each["plain"]) for each in found], axis=0).min())
+    found = [given.once(f"person {i}", measure, given, known, i) for i in range(given.size + 1)]
+    tells, far = np.array([each["random"] for each in found]).mean(axis=0).T
+    plain, of = np.array([each["plain"] for each in found]), f"of {RANDOM} sets of random answers"
     result = [
-        Line("AUROC of the heads' probes, held out by item", over(each["probe"] for each in found), 0.5, "chance")
+        Line("AUROC of the best tenth of the heads", over(e["heads"][0] for e in found), tells.max(), f"largest {of}"),
+        Line("distance, plain", over(plain)),
     ]
-    result.append(Line("distance, plain", over(each["plain"] for each in found)))
-    for name, way in (("answers in the prompt", "prompt"), ("vector at one layer", "layer"), ("heads", "heads")):
-        moved = over(each[way] - each["plain"] for each in found)
-        result.append(Line(f"{name}, less plain", moved, random, "nearest of 3 sets of random heads and directions"))
+    ways = {"answers in the prompt": "prompt", "a layer's vector": "layer", "heads": "heads"}
+    for name, key in ways.items():
+        moved = np.array([each[key][1] if key == "heads" else each[key] for each in found]) - plain
+        result.append(
+            Line(f"distance by {name}, less plain", over(moved), float((far - plain.mean()).min()), f"nearest {of}")
+        )
     return result
