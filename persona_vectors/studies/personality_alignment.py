@@ -117,7 +117,12 @@ def lines(given: Given) -> list[Line]:
     tells, far = np.array([each["random"] for each in found]).mean(axis=0).T
     plain, of = np.array([each["plain"] for each in found]), f"of {RANDOM} sets of random answers"
     result = [
-        Line("AUROC of the best tenth of the heads", over(e["heads"][0] for e in found), tells.max(), f"largest {of}"),
+        Line(
+            "AUROC of the best tenth of the heads",
+            over(e["heads"][0] for e in found),
+            float(tells.max()),
+            f"largest {of}",
+        ),
         Line("distance, plain", over(plain)),
     ]
     ways = {"answers in the prompt": "prompt", "a layer's vector": "layer", "heads": "heads"}
