@@ -7,7 +7,7 @@ alpha deviations of the projections on it, as biases of the output projections. 
 other items (in the original it is chosen on those that are reported). The distance, in points of 1 to 5, is that of
 the model's expected answers from the person's on 15 further items. Beside it stand a layer's mean difference, steered
 with where a layer's probe is best, by an alpha chosen alike; the person's answers in the prompt; and as the null the
-heads, directions and alphas that random answers to the 30 items give.
+heads, directions and alphas that the person's answers give when they are permuted over the 30 items.
 
 The paper: shifts of heads come nearer to people's answers than prompts and training on their preferences do.
 
@@ -82,16 +82,16 @@ def read(given: Given) -> tuple[Tensor, Tensor, list[np.ndarray], list[np.ndarra
 
 
 def measure(given: Given, known: Callable[[], Any], number: int) -> dict[str, Any]:
-    """Return a person's distances: plain, prompted, at a layer, at heads, and at those of random answers."""
+    """Return a person's distances: plain, prompted, at a layer, at heads, and at those of permuted answers."""
     rng, (heads, layers, by_head, by_layer) = np.random.default_rng([given.seed, number]), known()
     person = {factor: int(rng.choice([-1, 1])) for _, factor, _ in ITEMS[:5]}
     own, far = answers(person, PROBED) > 3, partial(distance, given, person)
 
-    def aligned(yes: Tensor, directions: Tensor, probes: Sequence[np.ndarray], way: Callable[..., Any]) -> Any:
+    def aligned(yes: Tensor, states: Tensor, probes: Sequence[np.ndarray], shift: Callable[..., Any]) -> Any:
         agrees = torch.stack([yes, ~yes], dim=1).flatten()
         scores = torch.tensor([auroc(probe @ agrees.numpy(), agrees.numpy()) for probe in probes])
         best = scores.topk(max(1, len(scores) // 10)).indices
-        return float(scores[best].mean()), nearest(far, partial(way, deviations(directions, agrees), best))
+        return float(scores[best].mean()), nearest(far, partial(shift, deviations(states, agrees), best))
 
     def at_layer(directions: Tensor, best: Tensor, alpha: float) -> AbstractContextManager[None]:
         return steer(given.model, PersonaVector("person", "", directions), layer=int(best[0]), coef=alpha)
@@ -101,34 +101,22 @@ def measure(given: Given, known: Callable[[], Any], number: int) -> dict[str, An
         return shift_heads(given.model, directions * chosen)
 
     said = " ".join(item for (item, *_), yes in zip(PROBED, own) if yes)
-    return {
-        "plain": far(MEASURED),
-        "prompt": far(MEASURED, f"This is accurate of you: {said}"),
-        "layer": aligned(own, layers, by_layer, at_layer)[1],
-        "heads": aligned(own, heads, by_head, at_heads),
-        "random": [aligned(torch.from_numpy(rng.random(30) < 0.5), heads, by_head, at_heads) for _ in range(RANDOM)],
-    }
+    permuted = [own[torch.from_numpy(rng.permutation(len(own)))] for _ in range(RANDOM)]
+    found = {"plain": far(MEASURED), "prompt": far(MEASURED, f"This is accurate of you: {said}")}
+    found["auroc"], found["heads"] = aligned(own, heads, by_head, at_heads)
+    found["layer"] = aligned(own, layers, by_layer, at_layer)[1]
+    return found | {"permuted": [aligned(yes, heads, by_head, at_heads) for yes in permuted]}
 
 
 def lines(given: Given) -> list[Line]:
     """Return how near `size` + 1 people come: by their answers in the prompt, a layer's vector, and shifts of heads."""
     known = cache(partial(read, given))
     found = [given.once(f"person {i}", measure, given, known, i) for i in range(given.size + 1)]
-    tells, far = np.array([each["random"] for each in found]).mean(axis=0).T
-    plain, of = np.array([each["plain"] for each in found]), f"of {RANDOM} sets of random answers"
-    result = [
-        Line(
-            "AUROC of the best tenth of the heads",
-            over(e["heads"][0] for e in found),
-            float(tells.max()),
-            f"largest {of}",
-        ),
-        Line("distance, plain", over(plain)),
-    ]
-    ways = {"answers in the prompt": "prompt", "a layer's vector": "layer", "heads": "heads"}
-    for name, key in ways.items():
-        moved = np.array([each[key][1] if key == "heads" else each[key] for each in found]) - plain
-        result.append(
-            Line(f"distance by {name}, less plain", over(moved), float((far - plain.mean()).min()), f"nearest {of}")
-        )
+    plain, permuted = np.array([each["plain"] for each in found]), np.array([each["permuted"] for each in found])
+    (tells, far), of = permuted.mean(axis=0).T, f"of {RANDOM} with permuted answers"
+    tell, null = over(each["auroc"] for each in found), (float((far - plain.mean()).min()), f"nearest {of}")
+    result = [Line("AUROC of the best tenth of the heads", tell, float(tells.max()), f"largest {of}")]
+    result.append(Line("distance, plain", over(plain)))
+    for name, way in (("their answers in the prompt", "prompt"), ("a layer's vector", "layer"), ("heads", "heads")):
+        result.append(Line(f"distance with {name}, less plain", over([e[way] - e["plain"] for e in found]), *null))
     return result

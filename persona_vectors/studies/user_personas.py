@@ -29,7 +29,7 @@ from persona_vectors.data.texts import assistant_prompts
 from persona_vectors.data.traits import InstructionPair
 from persona_vectors.evaluation.likelihood import State, Statements, likelihood_contrasts
 from persona_vectors.model.blocks import model_shape
-from persona_vectors.model.pooling import pool
+from persona_vectors.model.pooling import pool, prompt_states
 from persona_vectors.model.prompts import chat_prompt, encode, encode_answer
 from persona_vectors.steering.add import RowEdit
 from persona_vectors.studies.frame import Given, Line, over, shipped, upper
@@ -69,7 +69,7 @@ def vectors(given: Given) -> tuple[list[PersonaVector], Tensor]:
     for sides in USERS["personas"].values():
         texts = [SAID.format(text, reply) for side in sides for text in side for reply in ("Yes", "No")]
         signs = torch.tensor([1.0, -1.0]).repeat_interleave(len(sides[0]))
-        direction = persona_direction(given.before_answers(texts).unflatten(0, (-1, 2)), signs)
+        direction = persona_direction(prompt_states(given.model, given.tokenizer, texts).unflatten(0, (-1, 2)), signs)
         norms = DOSE * others.norms.mean(dim=0)[:, None]
         made.append(PersonaVector("user", "", normalize(direction, dim=1) * norms))
     return made, (others.means[0::2, 0] - others.means[1::2, 0]).mean(dim=0)
@@ -79,7 +79,7 @@ def measure(given: Given) -> list[dict[str, Any]]:
     """Return for each layer the effects of vectors and of random ones, cosines, and what is decoded."""
     (made, refusal), depth, result = vectors(given), model_shape(given.model)[0], []
     repeat, *words = [encode(given.tokenizer, text) for text in (REPEAT, *(f" {word}" for word in WORDS))]
-    asked = given.before_answers(REQUESTS)
+    asked = prompt_states(given.model, given.tokenizer, REQUESTS)
     for layer in sorted({depth // 6, depth // 3, depth // 2}):
         edits, decoded = [RowEdit(vector, layer, 1.0) for vector in made], {}
         effects = moved(given, [State(each) for each in edits + given.random_edits(edits[0], 10 * given.size)])
