@@ -69,7 +69,7 @@ def nearest(far: Callable[[Sequence[Any]], float], shift: Callable[[float], Abst
     return at(min((0.0, *ALPHAS), key=lambda alpha: at(alpha, CHOOSING)), MEASURED)
 
 
-def read(given: Given) -> tuple[Tensor, Tensor, list[np.ndarray], list[np.ndarray]]:
+def read(given: Given) -> tuple[Any, ...]:
     """Return states of yes and no to each item, [row, layer, head, dim] and [row, layer, hidden], and their probes."""
     prompts = [chat_prompt(given.tokenizer, f'Is this accurate of you? "{item}"') for item, *_ in PROBED]
     rows = [encode_answer(given.tokenizer, prompt, reply) for prompt in prompts for reply in ("Yes.", "No.")]
