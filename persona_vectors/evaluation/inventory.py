@@ -24,8 +24,10 @@ OPTIONS = (
 LETTERS = "ABCDE"
 
 
-def big_five(model: Model, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None) -> dict[str, list[float]]:
-    """Return each factor's item scores, 1 to 5, of the 50-item IPIP markers (Goldberg, 1992).
+def big_five(
+    model: Model, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, first: int = 10
+) -> dict[str, list[float]]:
+    """Return each factor's item scores, 1 to 5, of the 50-item IPIP markers (Goldberg, 1992), or its `first` items'.
 
     Each item is asked alone, with its options as letters, in both orders: the score is the expected value over the five
     letters' probabilities, averaged over the orders, and turned round for items keyed negatively. It is the model as it
@@ -33,7 +35,7 @@ def big_five(model: Model, tokenizer: PreTrainedTokenizerBase, *, system: str | 
     with a random vector's effect.
     """
     factors = json.loads((DATA / "ipip50.json").read_text(encoding="utf-8"))["factors"]
-    items = [(factor, entry) for factor, entries in factors.items() for entry in entries]
+    items = [(factor, entry) for factor, entries in factors.items() for entry in entries[:first]]
     scores = item_scores(model, tokenizer, [entry["item"] for _, entry in items], system=system)
     found: dict[str, list[float]] = {factor: [] for factor in factors}
     for (factor, entry), orders in zip(items, scores.tolist()):

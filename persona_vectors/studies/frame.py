@@ -33,6 +33,7 @@ NAMES = (
     "situational_judgment",
     "principled_personas",
     "localizing",
+    "behavioural_fingerprint",
 )
 """The studies: each is the module of that name, whose docstring is the text of its page and whose `lines` its table."""
 
