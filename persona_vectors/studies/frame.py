@@ -34,6 +34,7 @@ NAMES = (
     "principled_personas",
     "localizing",
     "behavioural_fingerprint",
+    "persona_fuse",
 )
 """The studies: each is the module of that name, whose docstring is the text of its page and whose `lines` its table."""
 
