@@ -24,11 +24,8 @@ from sklearn.preprocessing import StandardScaler
 
 from persona_vectors.data.traits import load_trait
 from persona_vectors.evaluation.likelihood import likelihood_contrast, load_statements
-from persona_vectors.model.passes import Row
-from persona_vectors.model.pooling import pool
-from persona_vectors.model.prompts import chat_prompt, encode
 from persona_vectors.steering.add import steer
-from persona_vectors.studies.frame import Given, Line, over
+from persona_vectors.studies.frame import Given, Line, over, upper
 
 VECTORS = 2
 
@@ -42,13 +39,6 @@ def own_and_other(effects: np.ndarray, kinds: np.ndarray, order: np.ndarray) -> 
     """Return effects on the question's own trait and the other, of [question, gate, trait], with gates by `order`."""
     chosen, every = effects[np.arange(len(order)), order], np.arange(len(order))
     return chosen[every, kinds], chosen[every, 1 - kinds]
-
-
-def states(given: Given, questions: Sequence[str]) -> list[list[float]]:
-    """Return the state at the last token of each question's prompt, at the first vector's layer."""
-    rows: list[Row] = [(encode(given.tokenizer, chat_prompt(given.tokenizer, q)), []) for q in questions]
-    found = pool(given.model, rows, poolings=["prompt_last"], layer=given.edits[0].layer)
-    return found.means[:, 0, 0].tolist()
 
 
 def contrasts(given: Given, question: str, shares: Sequence[Sequence[float]]) -> list[list[float]]:
@@ -68,24 +58,25 @@ def lines(given: Given) -> list[Line]:
     traits = [load_trait(vector.trait).questions for vector in given.vectors[:2]]
     asked = [question for trait in traits for question in trait.eval[: 2 * given.size]]
     made = [question for trait in traits for question in trait.extract]
-    known, new = (np.array(given.once(key, states, given, each)) for key, each in (("known", made), ("new", asked)))
+    layer = int(given.edits[0].layer)
+    read = given.once("states", lambda: given.before_answers([*made, *asked])[:, layer].tolist())
+    known, new = np.split(np.array(read), [len(made)])
     labels, kinds = (np.repeat([0, 1], [len(each) // 2] * 2) for each in (made, asked))
     found, rng = gates(known, labels, new), np.random.default_rng(given.seed)
     right = ((found > 0.5) == kinds).astype(float)
     permuted = [np.mean((gates(known, rng.permutation(labels), new) > 0.5) == kinds) for _ in range(100)]
     shares = [[1 - gate, gate] for gate in (*found.tolist(), float(found.mean()))]
-    read = np.array([given.once(question, contrasts, given, question, [*shares, [0, 0]]) for question in asked])
-    effects, every = read[:, :-1] - read[:, -1:], np.arange(len(asked))
+    seen = np.array([given.once(question, contrasts, given, question, [*shares, [0, 0]]) for question in asked])
+    effects, every = seen[:, :-1] - seen[:, -1:], np.arange(len(asked))
     own, other = own_and_other(effects, kinds, every)
     flat, elsewhere = own_and_other(effects, kinds, np.full_like(every, len(asked)))
     shuffles = [np.subtract(*own_and_other(effects, kinds, rng.permutation(every))).mean() for _ in range(1000)]
-    chance, shuffled = float(np.quantile(permuted, 0.975)), float(np.quantile(shuffles, 0.975))
     return [
-        Line("gate right on new questions", over(right.tolist()), chance, "97.5th percentile, permuted labels"),
+        Line("gate right on new questions", over(right.tolist()), *upper(permuted, "permuted labels")),
         Line("effect on the situation's trait, gated", over(own)),
         Line("effect on the situation's trait, ungated", over(flat)),
         Line("effect on the other trait, gated", over(other)),
         Line("effect on the other trait, ungated", over(elsewhere)),
-        Line("selective, gated", over(own - other), shuffled, "97.5th percentile of shuffled gates"),
+        Line("selective, gated", over(own - other), *upper(shuffles, "shuffled gates")),
         Line("selective, gated less ungated", over(own - other - flat + elsewhere)),
     ]
