@@ -41,6 +41,7 @@ NAMES = (
     "localizing",
     "behavioural_fingerprint",
     "persona_fuse",
+    "miracle",
     "truthful_personas",
     "user_personas",
 )
@@ -128,7 +129,9 @@ class Given:
 
     def before_answers(self, questions: Sequence[str]) -> Float[Tensor, "question layer hidden"]:
         """Return the state at the last token of each question's prompt."""
-        rows: list[Row] = [(encode(self.tokenizer, chat_prompt(self.tokenizer, question)), []) for question in questions]
+        rows: list[Row] = [
+            (encode(self.tokenizer, chat_prompt(self.tokenizer, question)), []) for question in questions
+        ]
         return pool(self.model, rows, poolings=("prompt_last",)).means[:, 0]
 
     def once(self, key: str, make: Callable[..., Any], *arguments: Any) -> Any:

@@ -18,21 +18,21 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from scipy.special import expit
 
 from persona_vectors.data.traits import load_trait
 from persona_vectors.evaluation.likelihood import likelihood_contrast, load_statements
 from persona_vectors.steering.add import steer
 from persona_vectors.studies.frame import Given, Line, over, upper
+from persona_vectors.vectors.probes import logistic
 
 VECTORS = 2
 
 
 def gates(states: np.ndarray, kinds: np.ndarray, new: np.ndarray) -> np.ndarray:
     """Return the probability that each new prompt is of kind 1, by a probe of states [prompt, hidden] of kinds 0, 1."""
-    return make_pipeline(StandardScaler(), LogisticRegression()).fit(states, kinds).predict_proba(new)[:, 1]
+    weights, bias = logistic(states, kinds)
+    return expit(new @ weights + bias)
 
 
 def own_and_other(effects: np.ndarray, kinds: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
