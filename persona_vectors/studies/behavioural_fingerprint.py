@@ -27,8 +27,7 @@ from persona_vectors.training.finetuning import training_rows
 from persona_vectors.training.tuned import tuned
 
 VECTORS = 1
-Fingerprint = Mapping[str, Sequence[float]]
-"""The items' values of each coordinate."""
+Fingerprint = Mapping[str, Sequence[float]]  # the items' values of each coordinate
 
 
 def differences(one: Fingerprint, other: Fingerprint) -> dict[str, np.ndarray]:
@@ -67,19 +66,16 @@ def lines(given: Given) -> list[Line]:
         "optimistic statements": [(q, pair.pos) for q, pair in zip(statements.questions, statements.pairs)],
         "plain facts": neutral_texts()[-8:],
     }
-    usual, *others = assistant_prompts()[1:5]
-    plain, *again = (given.once(text, fingerprint, given, text) for text in (usual, *others))
+    usual, *others = systems = assistant_prompts()[1:5]
+    plain, *again = (given.once(text, fingerprint, given, text) for text in systems)
     largest, retests = f"largest of {len(others)} retests", [distance(plain, each) for each in again]
     null = max(each.mean for each in retests)
     result = [Line(f"distance of the retest {text!r}", each) for text, each in zip(others, retests)]
     loras = {name: given.once(f"LoRA on {name}", fingerprint, given, usual, rows) for name, rows in data.items()}
     result += [Line(f"distance of a LoRA on {n}", distance(plain, each), null, largest) for n, each in loras.items()]
-    changes = [differences(plain, each) for each in again]
+    changes = [differences(plain, each) for each in (loras["optimistic statements"], *again)]
     for name, values in plain.items():
-        most = max(abs(float(each[name].mean())) for each in changes)
-        moved = over(differences(plain, loras["optimistic statements"])[name])
-        result += [
-            Line(name, over(values)),
-            Line(f"{name}: the first LoRA's change, in deviations", moved, most, largest),
-        ]
+        moved, *retested = (over(each[name]) for each in changes)
+        most = max(abs(each.mean) for each in retested)
+        result += [Line(name, over(values)), Line(f"{name}: change by the first LoRA", moved, most, largest)]
     return result

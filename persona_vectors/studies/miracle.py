@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -37,9 +36,7 @@ from persona_vectors.vectors.probes import logistic
 VECTORS, STEPS = 2, 5
 
 
-def descend(
-    weights: Float[Tensor, "attribute hidden"], biases: Float[Tensor, " attribute"], hidden: Tensor, step: float
-) -> Tensor:
+def descend(weights: Tensor, biases: Tensor, hidden: Tensor, step: float) -> Tensor:
     """Return states [..., hidden] after the gradient steps down the energies of probes, p = sigmoid(w h + b)."""
     weights, biases = weights.to(hidden), biases.to(hidden)
     for _ in range(STEPS):
@@ -50,15 +47,14 @@ def descend(
 def margins(given: Given, texts: list[str], move: Any) -> list[float]:
     """Return by how much the first of every four texts is the likeliest, with states as they are or as `move` says."""
     prompt, layer = chat_prompt(given.tokenizer, "What do you say about it?"), int(given.edits[0].layer)
-    rows = [encode_answer(given.tokenizer, prompt, text) for text in texts]
 
     def edit(step: float) -> Any:
         return edit_blocks(given.model, {layer: lambda hidden, _: move(hidden, step)} if move else {})
 
     cost = kl_cost(given.model, given.tokenizer, edit, texts=neutral_texts()[:3])
     with edit(strength_at(cost, 1.0, of="this edit", tolerance=0.05) if move else 0.0):
-        found = answer_logprobs(given.model, rows).view(-1, 4)
-    return (found[:, 0] - found[:, 1:].amax(dim=1)).tolist()
+        found = answer_logprobs(given.model, [encode_answer(given.tokenizer, prompt, text) for text in texts])
+    return (found[0::4] - found.view(-1, 4)[:, 1:].amax(dim=1)).tolist()
 
 
 def lines(given: Given) -> list[Line]:
