@@ -3,10 +3,10 @@
 Tang et al. 2025 (arXiv 2509.07370) route between personality experts by the situation. Here the experts are the
 first two vectors, the situations are the questions of their traits, and the gate is a logistic regression on the
 state of a prompt's last token at the first vector's layer, fitted on the questions for extraction and used on those
-for evaluation: with g the probability of the second situation, the vectors are added with 1 - g and g of their
-recommended coefficients. Ungated, each prompt has the mean of all gates. An effect is the change of the likelihood
-contrast of statements, as answers to the question, in nats a token; selective is the effect on the situation's own
-trait less that on the other. The null gives each question the gate of another one.
+for evaluation: with g the probability of the second situation, in tenths, the vectors are added with 1 - g and g of
+their recommended coefficients. Ungated, each prompt has the mean of all gates. An effect is the change of the
+likelihood contrast of statements, as answers to the question, in nats a token; selective is the effect on the
+situation's own trait less that on the other. The null gives each question the gate of another one.
 
 The paper: social and emotional understanding well above the models that it starts from, without loss of reasoning.
 
@@ -65,12 +65,13 @@ def lines(given: Given) -> list[Line]:
     found, rng = gates(known, labels, new), np.random.default_rng(given.seed)
     right = ((found > 0.5) == kinds).astype(float)
     permuted = [np.mean((gates(known, rng.permutation(labels), new) > 0.5) == kinds) for _ in range(100)]
-    shares = [[1 - gate, gate] for gate in (*found.tolist(), float(found.mean()))]
+    levels, order = np.unique(found.round(1), return_inverse=True)
+    shares = [[1 - gate, gate] for gate in (*levels.tolist(), float(found.mean()))]
     seen = np.array([given.once(question, contrasts, given, question, [*shares, [0, 0]]) for question in asked])
-    effects, every = seen[:, :-1] - seen[:, -1:], np.arange(len(asked))
-    own, other = own_and_other(effects, kinds, every)
-    flat, elsewhere = own_and_other(effects, kinds, np.full_like(every, len(asked)))
-    shuffles = [np.subtract(*own_and_other(effects, kinds, rng.permutation(every))).mean() for _ in range(1000)]
+    effects = seen[:, :-1] - seen[:, -1:]
+    own, other = own_and_other(effects, kinds, order)
+    flat, elsewhere = own_and_other(effects, kinds, np.full_like(order, len(levels)))
+    shuffles = [np.subtract(*own_and_other(effects, kinds, rng.permutation(order))).mean() for _ in range(1000)]
     return [
         Line("gate right on new questions", over(right.tolist()), *upper(permuted, "permuted labels")),
         Line("effect on the situation's trait, gated", over(own)),
