@@ -4,7 +4,7 @@ Lu et al. 2023 (arXiv 2310.18342). A logistic probe of each of the first two vec
 of statements at the first one's layer; its energy is -log p of the trait, over its weights' norm. Every token takes
 five gradient steps, h <- h + s * sum of (1 - p_i) w_i / |w_i|, none of them longer than s an attribute: states that
 show a trait already are left alone. The added vectors are both traits', at unit length. Each has the strength at
-which the 95th percentile of the KL from the plain model on plain facts is 1 nat. Jointly right is a choice by
+which the 95th percentile of the KL from the plain model on two plain facts is 1 nat. Jointly right is a choice by
 likelihood among four texts, a statement or its opposite of one trait followed by one of the other: the text that
 shows both. The margin is the mean log-probability of that less the best other's. The null are probes of random
 directions with the covariance of the states, and the same norms.
@@ -51,7 +51,7 @@ def margins(given: Given, texts: list[str], move: Any) -> list[float]:
     def edit(step: float) -> Any:
         return edit_blocks(given.model, {layer: lambda hidden, _: move(hidden, step)} if move else {})
 
-    cost = kl_cost(given.model, given.tokenizer, edit, texts=neutral_texts()[:3])
+    cost = kl_cost(given.model, given.tokenizer, edit, texts=neutral_texts()[:2])
     with edit(strength_at(cost, 1.0, of="this edit", tolerance=0.05) if move else 0.0):
         found = answer_logprobs(given.model, [encode_answer(given.tokenizer, prompt, text) for text in texts])
     return (found[0::4] - found.view(-1, 4)[:, 1:].amax(dim=1)).tolist()
