@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
@@ -24,9 +22,6 @@ from persona_vectors.data.tables import Table
 from persona_vectors.data.texts import DATA
 from persona_vectors.model.blocks import Model, model_name
 from persona_vectors.model.identity import hash_of, identity
-from persona_vectors.model.passes import Row
-from persona_vectors.model.pooling import pool
-from persona_vectors.model.prompts import chat_prompt, encode
 from persona_vectors.steering.add import RowEdit
 from persona_vectors.vectors.controls import random_vectors
 from persona_vectors.vectors.vector import PersonaVector
@@ -44,6 +39,7 @@ NAMES = (
     "miracle",
     "truthful_personas",
     "user_personas",
+    "personality_alignment",
 )
 """The studies: each is the module of that name, whose docstring is the text of its page and whose `lines` its table."""
 
@@ -126,13 +122,6 @@ class Given:
         options: dict[str, Any] = {"layer": edit.layer, "count": count, "seed": self.seed}
         noise = random_vectors(self.model, self.tokenizer, edit.vector, **options)
         return [edit._replace(vector=vector) for vector in noise]
-
-    def before_answers(self, questions: Sequence[str]) -> Float[Tensor, "question layer hidden"]:
-        """Return the state at the last token of each question's prompt."""
-        rows: list[Row] = [
-            (encode(self.tokenizer, chat_prompt(self.tokenizer, question)), []) for question in questions
-        ]
-        return pool(self.model, rows, poolings=("prompt_last",)).means[:, 0]
 
     def once(self, key: str, make: Callable[..., Any], *arguments: Any) -> Any:
         """Return what `make` gives for the arguments, plain values, or what it gave when an earlier run was there."""

@@ -22,6 +22,7 @@ from scipy.special import expit
 
 from persona_vectors.data.traits import load_trait
 from persona_vectors.evaluation.likelihood import likelihood_contrast, load_statements
+from persona_vectors.model.pooling import prompt_states
 from persona_vectors.steering.add import steer
 from persona_vectors.studies.frame import Given, Line, over, upper
 from persona_vectors.vectors.probes import logistic
@@ -59,7 +60,7 @@ def lines(given: Given) -> list[Line]:
     asked = [question for trait in traits for question in trait.eval[: 2 * given.size]]
     made = [question for trait in traits for question in trait.extract]
     layer = int(given.edits[0].layer)
-    read = given.once("states", lambda: given.before_answers([*made, *asked])[:, layer].tolist())
+    read = given.once("states", lambda: prompt_states(given.model, given.tokenizer, [*made, *asked])[:, layer].tolist())
     known, new = np.split(np.array(read), [len(made)])
     labels, kinds = (np.repeat([0, 1], [len(each) // 2] * 2) for each in (made, asked))
     found, rng = gates(known, labels, new), np.random.default_rng(given.seed)

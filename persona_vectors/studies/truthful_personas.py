@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from persona_vectors.model.generation import generate
+from persona_vectors.model.pooling import prompt_states
 from persona_vectors.studies.frame import Given, Line, over, shipped, upper
 from persona_vectors.vectors.nulls import random_null
 from persona_vectors.vectors.probes import auroc, held_out
@@ -51,7 +52,7 @@ def probed(given: Given, questions: Sequence[str], right: Sequence[bool], topics
     """Return the AUROCs of probes at each layer and of TF-IDF, [layer, topic], and the means of permuted labels."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    states = given.before_answers(questions).double().numpy()
+    states = prompt_states(given.model, given.tokenizer, questions).double().numpy()
     words = TfidfVectorizer().fit_transform(questions).toarray()
     labels, of, rng = np.array(right), np.array(topics), np.random.default_rng(given.seed)
     scaled = states / np.maximum(states.std(axis=0), 1e-12)

@@ -4,9 +4,10 @@ import numpy as np
 import torch
 
 from persona_vectors.data.ledger import Ledger
-from persona_vectors.studies import user_personas
+from persona_vectors.evaluation import likelihood
+from persona_vectors.evaluation.likelihood import State
 from persona_vectors.studies.frame import Given
-from persona_vectors.studies.user_personas import USERS, found, persona_direction, refusing
+from persona_vectors.studies.user_personas import USERS, found, moved, persona_direction
 
 
 def test_the_direction_is_what_statement_and_reply_say_together_and_neither_alone():
@@ -30,12 +31,17 @@ def test_a_word_is_found_where_its_own_request_raises_it_most():
     assert found(own[[1, 0, 2]]).tolist() == [0, 0, 1]
 
 
-def test_refusing_is_the_mean_over_pairs_of_the_refusal_less_the_compliance(model, tokenizer, monkeypatch):
+def test_what_a_state_moves_is_the_mean_over_pairs_of_the_refusal_less_the_compliance(model, tokenizer, monkeypatch):
+    """A model that likes to refuse where the system says so, by two nats, and longer texts less."""
+
+    def liked(_model, rows, **_):
+        texts = [(tokenizer.decode(prompt), tokenizer.decode(answer)) for prompt, answer in rows]
+        refusals = [pair[0] for pair in USERS["answers"]]
+        return torch.tensor([2.0 * ("Refuse" in prompt and text in refusals) - len(text) for prompt, text in texts])
+
+    monkeypatch.setattr(likelihood, "answer_logprobs", liked)
     given = Given(model, tokenizer, (), 1, 0, Ledger(None))
-    monkeypatch.setattr(
-        user_personas, "answer_logprobs", lambda *_, **__: torch.tensor([-1.0, -3, -2, -1, 0, 0, -4, -1])
-    )
-    assert refusing(given, [], [None]).tolist() == [[0.5, -1.5]]
+    assert moved(given, [State(system="Refuse."), State(system="Help.")]) == [[2, 2], [0, 0]]
 
 
 def test_effects_stand_beside_random_directions_and_every_way_has_its_null(study):
