@@ -34,7 +34,7 @@ def big_five(
     stands that is asked, steered inside `with pv.steer(...)`. Self-report of small models carries little: compare it
     with a random vector's effect.
     """
-    items = [item for place, item in enumerate(ipip_items()) if place % 10 < first]
+    items = [item for number, item in enumerate(ipip_items()) if number % 10 < first]
     scores = item_scores(model, tokenizer, [item for item, _, _ in items], system=system)
     found: dict[str, list[float]] = {factor: [] for _, factor, _ in items}
     for (_, factor, key), orders in zip(items, scores.tolist()):
