@@ -76,6 +76,7 @@ def evaluate(
     from persona_vectors.cli.judges import make_generate, needed_judge
     from persona_vectors.data.traits import load_trait
     from persona_vectors.evaluation.answers import evaluate as run
+    from persona_vectors.model.thoughts import edit_positions
 
     loaded_trait, elsewhere = load_trait(trait), make_generate(generate, partial(load, model))
     loaded_vector = load_vectors([vector])[0] if vector else None
@@ -86,7 +87,7 @@ def evaluate(
     loaded, tokenizer = load(model)
     states: dict[str, AbstractContextManager[Any]] = {"plain": nullcontext()}
     if vector or system is not None:
-        states |= _edits(loaded, loaded_vector, **edit)
+        states |= _edits(loaded, loaded_vector, **edit | {"positions": edit_positions(tokenizer, positions)})
     scorer = needed_judge(judge, loaded, tokenizer, loaded_trait, load, check=trait if check_judge else None)
     options: dict[str, Any] = {"judge": scorer, "samples": samples, "max_new_tokens": max_new_tokens, "seed": seed}
     options["generate"] = elsewhere
@@ -115,7 +116,7 @@ def _file(model: Any, trait: Any, state: str, vector: Any, edit: dict[str, Any],
 
 
 def _edits(
-    model: Any, vector: Any, *, layer: Any, cap: float | None, positions: str, **strengths: list[float] | None
+    model: Any, vector: Any, *, layer: Any, cap: float | None, positions: Any, **strengths: list[float] | None
 ) -> dict[str, AbstractContextManager[Any]]:
     """Return the edits that are asked for, by their names; they are checked before the plain answers are drawn."""
     from persona_vectors.steering import add, bounds
@@ -126,7 +127,7 @@ def _edits(
     vector.check_fits(model)
     if cap is not None:
         incremental(vector, layer=layer, coef=cap, dose=None)
-        return {"with the options": bounds.cap(model, vector, layer=layer, limit=cap)}
+        return {"with the options": bounds.cap(model, vector, layer=layer, limit=cap, positions=positions)}
     edits: dict[str, AbstractContextManager[Any]] = {}
     if layer is None:
         use = vector.recommended("steer")
@@ -211,12 +212,11 @@ def sweep(
     loaded_trait, loaded_vector = load_trait(trait), load_vectors([vector])[0]
     check_storable([vector] if store else [])
     grid: dict[str, Any] = {"layer": layers(layer), "coefs": numbers(coefs, option="--coefs")}
-    grid["doses"] = numbers(doses, option="--doses")
+    grid |= {"doses": numbers(doses, option="--doses"), "positions": positions}
     loaded, tokenizer = load(model)
     grid["judge"] = needed_judge(judge, loaded, tokenizer, loaded_trait, load)
     folder = out or Path("runs") / "sweep" / Path(loaded_vector.model).name / loaded_trait.name
     options: dict[str, Any] = {"controls": controls, "samples": samples, "first": first, "gate": gate, "seed": seed}
-    options["positions"] = positions
     options |= {"max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens, "out": folder / "answers.jsonl"}
     result = sweeping.sweep(loaded, tokenizer, loaded_trait, loaded_vector, **grid, **options)
     _write_sweep(result, folder)
