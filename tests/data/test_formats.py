@@ -43,6 +43,12 @@ FORMATS = [
         None,
         PLAIN,
     ),
+    (
+        "OpenAI, weights",
+        {"messages": [USER, {**YES, "content": "No", "weight": 0}, USER, {**YES, "weight": 1}]},
+        None,
+        [USER, {**YES, "content": "No"}, USER, YES],
+    ),
     ("a call", {"messages": CALLING, "tools": TOOLS}, None, None),
     (
         "ShareGPT",
@@ -198,7 +204,7 @@ def test_weights_of_zero_are_not_answers_in_any_list_of_turns():
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, YES]},
             None,
-            "a content has a part of type 'image_url': only text is read",
+            "content has a part of type 'image_url': only text is read",
         ),
         ({"messages": [USER, {"role": "assistant", "tool_calls": [{}]}]}, None, "a tool call is '{}': give a function"),
         (
@@ -217,6 +223,16 @@ def test_weights_of_zero_are_not_answers_in_any_list_of_turns():
 def test_what_is_no_record_of_a_format_names_keys_and_formats(record, columns, message: str):
     (error,) = read_samples([record], columns=columns)
     assert isinstance(error, InputError) and message in str(error)
+
+
+def test_the_lines_that_the_page_calls_wrong_are_refused_with_its_words():
+    """The table of the page: a record, and the message, which names the field."""
+    page = (ROOT / "notebooks" / "formats.md").read_text("utf-8")
+    lines = re.findall(r"^\| `(\{.*\})` \| (.*?) \|$", page, re.MULTILINE)
+    for record, message in lines:
+        (error,) = read_samples([json.loads(record)])
+        assert isinstance(error, InputError) and message in str(error)
+    assert len(lines) > 10
 
 
 TOOL_TEMPLATE = (
