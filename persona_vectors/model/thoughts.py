@@ -110,8 +110,7 @@ class Span:
 
     def __call__(self, tokens: Tokens) -> Bool[Tensor, "batch token"]:
         """Return which tokens of the running pass an edit of the span applies to."""
-        told = places.get()
-        if told is not None:
+        if (told := places.get()) is not None:
             return self._told(tokens, *told)
         ids, begin = _ids_so_far(tokens), tokens.begin
         if tokens.decoding:
@@ -126,12 +125,9 @@ class Span:
             found[row, before:end] = torch.tensor(states) == (self.name == "reasoning")
         return found[:, begin:].to(tokens.device)
 
-    def _told(
-        self, tokens: Tokens, place: Int[Tensor, "batch token"], prompts: Sequence[Sequence[int]]
-    ) -> Bool[Tensor, "batch token"]:
-        """Return the same for a pass over finished text, whose answers and prompts are told."""
-        ids, where = _ids_of(tokens), tokens.select("response")
-        assert where is not None
+    def _told(self, tokens: Tokens, place: Tensor, prompts: Sequence[Sequence[int]]) -> Bool[Tensor, "batch token"]:
+        """Return the same for a pass over finished text, whose answers and prompts are told: see `answers_at`."""
+        ids, where = _ids_of(tokens), _answers(tokens, self.name)
         found = torch.zeros_like(where)
         for row, first, end in _runs(where):
             begin = first + int(place[row, first] < 0)  # after the prompt's last token, where that is read too
@@ -142,12 +138,13 @@ class Span:
 
 def _answers(tokens: Tokens, name: str) -> Bool[Tensor, "batch token"]:
     """Return the tokens of a pass that are an answer's, and those that predict its first ones."""
-    if tokens.boundary is None and tokens.labels is None:
+    told = tokens.boundary is not None or places.get() is not None
+    if not told and tokens.labels is None:
         raise InputError(
             f"positions={name!r} is not known in a forward pass that reads finished text without labels: give 'all', "
             "or a mask [batch, token]; in decoding, call model.generate or pass the cache"
         )
-    found = tokens.select("labels" if tokens.boundary is None else "response")
+    found = tokens.select("response" if told else "labels")
     assert found is not None
     return found
 
