@@ -80,8 +80,7 @@ def evaluate(
 
     loaded_trait, elsewhere = load_trait(trait), make_generate(generate, partial(load, model))
     loaded_vector = load_vectors([vector])[0] if vector else None
-    if vector:
-        _check_edit(generate, layer, coef, dose, cap)
+    _check_edit(vector, generate, layer, coef, dose, cap)
     edit: dict[str, Any] = {"layer": layers(layer) if layer else None, "cap": cap, "positions": positions}
     edit |= {"coef": numbers(coef, option="--coef"), "dose": numbers(dose, option="--dose")}
     loaded, tokenizer = load(model)
@@ -101,11 +100,11 @@ def evaluate(
     echo_table(rows, as_json=as_json, text=lambda: _evaluations(loaded_trait, rows))
 
 
-def _check_edit(generate: str | None, layer: Any, coef: Any, dose: Any, cap: float | None) -> None:
-    if generate:
+def _check_edit(vector: str | None, generate: str | None, layer: Any, coef: Any, dose: Any, cap: float | None) -> None:
+    if vector and generate:
         raise InputError("--generate has a server answer, and --vector edits the model here: leave one out")
     given = [bool(coef), bool(dose), cap is not None].count(True)
-    if given > 1 or (given == 0 and layer) or (cap is not None and not layer):
+    if vector and (given > 1 or (given == 0 and layer) or (cap is not None and not layer)):
         raise InputError("with --vector give --layer, and one of --coef, --dose and --cap; or none: what it recommends")
 
 
@@ -129,12 +128,13 @@ def _edits(
         incremental(vector, layer=layer, coef=cap, dose=None)
         return {"with the options": bounds.cap(model, vector, layer=layer, limit=cap, positions=positions)}
     edits: dict[str, AbstractContextManager[Any]] = {}
+    place = layer
     if layer is None:
         use = vector.recommended("steer")
-        layer, strengths = use.layer, strengths if any(strengths.values()) else {"coef": [use.coef]}
+        place, strengths = use.layer, strengths if any(strengths.values()) else {"coef": [use.coef]}
     for name, strength in [(name, value) for name, values in strengths.items() for value in values or ()]:
         how: dict[str, Any] = {"layer": layer, "coef": None, "dose": None, name: strength}
-        incremental(vector, **how)
+        incremental(vector, **how | {"layer": place})
         edits[f"{name} {strength:+g}"] = add.steer(model, vector, positions=positions, **how)
     return edits if len(edits) > 1 else dict(zip(["with the options"], edits.values()))
 

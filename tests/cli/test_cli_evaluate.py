@@ -134,6 +134,10 @@ def test_contrast_stores_what_it_found_and_a_bare_command_uses_it(tiny, vector, 
     assert f"steer: layer 1, coef {use.coef:+.3g}" in printed
     (facts,) = json.loads(run("info", vector, "--json")[0])
     assert facts["uses"]["steer"]["layer"] == 1
+    loaded.with_use(replace(use, evidence=True, positions="response")).save(vector)
+    short = ("evaluate", tiny, "optimistic", "--vector", vector, "--judge", "sentiment", "--samples", 1, *asked[2:])
+    assert "recommends positions='response': give them" in run(*short, code=2)[1]
+    assert "with the options" in run(*short, "--positions", "response")[0]
     loaded.with_use(replace(use, evidence=False)).save(vector)
     assert "no recommendation to steer, at its best layer, 1" in run("steer", tiny, vector, *asked, code=2)[1]
 
