@@ -15,7 +15,8 @@ from persona_vectors.flagging.run import flag
 from persona_vectors.flagging.split import split_dataset
 from persona_vectors.model.prompts import chat_text, finished_turn
 from persona_vectors.monitoring.projection import project
-from persona_vectors.training.finetuning import training_rows
+from persona_vectors.training.config import parse_config
+from persona_vectors.training.finetuning import finetune, training_rows
 
 ROOT = Path(__file__).parents[2]
 SYSTEM, USER, YES = (
@@ -326,3 +327,14 @@ def test_the_lines_of_the_page_are_one_conversation_flagged_split_and_trained_on
     kept, removed = tmp_path / "k.jsonl", tmp_path / "r.jsonl"
     split_dataset(data, tmp_path / "f.parquet", kept=kept, removed=removed)
     assert removed.read_text("utf-8") == block and kept.read_bytes() == b""
+    config = {
+        "model": "tiny",
+        "training_file": str(data),
+        "output_dir": str(tmp_path / "tuned"),
+        "max_steps": 1,
+        "r": 2,
+    }
+    config |= {"per_device_train_batch_size": len(found), "gradient_accumulation_steps": 1, "learning_rate": 0.1}
+    trainer = finetune(parse_config(config), model=model, tokenizer=tokenizer)
+    assert len(trainer.train_dataset) == len(found)
+    assert any(parameter.abs().max() > 0 for name, parameter in trainer.model.named_parameters() if "lora_B" in name)
