@@ -11,8 +11,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from persona_vectors.data.progress import pulse
 from persona_vectors.model.blocks import Model, decoder_layers
 from persona_vectors.model.passes import cache_argument
+from persona_vectors.model.prompts import batch_tokens_for
 from persona_vectors.model.wrappers import unwrap
 
 
@@ -30,6 +32,20 @@ def shared_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> Iterator[N
     with ExitStack() as hooks:
         if len(distinct) < len(prompts) and can_take_rows(model):
             _Prefill(model, torch.tensor(lines), hooks)
+        yield
+
+
+@contextmanager
+def told_by_block(model: Model, tokens: int) -> Iterator[None]:
+    """Say on the open progress bar how far the first pass is, where its prompts are long for this device."""
+    model = unwrap(model)
+    blocks = decoder_layers(model)
+    with ExitStack() as hooks:
+        if tokens > batch_tokens_for(model) and can_take_rows(model):
+            for number in range(len(blocks)):
+                tell = partial(pulse, f"reading prompts, block {number + 1} of {len(blocks)}")
+                add_hook(hooks, blocks[number].register_forward_hook, lambda *_, tell=tell: tell())
+            add_hook(hooks, model.get_decoder().register_forward_hook, lambda *_: hooks.close())
         yield
 
 
