@@ -327,14 +327,10 @@ def test_the_lines_of_the_page_are_one_conversation_flagged_split_and_trained_on
     kept, removed = tmp_path / "k.jsonl", tmp_path / "r.jsonl"
     split_dataset(data, tmp_path / "f.parquet", kept=kept, removed=removed)
     assert removed.read_text("utf-8") == block and kept.read_bytes() == b""
-    config = {
-        "model": "tiny",
-        "training_file": str(data),
-        "output_dir": str(tmp_path / "tuned"),
-        "max_steps": 1,
-        "r": 2,
-    }
-    config |= {"per_device_train_batch_size": len(found), "gradient_accumulation_steps": 1, "learning_rate": 0.1}
-    trainer = finetune(parse_config(config), model=model, tokenizer=tokenizer)
+    files = {"training_file": str(data), "output_dir": str(tmp_path / "tuned")}
+    config = {"model": "tiny", **files, "max_steps": 1, "warmup_steps": 0, "gradient_accumulation_steps": 1}
+    trainer = finetune(
+        parse_config(config | {"per_device_train_batch_size": len(found)}), model=model, tokenizer=tokenizer
+    )
     assert len(trainer.train_dataset) == len(found)
     assert any(parameter.abs().max() > 0 for name, parameter in trainer.model.named_parameters() if "lora_B" in name)
