@@ -27,7 +27,7 @@ LETTERS = "ABCDE"
 def big_five(
     model: Model, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, first: int | None = None
 ) -> dict[str, list[float]]:
-    """Return each factor's item scores, 1 to 5, of the 50-item IPIP markers (Goldberg, 1992), or its `first` items'.
+    """Return each factor's item scores, 1 to 5, of the 50-item IPIP markers (Goldberg, 1992), or of its `first` ones.
 
     Each item is asked alone, with its options as letters, in both orders: the score is the expected value over the five
     letters' probabilities, averaged over the orders, and turned round for items keyed negatively. It is the model as it
