@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
@@ -21,6 +22,7 @@ from persona_vectors.data.tables import Table
 from persona_vectors.data.texts import DATA
 from persona_vectors.model.blocks import Model, model_name
 from persona_vectors.model.identity import hash_of, identity
+from persona_vectors.model.thoughts import edit_positions
 from persona_vectors.steering.add import RowEdit
 from persona_vectors.vectors.controls import random_vectors
 from persona_vectors.vectors.vector import PersonaVector
@@ -33,6 +35,12 @@ NAMES = (
     "situational_judgment",
     "principled_personas",
     "localizing",
+    "behavioural_fingerprint",
+    "persona_fuse",
+    "miracle",
+    "truthful_personas",
+    "user_personas",
+    "personality_alignment",
 )
 """The studies: each is the module of that name, whose docstring is the text of its page and whose `lines` its table."""
 
@@ -55,6 +63,11 @@ def shipped(name: str) -> Any:
 def over(values: Iterable[float]) -> Interval:
     """Return the mean over questions, topics or respondents with its interval."""
     return mean_interval([[value] for value in values])
+
+
+def upper(null: Any, what: str) -> tuple[float, str]:
+    """Return the 97.5th percentile of what chance gives and what it is of: the last fields of a line."""
+    return float(np.quantile(null, 0.975)), f"97.5th percentile of {what}"
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,8 @@ class Given:
     def edits(self) -> list[RowEdit]:
         """Each vector's edit, as its file recommends it."""
         uses = [vector.recommended("steer") for vector in self.vectors]
-        return [RowEdit(v, u.layer, u.coef or 1.0, u.positions) for v, u in zip(self.vectors, uses)]
+        where = [edit_positions(self.tokenizer, use.positions) for use in uses]
+        return [RowEdit(v, u.layer, u.coef or 1.0, p) for v, u, p in zip(self.vectors, uses, where)]
 
     def random_edits(self, edit: RowEdit, count: int) -> list[RowEdit]:
         """Return edits like one with random vectors of its norm, half of them with the covariance of activations."""
