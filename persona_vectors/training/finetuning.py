@@ -1,8 +1,8 @@
 """Fine-tuning with the paper's settings, with or without steering, from a config: LoRA, loss on answers only."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from persona_vectors.model.thoughts import edit_positions
 from persona_vectors.steering.add import steer
 from persona_vectors.steering.bounds import ablate
 from persona_vectors.training.config import FinetuneConfig, Steering
+from persona_vectors.training.quiet import as_named_today
 from persona_vectors.vectors.imports import import_vector
 from persona_vectors.vectors.vector import PersonaVector
 
@@ -80,15 +81,7 @@ def _rows(tokenizer: PreTrainedTokenizerBase, talk: Talk, answers: Sequence[int]
     return [{"input_ids": ids, "labels": labels}] if together and alone else alone
 
 
-@contextmanager
-def _as_named_today() -> Iterator[None]:
-    """Leave out transformers' warnings of a name that trl and peft still use: nobody here can act on them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*gradient_checkpointing` is deprecated", FutureWarning)
-        yield
-
-
-@_as_named_today()
+@as_named_today()
 def finetune(
     config: FinetuneConfig,
     *,
@@ -156,7 +149,7 @@ class _Substeps(TrainerCallback):
                 pulse(f"batch {self.done} of {args.gradient_accumulation_steps}", on=callback.training_bar)
 
 
-@_as_named_today()
+@as_named_today()
 def make_trainer(config: FinetuneConfig, model: Model, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Return the SFTTrainer of a config, the model wrapped in a new adapter; the config's steering is left to you."""
     try:

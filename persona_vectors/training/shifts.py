@@ -21,6 +21,7 @@ from persona_vectors.model.devices import virtual_tokens
 from persona_vectors.model.identity import hash_of, identity
 from persona_vectors.model.loading import load_model
 from persona_vectors.monitoring.projection import project
+from persona_vectors.training.quiet import as_named_today
 from persona_vectors.vectors.directions import Key, unit_directions, vector_keys, vector_list
 from persona_vectors.vectors.moments import Moments
 from persona_vectors.vectors.nulls import Nulls, nulls_of, vectors_alone, with_nulls
@@ -159,7 +160,8 @@ def _adapted(base: Model, folder: Path) -> Iterator[Model]:
     if hasattr(base, "peft_config"):
         raise InputError("base has an adapter already: give the model without it")
     trainable = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
-    model = PeftModel.from_pretrained(base, str(folder)).eval()
+    with as_named_today():
+        model = PeftModel.from_pretrained(base, str(folder)).eval()
     try:
         yield model
     finally:

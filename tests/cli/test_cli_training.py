@@ -40,9 +40,10 @@ def test_finetune_and_shift(tiny, config, tmp_path):
     (tmp_path / "questions.txt").write_text("How?\n\nWhy?\n")
     arguments = [tiny, tmp_path / "v.safetensors", "--tuned", tmp_path / "tuned"]
     arguments += ["--questions", tmp_path / "questions.txt"]
-    out, _ = run(
+    out, told = run(
         "shift", *arguments, "--layer", 1, "--max-new-tokens", 2, "--device", "cpu", "--out", tmp_path / "s.json"
     )
+    assert "warning" not in told
     assert [line.split()[:3] for line in out.splitlines()[1:]] == [
         ["t", "1", "prompt_last"],
         ["t", "1", "response_mean"],
