@@ -40,7 +40,7 @@ class Pass:
     """What to run it in: where that fails for want of memory, its rows come again in smaller passes."""
 
 
-class _SharedPrefix(DynamicLayer):
+class SharedPrefix(DynamicLayer):
     """One layer's keys and values of some prompts, lent to the answers that follow them and never grown."""
 
     keys: Tensor
@@ -81,10 +81,11 @@ def forward_passes(
 ) -> Iterator[Pass]:
     """Yield forward passes that together read every row, what prompts share once; run each before the next.
 
-    That is a prompt that several answers follow, or what different prompts begin with (see `alike`). Batches hold rows of like length, at most `batch_tokens` tokens each. `held_back` tokens at the prompt's end are
-    read with the answer (1 to have the logits of its first token). Rows of different `groups`, a value
-    for each, share no prompt: those that are edited differently. Models whose state cannot be shared (state-space and
-    encoder-decoder models), and rows that share no prompt, are read whole.
+    That is a prompt that several answers follow, or what different prompts begin with (see `alike`). Batches hold rows
+    of like length, at most `batch_tokens` tokens each. `held_back` tokens at the prompt's end are read with the answer
+    (1 to have the logits of its first token). Rows of different `groups`, a value for each, share nothing: those that
+    are edited differently. Models whose state cannot be shared (state-space and encoder-decoder models), and rows that
+    share no prompt, are read whole.
     """
     model = unwrap(model)
     budget = Budget(model, "passes", batch_tokens or batch_tokens_for(model))
@@ -155,7 +156,7 @@ def _answer_passes(
         lines = torch.tensor([members[i][0] for i in batch], device=prefix_mask.device)
         lent: dict[str, Any] = {name: DynamicCache() for name in given}
         for name, cache in given.items():
-            lent[name].layers = [_SharedPrefix(layer, lines) for layer in cache.layers]
+            lent[name].layers = [SharedPrefix(layer, lines) for layer in cache.layers]
         whole = torch.cat([prefix_mask[lines], mask], dim=1)
         yield _pass(ids, mask, whole, [[members[i][1]] for i in batch], lent, attempt, answers=True)
 

@@ -17,11 +17,13 @@ from persona_vectors.steering.add import steer
 
 A, B = [5, 6, 7], [8, 9, 10, 11, 12]
 PROMPTS = [A, B, A, B, [13], A]
+START = list(range(20, 40))
+BEGUN = [[*START, 5, 6], [*START, 5, 6], [9, *A], [*START, 7, 8, 9, 10], START, [*START, 11]]
 SEEDS = [row_seed(1, i) for i in range(len(PROMPTS))]
 COEFS = [0.0, 3.0, 3.0, -4.0, 2.0, 9.0]
 
 
-def answer(model, tokenizer, rows: list[int], coefs: list[float] | None) -> tuple[list, list[Tensor], list[Tensor]]:
+def answer(model, tokenizer, prompts, rows: list[int], coefs) -> tuple[list, list[Tensor], list[Tensor]]:
     """Answers of some rows in one batch, each one's projections from its first real token on, and its means."""
     options = {"max_new_tokens": 6, "seed": [SEEDS[i] for i in rows], "reading": True}
     with ExitStack() as stack:
@@ -30,21 +32,22 @@ def answer(model, tokenizer, rows: list[int], coefs: list[float] | None) -> tupl
         stops = stop_tokens(model, tokenizer)
         pooled = stack.enter_context(pool_while_generating(model, stops=stops, poolings=POOLINGS))
         trace = stack.enter_context(monitor(model, random_direction(model), layer="all"))
-        answers = generate_tokens(model, tokenizer, [PROMPTS[i] for i in rows], **options)
+        answers = generate_tokens(model, tokenizer, [prompts[i] for i in rows], **options)
     assert len(trace.calls) == 1
     values = torch.stack([trace[key] for key in trace.keys])
-    width = max(len(PROMPTS[i]) for i in rows)
-    spans = [(width - len(PROMPTS[i]), width + len(ids)) for i, (ids, _) in zip(rows, answers)]
+    width = max(len(prompts[i]) for i in rows)
+    spans = [(width - len(prompts[i]), width + len(ids)) for i, (ids, _) in zip(rows, answers)]
     return answers, [values[:, line, slice(*span)] for line, span in enumerate(spans)], list(pooled().means)
 
 
 @pytest.mark.parametrize("coefs", [None, COEFS], ids=["plain", "steered by row"])
+@pytest.mark.parametrize("prompts", [PROMPTS, BEGUN], ids=["the same", "begun alike"])
 @pytest.mark.parametrize("name", [name for name in DECODERS if name != "recurrent_gemma"])  # which reads padding
-def test_rows_that_share_their_prompts_answer_as_each_alone(name: str, coefs: list[float] | None, tokenizer):
+def test_rows_that_share_their_prompts_answer_as_each_alone(name: str, prompts, coefs, tokenizer):
     model = zoo.build(name)
-    answers, read, means = answer(model, tokenizer, [0, 1, 2, 3, 4, 5], coefs)
-    for i in range(len(PROMPTS)):
-        alone = answer(model, tokenizer, [i], coefs and [coefs[i]])
+    answers, read, means = answer(model, tokenizer, prompts, [0, 1, 2, 3, 4, 5], coefs)
+    for i in range(len(prompts)):
+        alone = answer(model, tokenizer, prompts, [i], coefs and [coefs[i]])
         assert [answers[i]] == alone[0]
         torch.testing.assert_close(read[i], alone[1][0], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(means[i], alone[2][0], rtol=1e-3, atol=1e-4)
