@@ -8,6 +8,7 @@ import zoo
 from helpers import DECODERS, hooks, random_direction
 from torch import Tensor
 
+from persona_vectors.model.beginnings import Beginnings
 from persona_vectors.model.generation import generate_tokens, stop_tokens
 from persona_vectors.model.pooling import POOLINGS, pool_while_generating
 from persona_vectors.model.prefill import shared_prompts
@@ -82,3 +83,33 @@ def test_nothing_is_left_of_it_after_an_error(model, tokenizer):
         generate_tokens(model, tokenizer, PROMPTS, max_new_tokens=3)
     handle.remove()
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize(("coef", "apart"), [(5.0, [True] * 3), (torch.tensor(COEFS), [True, True, False])])
+def test_what_prompts_begin_with_is_read_once_up_to_where_rows_differ(model, tokenizer, coef, apart: list[bool]):
+    read: list[list[int]] = [[] for _ in range(zoo.BLOCKS)]
+    for index, block in enumerate(model.model.layers):
+        block.mlp.register_forward_pre_hook(lambda _, args, index=index: read[index].append(args[0].shape[:2].numel()))
+    with steer(model, random_direction(model), layer=1, coef=coef):
+        generate_tokens(model, tokenizer, BEGUN, max_new_tokens=1, temperature=0)
+    width, length, distinct = max(map(len, BEGUN)), len(START) - 1, len(BEGUN) - 1
+    lines = [2 * length, distinct * (width - length)]  # the beginning, and that of the prompt that is alone
+    assert read == [lines if divided else [len(BEGUN) * width] for divided in apart]
+
+
+def test_a_batch_that_would_hardly_be_smaller_is_read_whole():
+    assert Beginnings([tuple(prompt) for prompt in BEGUN]).shared
+    assert not Beginnings([(*START, *[i] * 100) for i in range(5, 8)]).shared
+    assert not Beginnings([(*START[:10], i) for i in range(5, 8)]).shared
+
+
+def test_a_block_that_gives_more_than_its_states_reads_all_tokens(model, tokenizer):
+    """What it gives besides may be by row, by token or neither."""
+    expected = generate_tokens(model, tokenizer, BEGUN, max_new_tokens=3, temperature=0)
+    block, seen = model.model.layers[1], []
+    own = block.forward
+    block.forward = lambda *args, **kwargs: (own(*args, **kwargs), torch.zeros(3))
+    block.register_forward_hook(lambda _block, _args, output: output[0])
+    block.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    assert generate_tokens(model, tokenizer, BEGUN, max_new_tokens=3, temperature=0) == expected
+    assert max(map(len, BEGUN)) in seen
