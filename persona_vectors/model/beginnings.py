@@ -29,22 +29,24 @@ class _Part(NamedTuple):
     forced: Bool[Tensor, "line token key"]
     """Columns that stand in a line to fill it see themselves."""
 
-    def of(self, given: Any, width: int, cache: Any, name: str = "") -> Any:
-        """Return a block's arguments for these tokens alone, and for a cache of theirs."""
+    def of(self, given: Any, shape: tuple[int, int], cache: Any, name: str = "") -> Any:
+        """Return a block's arguments, for [row, token] of `shape`, for these tokens alone and a cache of theirs."""
         if isinstance(given, dict):
-            return {key: self.of(value, width, cache, str(key)) for key, value in given.items()}
+            return {key: self.of(value, shape, cache, str(key)) for key, value in given.items()}
         if isinstance(given, (tuple, list)):
-            return type(given)([self.of(value, width, cache, name) for value in given])
+            return type(given)([self.of(value, shape, cache, name) for value in given])
         if isinstance(given, DynamicCache):
             return cache
         if not isinstance(given, Tensor) or not given.ndim:
             return given
         if name == "position_ids" and given.ndim == 3:  # a place for each axis of an image
-            return torch.stack([self.of(axis, width, cache) for axis in given])
+            return torch.stack([self.of(axis, shape, cache) for axis in given])
+        if len(given) not in (1, shape[0]) or given.ndim < 2:
+            raise _Undivided
         rows, columns = self.rows.to(given.device), self.columns.to(given.device)
-        if given.ndim == 4 and given.shape[2:] == (width, width):
+        if "mask" in name and given.shape[1:] == (given.shape[1], shape[1], shape[1]):
             return self._mask(given, rows if len(given) > 1 else torch.zeros_like(rows), columns)
-        if given.ndim < 2 or given.shape[1] != width:
+        if given.shape[1] != shape[1]:
             raise _Undivided
         return given[rows[:, None] if len(given) > 1 else 0, columns]
 
@@ -74,6 +76,7 @@ class Beginnings:
 
     def __init__(self, prompts: Sequence[tuple[int, ...]]) -> None:
         lengths, self.width = torch.tensor([[len(prompt)] for prompt in prompts]), max(map(len, prompts))
+        self.shape = len(prompts), self.width
         groups = alike(prompts)
         self.longest = max((length for length, _ in groups), default=0)
         known = {row for _, rows in groups for row in rows}
@@ -111,7 +114,7 @@ class Beginnings:
         hidden = args[0] if args else kwargs["hidden_states"]
         if self.shared and edited:
             own, real = self.begin._replace(rows=torch.arange(len(hidden)), columns=self.columns), self.real
-            values = own.of(hidden, self.width, None)
+            values = own.of(hidden, self.shape, None)
             self.shared = torch.equal(values[real], values[self.first][self.line][real])
         if not self.shared:
             return None
@@ -124,10 +127,10 @@ class Beginnings:
     def _read(self, block: Any, given: tuple[tuple, dict]) -> tuple[tuple, dict]:
         args, kwargs = given
         self.cache = next((each for each in (*args, *kwargs.values()) if isinstance(each, DynamicCache)), None)
-        masks = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.ndim == 4]
+        masked = any("mask" in name and isinstance(each, Tensor) for name, each in kwargs.items())
         own, lent = DynamicCache(), DynamicCache()
-        begin = self.begin.of(given, self.width, own)
-        if self.cache is None or not masks:
+        begin = self.begin.of(given, self.shape, own)
+        if self.cache is None or not masked:
             raise _Undivided
         output = block.forward(*begin[0], **begin[1])
         filled = [index for index, layer in enumerate(own.layers) if layer.is_initialized]
@@ -136,7 +139,7 @@ class Beginnings:
         self.index, self.output = filled[0], output[0] if isinstance(output, (tuple, list)) else output
         self.rests = _Rests(own.layers[self.index], self.line)
         lent.layers = [*own.layers[: self.index], self.rests]
-        return self.rest.of(given, self.width, lent)
+        return self.rest.of(given, self.shape, lent)
 
     def after(self, output: Any) -> Any:
         """Fill the cache, and return the output for all tokens, from that for the rests."""
