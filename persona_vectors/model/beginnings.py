@@ -128,7 +128,8 @@ class Beginnings:
         args, kwargs = given
         self.cache = next((each for each in (*args, *kwargs.values()) if isinstance(each, DynamicCache)), None)
         masked = any("mask" in name and isinstance(each, Tensor) for name, each in kwargs.items())
-        own, lent = DynamicCache(), DynamicCache()
+        own: Any = DynamicCache()
+        lent: Any = DynamicCache()
         begin = self.begin.of(given, self.shape, own)
         if self.cache is None or not masked:
             raise _Undivided
@@ -144,7 +145,8 @@ class Beginnings:
     def after(self, output: Any) -> Any:
         """Fill the cache, and return the output for all tokens, from that for the rests."""
         assert self.cache is not None
-        self.cache.update(*(self._ordered(each, 2) for each in self.rests.whole), self.index)
+        keys, values = self.rests.whole
+        self.cache.update(self._ordered(keys, 2), self._ordered(values, 2), self.index)
         hidden = output[0] if isinstance(output, (tuple, list)) else output
         hidden = self._ordered(torch.cat([self.output[self.line.to(hidden.device)], hidden], dim=1), 1)
         return type(output)([hidden, *output[1:]]) if isinstance(output, (tuple, list)) else hidden
