@@ -1,7 +1,11 @@
 """Persona vectors: extract them, steer and monitor with them, flag training data (arXiv 2507.21509)."""
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# tqdm's, in a notebook without ipywidgets, where its bars are text
+warnings.filterwarnings("ignore", "IProgress not found")
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time a name is imported when it is first asked for
     from persona_vectors.data.errors import InputError
@@ -14,6 +18,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     from persona_vectors.evaluation.contrast import contrast_effect
     from persona_vectors.evaluation.cost import coef_at_kl
     from persona_vectors.evaluation.harness import side_effects
+    from persona_vectors.evaluation.inspecting import inspect_model, inspect_scorer
     from persona_vectors.evaluation.inventory import big_five
     from persona_vectors.evaluation.judge import Answer
     from persona_vectors.evaluation.judges import ContrastJudge, LocalJudge, SentimentJudge
@@ -75,6 +80,7 @@ _WHERE = {
     "evaluation.contrast": ["contrast_effect"],
     "evaluation.cost": ["coef_at_kl"],
     "evaluation.harness": ["side_effects"],
+    "evaluation.inspecting": ["inspect_model", "inspect_scorer"],
     "evaluation.inventory": ["big_five"],
     "evaluation.judge": ["Answer"],
     "evaluation.judges": ["ContrastJudge", "LocalJudge", "SentimentJudge"],

@@ -29,7 +29,7 @@ from persona_vectors.data.texts import neutral_texts
 from persona_vectors.evaluation.cost import kl_cost, strength_at
 from persona_vectors.model.identity import hash_of, identity
 from persona_vectors.model.prompts import chat_prompt, encode_answer
-from persona_vectors.vectors.plots import BLUE, GREY, ORANGE, bare
+from persona_vectors.vectors.drawing import BLUE, GREY, ORANGE, bare
 
 Edit = Callable[[float], AbstractContextManager[Any]]
 TEXTS = neutral_texts()[:4]

@@ -1,6 +1,7 @@
 """Measure the memory that flagging takes over the model's own, for 1,000 and for 100,000 short samples.
 
-Usage: python scripts/flag_memory.py [--samples 1000 --samples 100000] [--model MODEL --vector FILE --layer L]
+Usage: python scripts/flag_memory.py [--samples 1000 --samples 100000] [--controls 100]
+    [--model MODEL --vector FILE --layer L]
 """
 
 import json
@@ -21,7 +22,8 @@ from transformers.utils import logging
 def resident():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
-name, vector, layer, folder, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], int(sys.argv[5])
+name, vector, folder = sys.argv[1:4]
+layer, controls, count = map(int, sys.argv[4:])
 model, tokenizer = pv.load_model(name, device="cpu")
 vector = pv.PersonaVector.load(vector)
 import_pyarrow()
@@ -33,7 +35,7 @@ def watch():
         peak[0] = max(peak[0], resident())
 thread = threading.Thread(target=watch)
 thread.start()
-options = {"layer": layer, "baseline": "prompt_last", "out": f"{folder}/{count}.parquet"}
+options = {"layer": layer, "baseline": "prompt_last", "controls": controls, "out": f"{folder}/{count}.parquet"}
 found = pv.flag(model, tokenizer, data, vector, **options)
 done.set()
 thread.join()
@@ -47,13 +49,14 @@ def main(
         "vectors/smollm2-135m/optimistic.safetensors"
     ),
     layer: Annotated[int, typer.Option(help="the layer to read")] = 1,
+    controls: Annotated[int, typer.Option(help="random directions beside the vector, half of them isotropic")] = 100,
     samples: Annotated[list[int] | None, typer.Option(help="numbers of samples, each in a process of its own")] = None,
 ) -> None:
     """Print the peak of anonymous memory during each run, less what was in use when the model was loaded."""
     with tempfile.TemporaryDirectory() as folder:
         for count in samples or [1_000, 100_000]:
-            arguments = [sys.executable, "-c", _RUN, model, str(vector), str(layer), folder, str(count)]
-            done = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True)
+            arguments = ["-c", _RUN, model, str(vector), folder, str(layer), str(controls), str(count)]
+            done = subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.PIPE, text=True)
             found = json.loads(done.stdout.splitlines()[-1])
             print(f"{found['samples']:8,} samples: {found['over']:.1f} MB over the {found['before']:.1f} MB before")
 

@@ -4,7 +4,7 @@ python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 
 stamp=.venv/.installed-${1:-core}-$(cksum < pyproject.toml | tr ' ' -)
 if [ ! -e "$stamp" ]; then
     echo "Installing into .venv (once) ..."
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${1:+[$1]}"
+    .venv/bin/python -m pip install --disable-pip-version-check torch==2.13.0
+    .venv/bin/python -m pip install --disable-pip-version-check --editable ".${1:+[$1]}"
     touch "$stamp"
 fi

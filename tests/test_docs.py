@@ -1,11 +1,17 @@
 """README, guide and notebooks run as they stand."""
 
 import re
+import resource
+import shlex
+import subprocess
 from pathlib import Path
 
 import execute_notebooks
 import nbformat
 import pytest
+from helpers import ENVIRONMENT, command
+
+from persona_vectors.model.loading import load_model
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.real
@@ -21,6 +27,21 @@ def test_a_page_s_python_blocks_run_in_order(monkeypatch, tmp_path, page):
         path = tmp_path / f"block_{number}.py"  # nnsight reads the source of a trace from its file
         path.write_text(block, encoding="utf-8")
         exec(compile(block, str(path), "exec"), namespace)
+
+
+def test_the_readme_s_first_lines_end_in_a_steered_answer_within_ten_seconds():
+    """They are the processor's: this machine may have others' work to do, and the model is in the cache."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)[0].splitlines()
+    assert len(lines) == 3
+    words = shlex.split(lines[-1])
+    assert words[0] == "persona-vectors"
+    load_model("smollm2-135m")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command(*words[1:]), env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stdout.startswith("layer 13, coef +2 | How was your day?\n") and len(done.stdout) > 80
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 10
 
 
 NUMBER = re.compile(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?")

@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
+import nbformat
 import pytest
 import torch
 from helpers import random_direction
+from nbclient import NotebookClient
 
 import persona_vectors as pv
 from persona_vectors.model.generation import generate
@@ -30,6 +32,15 @@ def test_a_file_s_path_stands_for_its_vector_and_a_tensor_s_argmax_for_a_layer(m
     with monitor(model, path, layer=1) as trace:
         generate(model, tokenizer, "Hi", **SHORT)
     assert trace["t"].shape[0] == 1
+    for edit, more in ((pv.ablate, {}), (pv.cap, {"limit": -9.0}), (pv.rotate, {"angle": 0})):
+        changed = []
+        for given in (vector, path):
+            with edit(model, given, layer=1, **more):
+                changed.append(generate(model, tokenizer, "Hi", **SHORT))
+        assert changed[0] == changed[1]
+    with pv.steer_where(model, path, layer=1, coef=1.0, when=lambda p: p > 99, watch=path):
+        unmoved = generate(model, tokenizer, "Hi", **SHORT)
+    assert unmoved == generate(model, tokenizer, "Hi", **SHORT)
 
 
 def test_a_trait_s_name_stands_for_it_and_one_question_is_not_its_letters(model, tokenizer):
@@ -58,6 +69,10 @@ def test_a_vector_is_indexed_measured_and_compared(model, tmp_path):
     with pytest.raises(pv.InputError, match="layer 3 is out of range"):
         vector[3]
     assert pv.__version__.count(".") == 2
+    axes = vector.plot(layer=1).axes
+    assert [a.get_title() for a in axes] == ["t: how reliable", "t: how large"]
+    assert vector.plot()._repr_png_().startswith(b"\x89PNG")  # it shows itself in a notebook
+    assert axes[1].lines[0].get_ydata() == pytest.approx(vector.norm().tolist())
 
 
 def test_what_is_of_another_kind_is_refused_in_words(model, tokenizer):
@@ -82,3 +97,18 @@ def test_what_is_of_another_kind_is_refused_in_words(model, tokenizer):
             plain[function](*arguments)
     with pytest.raises(pv.InputError, match="conversation 0 is a text: give a question and its answer"):
         list(answered_turns(tokenizer, 0, "some text", False, None))
+
+
+@pytest.mark.slow
+def test_a_notebook_shows_figures_and_no_walls_of_warnings(tmp_path):
+    """In a kernel of its own, without `%matplotlib inline` and, where they are missing, without ipywidgets."""
+    lines = [
+        "import torch, persona_vectors as pv",
+        "vector = pv.PersonaVector('calm', 'tiny', torch.eye(2, 4))",
+        "pv.generate, pv.finetune, pv.flag",
+        "vector.plot()",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(lines))])
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    (only,) = notebook.cells[0].outputs
+    assert "image/png" in only["data"]

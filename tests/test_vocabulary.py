@@ -108,7 +108,7 @@ VERBS = {
     "sweep": ["sweep"],
     "contrast": ["contrast_effect", "load_statements"],
     "calibrate": ["calibrate"],
-    "flag": ["flag", "check_judge"],
+    "flag": ["flag", "check_judge", "write_report"],
     "split": ["split_dataset"],
     "shift": ["finetuning_shift"],
     "import": ["import_vector"],

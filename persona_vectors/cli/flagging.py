@@ -55,6 +55,7 @@ def flag(
     baseline: Annotated[str, typer.Option(help="generate, prompt_last or none")] = "generate",
     answers: Annotated[str | None, typer.Option(help="a file with an answer of the model to each prompt")] = None,
     html: Annotated[Path | None, typer.Option(help="write a report that needs nothing else to this file")] = None,
+    each: Annotated[int | None, typer.Option(help="of each kind in the report (default: 50 or fewer)", min=1)] = None,
     columns: Columns = None,
     split: Split = "train",
     turns: Annotated[str, typer.Option(help="which answers of a conversation: last, or all")] = "last",
@@ -85,7 +86,7 @@ def flag(
     from persona_vectors.cli.judges import make_generate
     from persona_vectors.flagging import run
 
-    _check_options(judge, trait, labels, vectors if store else [])
+    _check_options(judge, trait, labels, vectors if store else [], each if html is None else None)
     loaded_vectors, server = load_vectors(vectors), make_generate(generate, partial(load, model))
     where = _where(loaded_vectors, layer)
     loaded, tokenizer = load(model) if workers == 1 else elsewhere_by_name(model, load, gpus_per_worker)
@@ -101,8 +102,7 @@ def flag(
     here, tokenizer = load(model) if workers > 1 and (judge or html) else (loaded, tokenizer)
     if judge and trait:
         _add_scores(judge, trait, here, tokenizer, load, data=data, flags=out, **reading)
-    if html:
-        _write_page(html, here, tokenizer, data, loaded_vectors, flags=out, as_json=as_json, **reading)
+    _write_page(html, here, tokenizer, data, loaded_vectors, flags=out, each=each, as_json=as_json, **reading)
 
 
 def _where(vectors: list[Any], layer: list[str] | None) -> Any:
@@ -111,14 +111,20 @@ def _where(vectors: list[Any], layer: list[str] | None) -> Any:
     return layer_for(vectors, layers(layer) if layer else None, purpose="flag")
 
 
-def _write_page(html: Path, *what: Any, as_json: bool, **reading: Any) -> None:
+def _write_page(html: Path | None, *what: Any, as_json: bool, **reading: Any) -> None:
+    if html is None:
+        return
     from persona_vectors.flagging.report import write_report
 
     write_report(*what, out=html, **reading)
     typer.echo(f"report -> {html}", err=as_json)
 
 
-def _check_options(judge: str | None, trait: str | None, labels: str | None, stored: list[str]) -> None:
+def _check_options(
+    judge: str | None, trait: str | None, labels: str | None, stored: list[str], each: int | None
+) -> None:
+    if each is not None:
+        raise InputError("--each is how many samples of each kind the report shows: give --html a file too")
     if bool(judge) != bool(trait):
         raise InputError("--judge and --trait belong together: give both, or neither")
     check_storable(stored)

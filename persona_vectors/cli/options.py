@@ -111,7 +111,8 @@ def load_by_name(
     from persona_vectors.model.loading import load_model
     from persona_vectors.model.prompts import fold_system_role
 
-    logging.disable_progress_bar()
+    brief = {"delay": 1, "leave": False}  # a model that loads at once shows no bar, and a large one is not silent
+    logging.set_tqdm_hook(lambda made, given, options: made(*given, **{**options, **brief}))
     kind = getattr(torch, dtype, None) if dtype else None
     if dtype and not isinstance(kind, torch.dtype):
         raise InputError(f"no dtype {dtype!r}: give float32, bfloat16 or float16")

@@ -99,7 +99,7 @@ def demo(
     loaded_trait = load_trait(trait)
     loaded, tokenizer = load(model)
     result = run_demo(loaded, tokenizer, loaded_trait, out=out, controls=controls)
-    _show(result, trait, out)
+    _show(result, loaded_trait.name, out)
 
 
 def _show(result: Any, trait: str, out: Path) -> None:

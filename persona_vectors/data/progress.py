@@ -54,9 +54,10 @@ def bar(items: Iterable[Any] | None = None, *, desc: str, unit: str, total: int 
     return made
 
 
-def pulse(text: str) -> None:
-    """Say on the innermost open bar how far its next step is: twice a second, and once the bar itself is shown."""
-    shown = next((bar for bar in (known() for known in reversed(_open)) if bar is not None and not bar.disable), None)
+def pulse(text: str, *, on: Any = None) -> None:
+    """Say on the innermost open bar, or another one, how far its next step is: twice a second, once it is shown."""
+    bars = [known() for known in reversed(_open)] if on is None else [on]
+    shown = next((bar for bar in bars if bar is not None and not bar.disable), None)
     if shown is not None and not _silent.get():
         now = time.time()
         if now - shown.start_t >= shown.delay and now - shown.last_print_t >= 0.5:

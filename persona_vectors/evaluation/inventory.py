@@ -32,14 +32,19 @@ def big_five(model: Model, tokenizer: PreTrainedTokenizerBase, *, system: str | 
     stands that is asked, steered inside `with pv.steer(...)`. Self-report of small models carries little: compare it
     with a random vector's effect.
     """
-    factors = json.loads((DATA / "ipip50.json").read_text(encoding="utf-8"))["factors"]
-    items = [(factor, entry) for factor, entries in factors.items() for entry in entries]
-    scores = item_scores(model, tokenizer, [entry["item"] for _, entry in items], system=system)
-    found: dict[str, list[float]] = {factor: [] for factor in factors}
-    for (factor, entry), orders in zip(items, scores.tolist()):
+    items = ipip_items()
+    scores = item_scores(model, tokenizer, [item for item, _, _ in items], system=system)
+    found: dict[str, list[float]] = {factor: [] for _, factor, _ in items}
+    for (_, factor, key), orders in zip(items, scores.tolist()):
         agreement = sum(orders) / 2
-        found[factor].append(agreement if entry["key"] > 0 else 6 - agreement)
+        found[factor].append(agreement if key > 0 else 6 - agreement)
     return found
+
+
+def ipip_items() -> list[tuple[str, str, int]]:
+    """Return the 50 items, each with its factor and its key, 1 or -1; ten of each factor in a row."""
+    factors = json.loads((DATA / "ipip50.json").read_text(encoding="utf-8"))["factors"]
+    return [(each["item"], factor, each["key"]) for factor, entries in factors.items() for each in entries]
 
 
 def item_scores(

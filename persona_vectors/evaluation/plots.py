@@ -3,11 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from persona_vectors.data.intervals import Interval
 from persona_vectors.evaluation.points import PROMPTED, Sweep
-from persona_vectors.vectors.plots import BLUE, GREY, ORANGE, bare
+from persona_vectors.vectors.drawing import BLUE, GREY, ORANGE, Figure, bare
 
 
 def plot_scores(

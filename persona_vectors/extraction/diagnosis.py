@@ -53,9 +53,7 @@ class Diagnosis(Table):
 
     def plot(self) -> "Figure":
         """Plot the four by layer."""
-        from matplotlib.figure import Figure
-
-        from persona_vectors.vectors.plots import BLUE, GREY, ORANGE, bare
+        from persona_vectors.vectors.drawing import BLUE, GREY, ORANGE, Figure, bare
 
         figure = Figure(figsize=(10, 3.8), layout="constrained")
         cosines, shares = figure.subplots(1, 2)

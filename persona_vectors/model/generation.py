@@ -13,7 +13,7 @@ from persona_vectors.model.blocks import Model
 from persona_vectors.model.devices import base, input_device
 from persona_vectors.model.leaving import ended_rows_leave
 from persona_vectors.model.memory import answers_budget
-from persona_vectors.model.prefill import shared_prompts
+from persona_vectors.model.prefill import shared_prompts, told_by_block
 from persona_vectors.model.prompts import (
     chat_prompt,
     chat_text,
@@ -88,7 +88,8 @@ def generate_tokens(
         use_cache=use_cache and keeps_cache(model),
     )
     settings = {"generation_config": config, "logits_processor": LogitsProcessorList([*draws, Pulse(length)])}
-    with shared_prompts(model, prompts), ended_rows_leave(model, stops), torch.inference_mode():
+    told = told_by_block(model, ids.numel())
+    with told, shared_prompts(model, prompts), ended_rows_leave(model, stops), torch.inference_mode():
         output = model.generate(input_ids=ids, attention_mask=mask, **settings)
     answers = output[:, 0 if model.config.is_encoder_decoder else ids.shape[1] :].tolist()
     ends = [next((i for i, token in enumerate(answer) if token in stops), None) for answer in answers]

@@ -51,6 +51,8 @@ class Budget:
 
     def __init__(self, model: Model, work: str, tokens: int, *, width: int | None = None) -> None:
         self.work, self.given, self.width = work, tokens, width
+        self.begun = 0
+        """How many tokens, with their padding, have been given to the model."""
         self.known = _known.setdefault(unwrap(model), {})
 
     @property

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from persona_vectors.data.progress import pulse
 from persona_vectors.model.blocks import Model, model_shape
 from persona_vectors.model.devices import base, input_device, virtual_tokens
 from persona_vectors.model.memory import Attempt, Budget
@@ -104,7 +105,7 @@ def forward_passes(
         chosen, cache = [shared[i] for i in batch], DynamicCache()
         ids, mask = left_pad([key for key, _ in chosen], 0, device)
         given: dict[str, Any] = {cache_name: cache}
-        yield _pass(ids, mask, mask, [lines for _, lines in chosen], given, attempt, answers=False)
+        yield _pass(ids, mask, mask, [lines for _, lines in chosen], given, attempt, budget, answers=False)
         if not attempt.failed:
             yield from _answer_passes(rows, chosen, mask, given, budget)
     known = {row for _, members in shared for row in members}
@@ -158,7 +159,7 @@ def _answer_passes(
         for name, cache in given.items():
             lent[name].layers = [SharedPrefix(layer, lines) for layer in cache.layers]
         whole = torch.cat([prefix_mask[lines], mask], dim=1)
-        yield _pass(ids, mask, whole, [[members[i][1]] for i in batch], lent, attempt, answers=True)
+        yield _pass(ids, mask, whole, [[members[i][1]] for i in batch], lent, attempt, budget, answers=True)
 
 
 def read_pass(model: Model, step: Pass) -> None:
@@ -193,8 +194,18 @@ def own_tokens(hidden: Float[Tensor, "line read hidden"], step: Pass) -> Float[T
 
 
 def _pass(
-    ids: Tensor, mask: Tensor, whole: Tensor, rows: list[list[int]], cache: dict, attempt: Attempt, *, answers: bool
+    ids: Tensor,
+    mask: Tensor,
+    whole: Tensor,
+    rows: list[list[int]],
+    cache: dict,
+    attempt: Attempt,
+    budget: Budget,
+    *,
+    answers: bool,
 ) -> Pass:
+    budget.begun += ids.numel()
+    pulse(f"token {budget.begun:,}")
     position = (whole.cumsum(dim=1) - 1)[:, -ids.shape[1] :]
     inputs = {"input_ids": ids, "use_cache": bool(cache), **cache}
     if cache:  # without one the padding is on the right, where no token sees it, and no mask is the faster way

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.progress import bar
 from persona_vectors.model.blocks import Layer, Model, chosen_layers, model_shape
 from persona_vectors.model.hooks import EnoughRead, edit_blocks, edits_are_active
 from persona_vectors.model.passes import Row, forward_passes, own_tokens, read_pass
+from persona_vectors.model.prompts import chat_prompt, encode
 from persona_vectors.model.reads import read_blocks
 from persona_vectors.model.tokens import Tokens
 
@@ -82,6 +84,14 @@ def pool(
             if step.answers:
                 shown.update(len(step.rows))
     return pooled
+
+
+def prompt_states(
+    model: Model, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]
+) -> Float[Tensor, "question layer hidden"]:
+    """Return the state at the last token of each question's prompt, before an answer begins."""
+    rows: list[Row] = [(encode(tokenizer, chat_prompt(tokenizer, question)), []) for question in questions]
+    return pool(model, rows, poolings=("prompt_last",)).means[:, 0]
 
 
 def token_weights(

@@ -11,9 +11,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from persona_vectors.data.progress import pulse
 from persona_vectors.model.beginnings import Beginnings
 from persona_vectors.model.blocks import Model, decoder_layers
 from persona_vectors.model.passes import cache_argument
+from persona_vectors.model.prompts import batch_tokens_for
 from persona_vectors.model.wrappers import unwrap
 
 
@@ -22,9 +24,9 @@ def shared_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> Iterator[N
     """Have the blocks read each distinct prompt once in the next call of `generate`, which has one row a prompt.
 
     What distinct prompts begin with is read once too, where it is long enough (`Beginnings`). Only inside the blocks
-    are there fewer rows and tokens: hooks on them, and all that is around them, see
-    every row, and the cache has every row in the end. From the first block on whose rows have been edited differently
-    nothing is shared. Nor is it in models whose state cannot be.
+    are there fewer rows and tokens: hooks on them, and all that is around them, see every row, and the cache has every
+    row in the end. From the first block on whose rows have been edited differently nothing is shared. Nor is it in
+    models whose state cannot be.
     """
     model = unwrap(model)
     distinct: dict[tuple[int, ...], int] = {}
@@ -33,6 +35,20 @@ def shared_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> Iterator[N
     with ExitStack() as hooks:
         if (len(distinct) < len(prompts) or begun.shared) and can_take_rows(model):
             _Prefill(model, torch.tensor(lines), begun, hooks)
+        yield
+
+
+@contextmanager
+def told_by_block(model: Model, tokens: int) -> Iterator[None]:
+    """Say on the open progress bar how far the first pass is, where its prompts are long for this device."""
+    model = unwrap(model)
+    blocks = decoder_layers(model)
+    with ExitStack() as hooks:
+        if tokens > batch_tokens_for(model) and can_take_rows(model):
+            for number in range(len(blocks)):
+                tell = partial(pulse, f"reading prompts, block {number + 1} of {len(blocks)}")
+                add_hook(hooks, blocks[number].register_forward_hook, lambda *_, tell=tell: tell())
+            add_hook(hooks, model.get_decoder().register_forward_hook, lambda *_: hooks.close())
         yield
 
 

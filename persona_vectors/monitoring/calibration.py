@@ -16,7 +16,7 @@ from persona_vectors.model.prompts import chat_prompt, encode
 from persona_vectors.monitoring.percentiles import Calibration
 from persona_vectors.monitoring.trace import monitor
 from persona_vectors.vectors.directions import layer_for
-from persona_vectors.vectors.vector import PersonaVector
+from persona_vectors.vectors.shipped import VectorLike, as_vector
 
 PERCENTILES = (1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0)
 
@@ -24,7 +24,7 @@ PERCENTILES = (1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0)
 def calibrate(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
-    vector: PersonaVector,
+    vector: VectorLike,
     questions: Sequence[str],
     *,
     layer: Layer | None = None,
@@ -43,6 +43,7 @@ def calibrate(
     """
     if not questions or not percentiles or not all(0 <= p <= 100 for p in percentiles):
         raise InputError("calibrate needs one question or more, and percentiles from 0 to 100")
+    vector = as_vector(vector)
     layers = chosen_layers(layer_for([vector], layer, purpose="monitor"), len(vector.directions))
     stops, found = stop_tokens(model, tokenizer), []
     with bar(desc=f"{vector.trait}: calibration", unit="answers", total=len(questions)) as shown:

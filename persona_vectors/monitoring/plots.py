@@ -1,9 +1,7 @@
 """Figures of projections."""
 
-from matplotlib.figure import Figure
-
 from persona_vectors.monitoring.projection import Scores
-from persona_vectors.vectors.plots import BLUE, GREY, bare
+from persona_vectors.vectors.drawing import BLUE, GREY, Figure, bare
 
 
 def plot_drift(scores: Scores, *, pooling: str = "response_mean", title: str = "projection by turn") -> Figure:

@@ -24,9 +24,10 @@ def model_card(served: Served) -> dict[str, Any]:
 
 
 def vector_card(vector: PersonaVector, layer: int) -> dict[str, Any]:
-    """Return what a vector's file says of it; `per_dose` is the coefficient as long as the residual stream.
+    """Return what a vector's file says of it; `per_dose` is each layer's coefficient as long as the residual stream.
 
-    `steer` is what it recommends to steer with, None without evidence.
+    It is None where the file does not know the residual norms, and at a layer where the vector is zero. `steer` is what
+    the file recommends to steer with, None without evidence.
     """
     use = next((use for use in vector.uses.values() if use.purpose == "steer" and use.evidence), None)
     known = {name: vector.info[name] for name in _TOLD if name in vector.info}
@@ -35,13 +36,18 @@ def vector_card(vector: PersonaVector, layer: int) -> dict[str, Any]:
         "model": vector.model,
         "pooling": vector.pooling,
         "norm": float(vector.direction(layer).norm()),
-        "per_dose": None if vector.residual_norms is None else per_dose(vector, layer),
+        "per_dose": None if vector.residual_norms is None else _doses(vector),
         "separation": _rounded(vector.separation),
         "split_half_cosine": _rounded(vector.split_half_cosine),
         "steer": None if use is None else {"layer": use.layer, "coef": use.coef, "coherent": use.coherent},
         "uses": [str(use) for use in vector.uses.values()],
         "info": known,
     }
+
+
+def _doses(vector: PersonaVector) -> list[float | None]:
+    known = vector.directions.float().norm(dim=1) > 0
+    return [per_dose(vector, layer) if known[layer] else None for layer in range(len(known))]
 
 
 def _rounded(values: Tensor | None) -> list[float] | None:

@@ -14,7 +14,7 @@ from persona_vectors.model.devices import constant
 from persona_vectors.model.hooks import Edit, edit_blocks
 from persona_vectors.model.tokens import Positions, Tokens, check_positions
 from persona_vectors.vectors.directions import finite, projections, to_add, unit_directions
-from persona_vectors.vectors.vector import PersonaVector
+from persona_vectors.vectors.shipped import VectorLike, as_vector
 
 Limit = float | Tensor | Mapping[int, float]
 """A projection on v/|v|, in the residual stream's units: one for all, one a row [batch], or one a layer."""
@@ -26,7 +26,7 @@ Coefficient = Callable[[Float[Tensor, "batch token hidden"]], Float[Tensor, "bat
 
 @contextmanager
 def ablate(
-    model: Model, vector: PersonaVector, *, layer: Layer, positions: Positions = "all", during: str = "auto"
+    model: Model, vector: VectorLike, *, layer: Layer, positions: Positions = "all", during: str = "auto"
 ) -> Iterator[None]:
     """Project the vector out of the output of block `layer` in every forward pass inside the `with`.
 
@@ -42,7 +42,7 @@ def ablate(
 @contextmanager
 def cap(
     model: Model,
-    vector: PersonaVector,
+    vector: VectorLike,
     *,
     layer: Layer,
     limit: Limit | None = None,
@@ -61,7 +61,7 @@ def cap(
 @contextmanager
 def floor(
     model: Model,
-    vector: PersonaVector,
+    vector: VectorLike,
     *,
     layer: Layer,
     limit: Limit | None = None,
@@ -79,12 +79,12 @@ def floor(
 @contextmanager
 def steer_where(
     model: Model,
-    vector: PersonaVector,
+    vector: VectorLike,
     *,
     layer: Layer,
     coef: float | Coefficient,
     when: Callable[[Float[Tensor, "batch token"]], Tensor] | None = None,
-    watch: PersonaVector | None = None,
+    watch: VectorLike | None = None,
     positions: Positions = "all",
     during: str = "auto",
 ) -> Iterator[None]:
@@ -98,7 +98,8 @@ def steer_where(
     index = one_layer(layer, model_shape(model)[0])
     if when is None and (watch is not None or not callable(coef)):
         raise InputError("steer_where needs when=, a condition on the projection, or a function for coef=")
-    unit = constant(unit_directions(model, [watch or vector], index)[index])
+    vector = as_vector(vector)
+    unit = constant(unit_directions(model, [as_vector(watch or vector)], index)[index])
     vector.check_fits(model)
     direction = to_add(vector, index)
     shift = constant(direction if callable(coef) else finite(coef) * direction)
@@ -130,7 +131,7 @@ def _check_returned(name: str, value: Tensor, hidden: Tensor, dtype: torch.dtype
 @contextmanager
 def rotate(
     model: Model,
-    vector: PersonaVector,
+    vector: VectorLike,
     *,
     layer: Layer,
     angle: float,
@@ -161,6 +162,7 @@ def rotate(
         return edit
 
     check_positions(positions)
+    vector = as_vector(vector)
     vector.check_edits()
     units = unit_directions(model, [vector], layer)
     with edit_blocks(model, {index: editor(unit) for index, unit in units.items()}, during=during):
@@ -192,7 +194,7 @@ def _clamp(verb: str, limit: Limit | None, bound: Callable[[Tensor, Tensor], Ten
 @contextmanager
 def _set_projections(
     model: Model,
-    vector: PersonaVector,
+    vector: VectorLike,
     layer: Layer,
     positions: Positions,
     during: str,
@@ -213,6 +215,7 @@ def _set_projections(
         return edit
 
     check_positions(positions)
+    vector = as_vector(vector)
     vector.check_edits()
     units = unit_directions(model, [vector], layer)
     with edit_blocks(model, {index: editor(change(index), unit) for index, unit in units.items()}, during=during):

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
@@ -33,6 +34,9 @@ NAMES = (
     "situational_judgment",
     "principled_personas",
     "localizing",
+    "truthful_personas",
+    "user_personas",
+    "personality_alignment",
 )
 """The studies: each is the module of that name, whose docstring is the text of its page and whose `lines` its table."""
 
@@ -55,6 +59,11 @@ def shipped(name: str) -> Any:
 def over(values: Iterable[float]) -> Interval:
     """Return the mean over questions, topics or respondents with its interval."""
     return mean_interval([[value] for value in values])
+
+
+def upper(null: Any, what: str) -> tuple[float, str]:
+    """Return the 97.5th percentile of what chance gives and what it is of: the last fields of a line."""
+    return float(np.quantile(null, 0.975)), f"97.5th percentile of {what}"
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from scipy.stats import kendalltau
 
 from persona_vectors.data.intervals import Interval, bootstrap
 from persona_vectors.data.texts import assistant_prompts
-from persona_vectors.evaluation.logprobs import answer_logprobs
-from persona_vectors.model.prompts import chat_prompt, encode_answer
-from persona_vectors.studies.frame import Given, Line, over, shipped
+from persona_vectors.data.traits import InstructionPair
+from persona_vectors.evaluation.likelihood import State, Statements, likelihood_contrasts
+from persona_vectors.studies.frame import Given, Line, over, shipped, upper
 
 VECTORS = 0
 FACTS: dict[str, list[list[str]]] = shipped("facts")
@@ -59,15 +59,11 @@ def personas(domain: str) -> dict[str, Sequence[str | None]]:
 
 def utilities(given: Given, questions: Sequence[Sequence[str]], systems: Sequence[str | None]) -> Any:
     """Return the utility of each system prompt on each question, [system][question]."""
-    prompts = [[chat_prompt(given.tokenizer, q, system=system) for q, *_ in questions] for system in systems]
-    rows = [
-        encode_answer(given.tokenizer, prompt, answer)
-        for asked in prompts
-        for prompt, (_, *answers) in zip(asked, questions)
-        for answer in answers
-    ]
-    found = answer_logprobs(given.model, rows).view(len(systems), len(questions), -1).numpy()
-    return (found[..., 0] - found[..., 1:].mean(axis=2)).tolist()
+    pairs = tuple(InstructionPair(pos=right, neg=each) for _, right, *wrong in questions for each in wrong)
+    orders = len(pairs) // len(questions)
+    asked = Statements(question=tuple(q for q, *_ in questions for _ in range(orders)), pairs=pairs, orders=orders)
+    states = [State(system=system) for system in systems]
+    return likelihood_contrasts(given.model, given.tokenizer, asked, states).tolist()
 
 
 def lines(given: Given) -> list[Line]:
@@ -87,25 +83,19 @@ def lines(given: Given) -> list[Line]:
         return bootstrap(statistic, everyone)  # type: ignore[arg-type]
 
     means, order = same.mean(axis=1), range(len(LEVELS))
-    apart = np.quantile(np.abs(np.subtract.outer(means, means)), 0.975)
+    apart = upper(np.abs(np.subtract.outer(means, means)), "two prompts that mean the same")
     worst = np.quantile([robustness(same[i], np.delete(same, i, axis=0)[:4]) for i in range(len(same))], 0.025)
-    shuffled = [kendalltau(np.random.default_rng(i).permutation(len(LEVELS)), order)[0] for i in range(500)]
-    ranked = np.quantile(shuffled, 0.975)
+    rng = [np.random.default_rng(i) for i in range(500)]
+    ranked = upper([kendalltau(each.permutation(len(LEVELS)), order)[0] for each in rng], "shuffled levels")
     robust = interval(lambda i: robustness(expert[i], found["attributes"][:, i]))
     faithful = interval(lambda i: fidelity(found["levels"][:, i]))
     elsewhere = over(expert - found["others"].mean(axis=0))
     most, alike = float((means - none.mean()).max()), "prompts that mean the same"
+    lowest = f"2.5th percentile of the worst of four {alike}"
     return [
         Line("utility without a persona", over(none)),
         Line("expertise advantage", over(expert - none), most, f"largest of 12 {alike}"),
-        Line("advantage over experts in other domains", elsewhere, float(apart), f"97.5th percentile of two {alike}"),
-        Line(
-            "robustness, the worst of four attributes",
-            robust,
-            float(worst),
-            f"2.5th percentile of the worst of four {alike}",
-        ),
-        Line(
-            "fidelity, tau with the level of expertise", faithful, float(ranked), "97.5th percentile of shuffled levels"
-        ),
+        Line("advantage over experts in other domains", elsewhere, *apart),
+        Line("robustness, the worst of four attributes", robust, float(worst), lowest),
+        Line("fidelity, tau with the level of expertise", faithful, *ranked),
     ]

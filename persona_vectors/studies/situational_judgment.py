@@ -31,7 +31,7 @@ from persona_vectors.data.intervals import Interval, bootstrap
 from persona_vectors.evaluation.logprobs import answer_logprobs
 from persona_vectors.model.prompts import chat_prompt, encode_answer
 from persona_vectors.steering.add import RowEdit
-from persona_vectors.studies.frame import Given, Line, shipped
+from persona_vectors.studies.frame import Given, Line, shipped, upper
 
 VECTORS = 1
 STRENGTHS = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
@@ -120,18 +120,21 @@ def lines(given: Given) -> list[Line]:
     ranks = [spearmanr(rng.permutation(count), STRENGTHS).statistic for _ in range(1000)]
     rated = found.mean(axis=1)
     shuffled = [icc(np.stack([rng.permutation(column) for column in rated.T], axis=1)) for _ in range(400)]
-    result = [Line("Spearman's rho of ability with strength", _over_scenes(follows, everyone), *_upper(ranks, "ranks"))]
+    result = [
+        Line(
+            "Spearman's rho of ability with strength", _over_scenes(follows, everyone), *upper(ranks, "shuffled ranks")
+        )
+    ]
     for name, measure in (("ability", theta), ("share chosen in character", share)):
         at = measure(everyone)
         moved = _over_scenes(partial(difference, measure), everyone)
         null = float((at[count:] - at[plain]).max())
         result.append(Line(f"{name}, recommended strength less plain", moved, null, "largest of 10 random vectors"))
-    return [*result, Line("ICC of paraphrases", _over_scenes(agreement, everyone), *_upper(shuffled, "respondents"))]
+    return [
+        *result,
+        Line("ICC of paraphrases", _over_scenes(agreement, everyone), *upper(shuffled, "shuffled respondents")),
+    ]
 
 
 def _over_scenes(statistic: Callable[[np.ndarray], float], everyone: np.ndarray) -> Interval:
     return bootstrap(statistic, everyone, resamples=100)
-
-
-def _upper(null: list[float], what: str) -> tuple[float, str]:
-    return float(np.quantile(null, 0.975)), f"97.5th percentile of shuffled {what}"

@@ -1,14 +1,15 @@
 """Fine-tuning with the paper's settings, with or without steering, from a config: LoRA, loss on answers only."""
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.progress import pulse
 from persona_vectors.data.samples import Source, Talk, read_talks
 from persona_vectors.model.blocks import Model, model_name
 from persona_vectors.model.loading import load_model
@@ -78,6 +79,15 @@ def _rows(tokenizer: PreTrainedTokenizerBase, talk: Talk, answers: Sequence[int]
     return [{"input_ids": ids, "labels": labels}] if together and alone else alone
 
 
+@contextmanager
+def _as_named_today() -> Iterator[None]:
+    """Leave out transformers' warnings of a name that trl and peft still use: nobody here can act on them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
+@_as_named_today()
 def finetune(
     config: FinetuneConfig,
     *,
@@ -109,7 +119,7 @@ def finetune(
     with ExitStack() as stack:
         opens = _OpensEdit(stack, edit)
         trainer = make_trainer(config, model, tokenizer)
-        for callback in [*callbacks, opens]:
+        for callback in [*callbacks, opens, _Substeps]:
             trainer.add_callback(callback if isinstance(callback, TrainerCallback) else callback(trainer))
         trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir) if resume else None)
     trainer.save_model(config.output_dir)
@@ -129,6 +139,23 @@ class _OpensEdit(TrainerCallback):
             self.opened = True
 
 
+class _Substeps(TrainerCallback):
+    """Says on the Trainer's bar, which moves by steps, how many of a step's batches are done."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.done = trainer, 0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.done = 0
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.done += 1
+        for callback in self.trainer.callback_handler.callbacks:
+            if getattr(callback, "training_bar", None) is not None:
+                pulse(f"batch {self.done} of {args.gradient_accumulation_steps}", on=callback.training_bar)
+
+
+@_as_named_today()
 def make_trainer(config: FinetuneConfig, model: Model, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Return the SFTTrainer of a config, the model wrapped in a new adapter; the config's steering is left to you."""
     try:

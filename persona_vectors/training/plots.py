@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from persona_vectors.vectors.plots import GREY, bare
+from persona_vectors.vectors.drawing import GREY, Figure, bare
 
 
 def plot_history(history: Sequence[Mapping[str, float]]) -> Figure:
@@ -38,7 +37,7 @@ def plot_shift(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 axes.fill_between(layers, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
             else:
                 axes.vlines(layers, low, high, color=line.get_color())
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.axhline(0, color=GREY, linewidth=0.8, linestyle="--")
         axes.set(title=pooling, xlabel="layer (decoder block, from 0)", ylabel="tuned minus base, on v/|v|")
         axes.legend(frameon=False, fontsize=9)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.progress import bar
 from persona_vectors.data.texts import neutral_texts
 from persona_vectors.model.blocks import Layer, Model, chosen_layers
 from persona_vectors.model.hooks import edit_blocks
@@ -71,13 +72,15 @@ def covariance_vectors(
 
         return read
 
-    with edit_blocks(model, {index: reader(index) for index in layers}), torch.inference_mode():
+    shown = bar(desc="neutral activations", unit="answers", total=len(rows))
+    with shown, edit_blocks(model, {index: reader(index) for index in layers}), torch.inference_mode():
         for step in forward_passes(model, rows):
             prompts = torch.tensor([[len(rows[members[0]][0])] for members in step.rows])
             real = step.position.cpu() >= prompts
             weights = torch.randn(count, int(real.sum()), generator=generator, dtype=torch.float64)
             total, tokens = total + weights.sum(dim=1), tokens + weights.shape[1]
             read_pass(model, step)
+            shown.update(len(step.rows) * step.answers)
     if tokens < 2:
         raise InputError("covariance_vectors needs answers of two tokens or more, to vary")
     directions = torch.zeros(count, *vector.directions.shape, dtype=torch.float32)

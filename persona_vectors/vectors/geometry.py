@@ -10,6 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Model, model_shape
+from persona_vectors.model.devices import input_device
+from persona_vectors.model.hooks import edit_blocks
+from persona_vectors.model.tokens import Tokens
 from persona_vectors.vectors.vector import PersonaVector
 
 
@@ -135,6 +138,23 @@ def logit_lens(
         return [(str(tokenizer.decode([i])), float(values[i])) for i in best]
 
     return Lens(named(moved, 1), named(moved, -1))
+
+
+def patched_logprobs(
+    model: Model, prompt: Sequence[int], states: Float[Tensor, "row hidden"], *, layer: int
+) -> Float[Tensor, "row vocab"]:
+    """Return the log-probabilities of what follows a prompt whose last token has other states after block `layer`.
+
+    A prompt that repeats words so says what a state holds (Ghandeharioun et al. 2024, Patchscopes). After the last
+    block it is the logit lens of the states, whatever the prompt.
+    """
+    ids = torch.tensor([list(prompt)] * len(states), device=input_device(model))
+
+    def put(hidden: Tensor, _: Tokens) -> Tensor:
+        return torch.cat([hidden[:, :-1], states[:, None].to(hidden)], dim=1)
+
+    with edit_blocks(model, {layer: put}), torch.inference_mode():
+        return model(input_ids=ids).logits[:, -1].float().log_softmax(dim=-1).cpu()
 
 
 def _final_gain(model: Model) -> Tensor | None:

@@ -1,28 +1,26 @@
 """PersonaVector: one direction a layer, with the conventions and the evidence that it was made with."""
 
-import hashlib
-import json
 import operator
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from persona_vectors.data.errors import InputError
-from persona_vectors.data.files import atomic_path
 from persona_vectors.data.notebook import html_table
 from persona_vectors.model.blocks import Model, model_name, model_shape
 from persona_vectors.model.identity import config_hash
+from persona_vectors.vectors.stored import read, write
 from persona_vectors.vectors.uses import Use, from_json, recommended, to_json
 
-FORMAT = 1
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _TENSORS = ("directions", "residual_norms", "split_half_cosine", "separation")
 
 
@@ -75,6 +73,12 @@ class PersonaVector:
         """Show in a notebook what it is, and where to use it."""
         uses = [str(use) for use in self.uses.values()] or ["none is stored"]
         return html_table(repr(self), [{"recommended use": use} for use in uses])
+
+    def plot(self, *, layer: SupportsIndex | None = None) -> "Figure":
+        """Plot its evidence by layer, a line at `layer`; the same as `plot_vector`."""
+        from persona_vectors.vectors.drawing import evidence_figure
+
+        return evidence_figure(self, layer)
 
     def with_use(self, use: Use) -> "PersonaVector":
         """Return the same vector with a use that was measured, in place of an earlier one for that purpose.
@@ -165,9 +169,7 @@ class PersonaVector:
     def save(self, path: str | Path) -> None:
         """Write one .safetensors file, whole or not at all: tensors in float32, all else as JSON in the header."""
         tensors = {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
-        tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
         fields = {
-            "format_version": FORMAT,
             "trait": self.trait,
             "model": self.model,
             "pooling": self.pooling,
@@ -178,35 +180,14 @@ class PersonaVector:
             "info": dict(self.info),
             "uses": to_json(self.uses),
         }
-        header = {name: json.dumps(value, ensure_ascii=False) for name, value in fields.items()}
-        header["checksum"] = _checksum(header, tensors)
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata=header)
+        write(path, fields, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> "PersonaVector":
         """Read a file that `save` wrote; raises InputError where it is truncated, changed or of another version."""
-        path = Path(path)
-        if not path.is_file():
-            raise InputError(f"no vector file {path}: give the path of a .safetensors file, or make one with extract")
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = dict(file.metadata() or {})
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise InputError(f"{path} is no whole safetensors file ({error}): extract or copy it again") from None
-        if "format_version" not in header:
-            raise InputError(f"{path} has no persona-vector header: make it with extract, or convert it with import")
-        if header["format_version"] != str(FORMAT):
-            raise InputError(
-                f"{path} has format version {header['format_version']}, and this release reads {FORMAT}: "
-                "update persona_vectors, or extract the vector again"
-            )
-        if header.pop("checksum", None) != _checksum(header, tensors):
-            raise InputError(f"{path} was changed after it was written (its checksum differs): get the original again")
-        fields = {name: json.loads(header[name]) for name in ("trait", "model", "pooling", "info")}
-        uses = from_json(json.loads(header.get("uses", "{}")), path)
-        return cls(**fields, uses=uses, **tensors)
+        header, tensors = read(Path(path))
+        fields = {name: header[name] for name in ("trait", "model", "pooling", "info")}
+        return cls(**fields, uses=from_json(header.get("uses", {}), Path(path)), **tensors)
 
     def push_to_hub(self, repo: str, *, private: bool = False) -> str:
         """Commit the file and its card to a repository of the Hugging Face Hub; return the name to load it by.
@@ -238,11 +219,3 @@ class PersonaVector:
         """Raise InputError for a whitened vector that was not made to steer with: see `Moments.whiten`."""
         if "whitened" in self.info and not self.info["whitened"].get("steers"):
             raise InputError(f"{self!r} is whitened, for reading alone: edit with the vector that it was made from")
-
-
-def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(dict(sorted(header.items()))).encode())
-    for name in sorted(tensors):
-        digest.update(f"{name}{tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -4,7 +4,7 @@ Usage: python scripts/bench extraction | generation | flagging | training [--mod
        python scripts/bench sharing [--model NAME] [--questions N] [--out FILE]
        python scripts/bench end-to-end [--model NAME] [--since COMMIT] [--out FILE]
        python scripts/bench gpu [--shape SHAPE] [--out FILE]
-       python scripts/bench serve isolation | throughput | soak [--model NAME] [--vector FILE] [--out FILE]
+       python scripts/bench serve isolation | throughput | step | soak [--model NAME] [--vector FILE] [--out FILE]
 """
 
 import sys

@@ -29,7 +29,7 @@ class Server:
 
     def open(self, body: dict[str, Any] | bytes) -> http.client.HTTPResponse:
         """Post to /v1/chat/completions; the reply's body is still to be read."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=900)  # longer than the server takes
         content = body if isinstance(body, bytes) else json.dumps({"model": self.card["id"], **body}).encode()
         connection.request("POST", "/v1/chat/completions", content, {"Content-Type": "application/json"})
         return connection.getresponse()

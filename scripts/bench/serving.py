@@ -15,12 +15,14 @@ from bench.clients import Server, at_once, running
 from bench.inputs import ModelName, Out
 from bench.measuring import environment, median, median_interval, save, show
 from bench.soak import Vectors, soak
+from bench.step import step
 from persona_vectors.data.traits import load_trait
 from persona_vectors.model.blocks import Model, model_shape
 from persona_vectors.model.loading import EMBEDDED
 
 serve = typer.Typer(help="The server under many clients.", no_args_is_help=True)
 serve.command()(soak)
+serve.command()(step)
 NewTokens = Annotated[int, typer.Option(help="most tokens of an answer", min=1)]
 Clients = Annotated[int, typer.Option(help="clients at once", min=1)]
 
@@ -119,11 +121,12 @@ def throughput(
         runs: dict[str, list[tuple[float, float, int]]] = {way: [] for way in ways}
         first, together, read = ways
         order = [first, *([together, read, read, together] * pairs)[: 2 * pairs]]
-        for number in tqdm(range(-1, rounds), unit="round", leave=False):  # the first warms up, and is not counted
-            for way in order if number % 2 == 0 else reversed(order):
+        turns = [list(ways), *(order[:: -1 if number % 2 else 1] for number in range(rounds))]
+        for number, turn in enumerate(tqdm(turns, unit="round", leave=False)):
+            for way in turn:
                 at_a_time, ours = ways[way]
                 run = _measured(server, questions, at_a_time, ours, new_tokens)
-                if number >= 0:
+                if number:  # the first warms up, and is not counted
                     runs[way].append(run)
     found["runs"] = runs
     found["speed"] = _report(runs, [(together, first, True), (read, together, False)])

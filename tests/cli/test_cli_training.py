@@ -34,7 +34,8 @@ def config(tiny, tmp_path) -> Path:
 
 
 def test_finetune_and_shift(tiny, config, tmp_path):
-    out, _ = run("finetune", config)
+    out, told = run("finetune", config)
+    assert "warning" not in told
     assert out.splitlines()[-1] == f"saved: {tmp_path / 'tuned'}"
     (tmp_path / "questions.txt").write_text("How?\n\nWhy?\n")
     arguments = [tiny, tmp_path / "v.safetensors", "--tuned", tmp_path / "tuned"]

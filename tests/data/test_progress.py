@@ -1,5 +1,8 @@
 import re
 
+from helpers import hooks
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
 import persona_vectors as pv
 from persona_vectors.data.progress import bar, pulse
 from persona_vectors.model.generation import generate
@@ -46,6 +49,25 @@ def test_one_batch_of_slow_answers_is_not_silent(model, tokenizer, capsys, monke
     generate(model, tokenizer, ["Hi", "Why?"], max_new_tokens=9)
     told = re.findall(r"answers: +0%.*?token (\d) of at most 9", capsys.readouterr().err)
     assert len(told) > 3  # while no answer is done
+
+
+def test_many_long_prompts_are_told_block_by_block_while_they_are_read(model, tokenizer, capsys, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    clock, plain = [1e9], LlamaDecoderLayer.forward
+
+    def slow(*arguments, **options):
+        clock[0] += 4
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr("persona_vectors.data.progress.time.time", lambda: clock[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", slow)
+    generate(model, tokenizer, [f"{i} {'Why?' * 20}" for i in range(20)], max_new_tokens=2)
+    told = capsys.readouterr().err
+    assert re.findall(r"block (\d) of 3", told) == ["1", "2", "3"]  # and not again, at each token
+    assert hooks(model) == 0
+    generate(model, tokenizer, ["Hi"], max_new_tokens=2)
+    assert "block" not in capsys.readouterr().err
 
 
 def test_one_switch_silences_every_bar(capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,11 +45,16 @@ def test_the_command_line_flags_splits_and_compares(made, trait):
     printed, _ = run(*flags(made, "f.parquet", "generate"), *more)
     assert "120 samples" in printed and "at or above" in printed and "report ->" in printed
     assert "judge" in pq.read_schema(made / "f.parquet").names and (made / "f.html").stat().st_size > 10_000
+    run(*flags(made, "f.parquet", "generate"), *more[:4], "--each", 2)
+    (shown,) = re.findall(r'id="rows">(.*?)</script>', (made / "f.html").read_text("utf-8"))
+    assert 4 <= len(json.loads(shown)) <= 6  # top, bottom and random ones, some of them twice
     printed, _ = run("split", made / "d.jsonl", "--flags", made / "f.parquet", "--kept", made / "kept.jsonl")
     assert printed == "96 kept, 24 removed, 0 left out\n"
     assert "no telling" in run("compare", made / "f.parquet", made / "f.parquet")[0]
     _, error = run(*flags(made, "g.parquet"), "--judge", "sentiment", code=2)
     assert "--judge and --trait belong together" in error
+    _, error = run(*flags(made, "g.parquet"), "--each", 2, code=2)
+    assert "give --html a file too" in error
     _, error = run(*flags(made, "f.parquet"), code=2)
     assert "was made with baseline='generate', not 'prompt_last'" in error
 

@@ -44,6 +44,13 @@ def test_rows_are_picked_by_difference(flagged):
     assert sum("random" in entry["set"].split(", ") for entry in picked.values()) == 5
 
 
+def test_a_result_shows_itself_in_a_notebook(flagged):
+    found, _, _ = flagged
+    html = found._repr_html_()
+    assert all(f"<td style='text-align:left'>{key}</td>" in html for key in found.summary)
+    assert len(html) < 10_000 and HOSTILE not in html
+
+
 def test_the_page_sorts_searches_and_escapes(flagged, model, tokenizer, tmp_path, browser):
     found, samples, vectors = flagged
     pv.write_report(model, tokenizer, samples, vectors, flags=found.path, out=tmp_path / "r.html", each=120)
@@ -78,6 +85,69 @@ def test_the_page_sorts_searches_and_escapes(flagged, model, tokenizer, tmp_path
     assert browser.find_element("id", "summary").text.count(" %") == 4
 
 
+def told(differences: list[float], words: int, i: int = 0) -> dict:
+    """A sample of the page, as `render` is given it."""
+    row = {"id": str(i), "set": "random", "prompt": f"user: question {i}", "differences": differences}
+    row |= {"tokens": [f" word{j}" for j in range(words)], "percentiles": [50.0, 50.0]}
+    return row | {"values": [[(i * j) % 7 / 7 for j in range(words)]] * 2}
+
+
+def test_long_answers_are_folded_and_the_sorted_column_has_an_arrow(flagged, tmp_path, browser):
+    found, _, _ = flagged
+    render(found, [told([1.0, 0.0], 2000), told([0.5, 1.0], 3, 1)], tmp_path / "r.html")
+    browser.get((tmp_path / "r.html").as_uri())
+    (more,) = browser.find_elements("css selector", ".more")  # the short answer has none
+    box = browser.find_element("css selector", ".answer")
+    folded = box.size["height"]
+    more.click()
+    assert box.size["height"] > 2 * folded and more.text == "show less"
+    more.click()
+    assert box.size["height"] == folded and more.get_attribute("aria-expanded") == "false"
+    script = "return [...document.querySelectorAll('#samples th')].map(h => [h.innerText.trim(), getComputedStyle("
+    script += "h.firstElementChild, '::after').content]).filter(([, arrow]) => arrow != 'none')"
+    assert browser.execute_script(script) == [[next(iter(found.summary)), '" ▼"']]
+    browser.find_elements("css selector", "[data-sort]")[0].click()
+    assert browser.execute_script(script) == [["id", '" ▲"']]
+
+
+def test_on_a_phone_rows_are_cards_that_name_their_numbers(flagged, tmp_path, browser):
+    found, _, _ = flagged
+    render(found, [told([1.0, 0.0], 400), told([0.5, 1.0], 3, 1)], tmp_path / "r.html")
+    phone = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        browser.get((tmp_path / "r.html").as_uri())
+        assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+        cards = browser.find_elements("css selector", "#samples tbody tr")
+        assert [line[0] for line in lines(browser)] == ["0", "1"]
+        assert all(card.size["width"] > 340 for card in cards)
+        names = browser.execute_script(
+            "return [...document.querySelectorAll('tbody td')].map(c => getComputedStyle(c, '::before').content)"
+        )
+        assert {f'"{name}"' for name in ("id", "set", "threshold", "mean difference", *found.summary)} <= set(names)
+        browser.find_elements("css selector", "[data-sort]")[3].click()  # sorting is at hand there too
+        assert lines(browser)[0][0] == "1"
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_no_line_is_promised_that_is_not_drawn(model, tokenizer, tmp_path, browser):
+    vector, options = random_direction(model), {"layer": 1, "baseline": "prompt_last"}
+    for controls in (0, 20):
+        out = tmp_path / f"{controls}.parquet"
+        pv.flag(model, tokenizer, SAMPLES, vector, out=out, controls=controls, **options)
+        pv.write_report(model, tokenizer, SAMPLES, vector, flags=out, out=tmp_path / "r.html")
+        browser.get((tmp_path / "r.html").as_uri())
+        drawn = (
+            len(browser.find_elements("css selector", "line.mean")),
+            len(browser.find_elements("css selector", "rect.null")),
+        )
+        assert drawn == ((1, 1) if controls else (0, 0))
+        said = browser.find_element("tag name", "body").text
+        assert ("The dashed line" in said) == ("Grey:" in said) == bool(controls)
+        assert "orange from the threshold" not in said  # none was asked for
+
+
 @pytest.mark.parametrize(("values", "zero"), [([-1.0, 3.0, None], 90.0), ([1.0, 2.0], None), ([-2.0, -1.0], None)])
 def test_the_histogram_says_where_zero_is(flagged, monkeypatch, values: list, zero: float | None):
     found, _, _ = flagged
@@ -100,18 +170,7 @@ def test_no_more_than_a_quarter_of_a_dataset_is_read_again(flagged, model, token
 
 def test_five_thousand_rows_stay_responsive(flagged, tmp_path, browser):
     found, _, _ = flagged
-    rows = [
-        {
-            "id": str(i),
-            "set": "random",
-            "prompt": f"user: question {i}",
-            "tokens": [f" word{j}" for j in range(100)],
-            "values": [[(i * j) % 7 / 7 for j in range(100)]] * 2,
-            "differences": [(i * 7919) % 5000 / 5000, -i],
-            "percentiles": [50.0, 50.0],
-        }
-        for i in range(5000)
-    ]
+    rows = [told([(i * 7919) % 5000 / 5000, -i], 100, i) for i in range(5000)]
     render(found, rows, tmp_path / "r.html")
     start = time.monotonic()
     browser.get((tmp_path / "r.html").as_uri())

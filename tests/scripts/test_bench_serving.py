@@ -36,9 +36,11 @@ def bench(tmp_path, model):
 
 @pytest.mark.slow
 def test_isolation_finds_every_answer_as_it_is_alone(bench):
-    found, printed = bench("isolation", "--requests", 20, "--clients", 6, "--new-tokens", 6)
-    assert found["equal"] == 20 and not found["differ"] and found["tokens a step"] > 2
-    assert "20 of 20 answers equal those alone" in printed and int(re.search(r"(\d+) different texts", printed)[1]) > 5
+    found, printed = bench("isolation")  # 200 requests, 16 clients, 24 tokens
+    assert found["equal"] == 200 and not found["differ"] and found["tokens a step"] > 2
+    assert (
+        "200 of 200 answers equal those alone" in printed and int(re.search(r"(\d+) different texts", printed)[1]) > 5
+    )
 
 
 @pytest.mark.slow
@@ -52,6 +54,14 @@ def test_throughput_tells_what_clients_at_once_gain_and_projections_cost(bench):
     assert all(tokens == 24 for runs in found["runs"].values() for _, _, tokens in runs)
     assert "times the tokens a second (wall) of one after another" in printed
     assert "% more time a token (CPU) of 3 at once" in printed
+
+
+@pytest.mark.slow
+def test_a_step_with_projections_is_beside_plain_ones(bench):
+    found, printed = bench("step", "--steps", 6, "--rows", 3)
+    assert [line["way"] for line in found["steps"]] == ["plain", "plain again", "projections"]
+    assert found["steps"][0]["more %"] == 0 and found["steps"][2]["from"] <= found["steps"][2]["to"]
+    assert "projections" in printed and "3 rows" in printed
 
 
 @pytest.mark.slow

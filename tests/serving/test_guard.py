@@ -112,8 +112,10 @@ def test_bodies_are_bounded(server):
         json.dumps("x"),
         BODY[:-1] + ', "n": 1e400}',
         "{}",
+        BODY[:-1] + ', "metadata": ' + "[" * 5000 + "]" * 5000 + "}",  # well formed, in a field that nobody reads
+        BODY[:-1] + ', "stream_options": ' + '{"a":' * 5000 + "1" + "}" * 5000 + "}",
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_malformed_bodies_are_told_in_one_line(server, body):
     status, text = send(server, body=body)
@@ -121,7 +123,17 @@ def test_malformed_bodies_are_told_in_one_line(server, body):
 
 
 @pytest.mark.parametrize(
-    "path", ["/../../etc/passwd", "/..%2f..%2fetc/passwd", "//etc/passwd", "/static/x", "/docs", "/v1"]
+    "path",
+    [
+        "/../../etc/passwd",
+        "/..%2f..%2fetc/passwd",
+        "//etc/passwd",
+        "/%00",
+        "/..%5c..%5cetc",
+        "/static/x",
+        "/docs",
+        "/v1",
+    ],
 )
 def test_nothing_of_the_file_system_can_be_reached(server, path):
     status, text = send(server, "GET", path, None)

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from helpers import use
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -41,6 +42,7 @@ def answers(browser) -> list[str]:
 def page(served, start, browser):
     hostile = replace(served.vectors["t"], trait=HOSTILE, info={"judge": HOSTILE})
     hostile = hostile.with_use(use(measure=HOSTILE, source=HOSTILE))
+    hostile = replace(hostile, residual_norms=torch.tensor([8.0, 16.0, 32.0]))
     with start(replace(served, vectors={**served.vectors, HOSTILE: hostile})) as server:
         browser.get(server.url)
         browser.execute_script("sessionStorage.clear()")
@@ -53,8 +55,24 @@ def page(served, start, browser):
 
 def slide(browser, coef: float) -> None:
     script = """const s = document.querySelector("#vectors input[type=range]"); s.value = arguments[0];
-        s.dispatchEvent(new Event("input")); return document.querySelector("#vectors input[step=any]").value"""
+        s.dispatchEvent(new Event("input")); return document.querySelector("#vectors input[type=number][step]").value"""
     assert float(browser.execute_script(script, coef)) == pytest.approx(coef, abs=0.1)
+
+
+def shown_code(page) -> str:
+    find(page, "code").click()
+    code = page.find_element(By.CSS_SELECTOR, "#inside pre").get_property("textContent")
+    find(page, "close").click()
+    return code
+
+
+def ran(code: str, served, vectors) -> list[str]:
+    """Run the page's code; return what it prints."""
+    known, said = {f"{vector.model}/{vector.trait}": vector for vector in vectors}, []
+    code = code.replace("pv.load_model(", "load_model(").replace("pv.load_vector(", "load_vector(")
+    names = {"load_model": lambda _: (served.model, served.tokenizer), "load_vector": known.get, "print": said.append}
+    exec(code, names)
+    return said
 
 
 def test_a_conversation_steered_compared_coloured_and_taken_away(page, served):
@@ -66,25 +84,73 @@ def test_a_conversation_steered_compared_coloured_and_taken_away(page, served):
     find(page, "new").click()
     slide(page, 1.0)
     assert "There is no evidence for any strength" in page.find_element(By.CSS_SELECTOR, "#vectors .warn").text
-    coef = float(page.execute_script("return document.querySelector('#vectors input[step=any]').value"))
+    coef = float(page.execute_script("return document.querySelector('#vectors input[type=number][step]').value"))
     with pv.steer(served.model, served.vectors["t"], layer=1, coef=coef):
         steered = pv.generate(served.model, served.tokenizer, "Hi", max_new_tokens=12, temperature=0)
     assert say(page, "Hi") == [plain, steered]
-    find(page, "code").click()
-    code = page.find_element(By.CSS_SELECTOR, "#inside pre").get_property("textContent")
-    find(page, "close").click()
-    known = {f"{vector.model}/{name}": vector for name, vector in served.vectors.items()}
-    said: list[str] = []
-    code = code.replace("pv.load_model(", "load_model(").replace("pv.load_vector(", "load_vector(")
-    names = {"load_model": lambda _: (served.model, served.tokenizer), "load_vector": known.get, "print": said.append}
-    exec(code, names)
+    said = ran(shown_code(page), served, served.vectors.values())
     assert said == [steered]
     say(page, "And then?")
     assert page.execute_script("return document.querySelectorAll('#chart circle').length") == 6
+    filled = "return [...document.querySelectorAll('#chart polyline')].map((line) => getComputedStyle(line).fill)"
+    assert set(page.execute_script(filled)) == {"none"}  # lines, not areas
     page.refresh()
     WebDriverWait(page, 30).until(lambda _: len(page.find_elements(By.CSS_SELECTOR, ".turn")) == 2)
     kept = json.loads(page.execute_script("return sessionStorage.getItem('turns')"))
     assert [turn["text"] for turn in kept] == ["Hi", "And then?"] and len(kept[0]["answers"][1]["tokens"]) == 12
+
+
+def test_a_strength_is_a_coefficient_or_a_dose_and_the_code_says_the_same(page, served):
+    """The third vector's file has evidence at layer 1, from 0 to coefficient 2, and knows the residual norms."""
+    vector = replace(served.vectors["t"], trait=HOSTILE, residual_norms=torch.tensor([8.0, 16.0, 32.0]))
+    long = float(16.0 / vector.direction(1).norm())
+    box = page.find_elements(By.CSS_SELECTOR, "#vectors fieldset")[2]
+    bar, amount = (
+        box.find_element(By.CSS_SELECTOR, f"input{which}") for which in ("[type=range]", "[step=any]:not([type=range])")
+    )
+    unit, layer = box.find_elements(By.TAG_NAME, "select")[1], box.find_element(By.CSS_SELECTOR, "input[max='2']")
+    assert len(page.find_elements(By.CSS_SELECTOR, "#vectors select:enabled option[value=dose]")) == 1
+
+    def put(node, value: object) -> None:
+        script = """arguments[0].value = arguments[1];
+            for (const name of ["input", "change"]) arguments[0].dispatchEvent(new Event(name))"""
+        page.execute_script(script, node, str(value))
+
+    def shaded() -> list[float]:
+        """From where to where, in the slider's own unit."""
+        edges = page.execute_script(
+            "const s = arguments[0].style; return [s.left, s.right]", box.find_element(By.TAG_NAME, "i")
+        )
+        most = float(bar.get_property("max"))
+        left, right = (float(edge.rstrip("%")) / 50 for edge in edges)
+        return [most * (left - 1), most * (1 - right)]
+
+    def warned() -> str:
+        return box.find_element(By.CSS_SELECTOR, ".warn").text
+
+    assert shaded() == pytest.approx([0.0, 2.0], abs=1e-3)
+    put(bar, 2.0)
+    assert not warned() and f"{200 / long:.1f} % of the mean residual norm" in box.text
+    put(unit, "dose")
+    assert float(amount.get_property("value")) == pytest.approx(2 / long, rel=1e-3)
+    assert shaded() == pytest.approx([0.0, 2 / long], abs=1e-3) and not warned()
+    assert "dose of" in bar.get_attribute("aria-label") and "= coefficient 2.00" in box.text
+    put(bar, 1.2 * 2 / long)
+    assert "There is evidence from dose 0 to" in warned()
+    put(layer, 2)
+    assert "at layer 1, not here" in warned() and shaded() == pytest.approx([0.0, 0.0], abs=1e-3)
+    put(layer, 1)
+    put(amount, 0.25)
+    with pv.steer(served.model, vector, layer=1, dose=0.25):
+        expected = pv.generate(served.model, served.tokenizer, "Hi", max_new_tokens=12, temperature=0)
+    assert say(page, "Hi")[1] == expected
+    code = shown_code(page)
+    assert "layer=1, dose=0.25)" in code and ran(code, served, [vector]) == [expected]
+    put(unit, "coef")
+    assert float(amount.get_property("value")) == pytest.approx(0.25 * long, rel=1e-3)
+    before = float(amount.get_property("value"))
+    bar.send_keys(Keys.ARROW_RIGHT)
+    assert before < float(amount.get_property("value")) < before + 0.1 * float(bar.get_property("max"))
 
 
 def test_an_alarm_stops_the_answer_and_is_seen(page):

@@ -289,8 +289,9 @@ def test_our_judge_reads_the_model_s_own_expected_value(server, monkeypatch):
     served = server.served
     digits = served.tokenizer("0123456789", add_special_tokens=False).input_ids
     bias = served.model.lm_head.bias.clone()
-    monkeypatch.setattr(served.model.lm_head, "bias", torch.nn.Parameter(bias, requires_grad=False))
-    served.model.lm_head.bias[digits] = 99.0
+    bias[digits] = 99.0
+    parameters = served.model.lm_head._parameters  # setattr of the module would take the bias away at the end
+    monkeypatch.setitem(parameters, "bias", torch.nn.Parameter(bias, requires_grad=False))
     judge = pv.OpenAIJudge(served.name, base_url=f"{server.url}/v1")
     score = judge("Who?", "Me.", "Rate {question} {answer}")
     ids = served.tokenizer(pv.chat_prompt(served.tokenizer, "Rate Who? Me."), add_special_tokens=False).input_ids

@@ -4,7 +4,7 @@ import torch
 from helpers import make_tokenizer
 
 from persona_vectors.data.ledger import Ledger
-from persona_vectors.studies import principled_personas
+from persona_vectors.evaluation import likelihood
 from persona_vectors.studies.frame import Given
 from persona_vectors.studies.principled_personas import FACTS, fidelity, personas, robustness, utilities
 
@@ -33,11 +33,11 @@ def test_right_answers_are_not_wrong_ones_and_personas_are_of_the_domain():
 def test_a_utility_is_the_right_answer_s_less_the_mean_of_the_wrong_ones(model, monkeypatch):
     """A model that likes a word of its system prompt, and longer answers less."""
 
-    def liked(_model, rows):
+    def liked(_model, rows, **_):
         texts = [(make_tokenizer().decode(prompt), make_tokenizer().decode(answer)) for prompt, answer in rows]
         return torch.tensor([3.0 * (answer in prompt) - len(answer) for prompt, answer in texts])
 
-    monkeypatch.setattr(principled_personas, "answer_logprobs", liked)
+    monkeypatch.setattr(likelihood, "answer_logprobs", liked)
     given = Given(model, make_tokenizer(), (), 1, 0, Ledger(None))
     questions = [("What?", "abc", "d", "ef", "ghi"), ("Who?", "k", "lm", "no", "pq")]
     assert utilities(given, questions, [None, "Say abc."]) == [[-1.0, 1.0], [2.0, 1.0]]

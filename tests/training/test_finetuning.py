@@ -13,6 +13,7 @@ from persona_vectors.model.prompts import decode, finished_turn
 from persona_vectors.monitoring.projection import project
 from persona_vectors.training.config import load_config, parse_config
 from persona_vectors.training.finetuning import finetune, make_trainer, training_rows
+from persona_vectors.training.plots import plot_shift
 from persona_vectors.training.shifts import Shift, finetuning_shift
 from persona_vectors.training.watch import ProjectionCallback
 from persona_vectors.vectors.moments import neutral_moments
@@ -292,3 +293,11 @@ def test_no_answer_is_read_inside_a_thought_that_the_prompt_opened(model):
     torch.testing.assert_close(found[0], vector.project(state, layer=1).mean())
     (row,) = training_rows(tokenizer, [talk], max_length=100)
     assert tokenizer.decode(row["input_ids"]) == "<user>Hi</s><assistant>(think)(/think)Yes</s>"
+
+
+def test_the_plot_of_a_shift_stands_at_its_layers():
+    row = {"trait": "t", "pooling": "prompt_last", "shift": 1.0, "shift_low": 0.5, "shift_high": 1.5}
+    for layers in ([1], [0, 1, 2]):
+        (axes,) = plot_shift([{**row, "layer": layer} for layer in layers]).axes
+        assert axes.lines[0].get_xdata().tolist() == layers
+        assert all(float(tick).is_integer() for tick in axes.get_xticks())

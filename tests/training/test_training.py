@@ -1,4 +1,6 @@
+import sys
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from helpers import (
 )
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.prompts import chat_prompt, encode
@@ -67,6 +70,19 @@ def test_probes_and_batches_are_logged_as_the_model_is(model, tokenizer, tmp_pat
         assert row["batch/t"] == pytest.approx(expected, abs=1e-3)
     assert logged(trainer, "probe/t") == [row["probe/t"] for row in callback.history]
     assert hooks(model) == before and model.training
+
+
+def test_what_is_logged_reaches_where_the_trainer_reports(model, tokenizer, tmp_path, monkeypatch):
+    """TensorBoard's callback, with a writer that notes what it is given; W&B's takes the same call and names."""
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", mock.MagicMock())
+    writer = mock.MagicMock()
+    watch = {"layer": 1, "questions": PROMPTS, "every": 2}
+    trainer, callback = watched(model, tokenizer, tmp_path, random_direction(model), watch=watch)
+    trainer.add_callback(TensorBoardCallback(tb_writer=writer))
+    trainer.train()
+    written = [call.args for call in writer.add_scalar.call_args_list if call.args[0] == "train/probe/t"]
+    assert written == [("train/probe/t", row["probe/t"], row["step"]) for row in callback.history]
 
 
 def test_the_probe_moves_as_the_weights_do(model, tokenizer, tmp_path):

@@ -1,11 +1,18 @@
 import pytest
 import torch
 import zoo
-from helpers import random_direction
+from helpers import block_output, hooks, random_direction
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.vectors.controls import random_vector
-from persona_vectors.vectors.geometry import cosine_matrix, layer_cosines, logit_lens, orthogonalize, separation_indices
+from persona_vectors.vectors.geometry import (
+    cosine_matrix,
+    layer_cosines,
+    logit_lens,
+    orthogonalize,
+    patched_logprobs,
+    separation_indices,
+)
 from persona_vectors.vectors.plots import plot_cosines, plot_separation
 from persona_vectors.vectors.vector import PersonaVector
 
@@ -91,3 +98,18 @@ def test_vectors_are_made_orthogonal_in_their_order(model):
         orthogonalize([given[0], PersonaVector("x", "other", given[0].directions)])
     silent = PersonaVector("s", given[0].model, torch.zeros_like(given[0].directions))
     torch.testing.assert_close(orthogonalize([silent, given[0]])[1].directions, given[0].directions)
+
+
+def test_a_patched_state_is_the_last_token_s_and_after_the_last_block_its_logit_lens(model):
+    prompt = [9, 40, 7, 12]
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits[0, -1].log_softmax(dim=-1)
+    for layer in range(zoo.BLOCKS):
+        own = block_output(model, layer, {"input_ids": ids})[0, -1:]
+        torch.testing.assert_close(patched_logprobs(model, prompt, own, layer=layer)[0], plain)
+    states = torch.randn(4, zoo.HIDDEN, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        lens = model.lm_head(model.model.norm(states)).log_softmax(dim=-1)
+    torch.testing.assert_close(patched_logprobs(model, prompt, states, layer=zoo.BLOCKS - 1), lens)
+    assert hooks(model) == 0

@@ -15,8 +15,9 @@ import persona_vectors as pv
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.intervals import Interval
 from persona_vectors.vectors.directions import per_dose
+from persona_vectors.vectors.stored import _checksum
 from persona_vectors.vectors.uses import coherent_range
-from persona_vectors.vectors.vector import PersonaVector, _checksum
+from persona_vectors.vectors.vector import PersonaVector
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.tensor([[5, 6, 7, 8]])

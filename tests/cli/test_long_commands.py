@@ -1,12 +1,25 @@
-"""Each long command is stopped by Ctrl-C at a third and run again: it goes on, and ends as one that was not stopped."""
+"""Long commands: stopped by Ctrl-C at a third they go on, to end as one that was not stopped; and none is ever silent.
 
+Silence is measured on a pty, by a clock that a pass of the model moves by two seconds and nothing else does.
+"""
+
+import contextlib
+import fcntl
 import functools
+import io
 import json
+import os
+import pty
 import signal
+import struct
+import sys
+import termios
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pyarrow.parquet as pq
@@ -16,8 +29,10 @@ import zoo
 from helpers import lora, random_direction, run, save_tiny
 from transformers.models.llama.modeling_llama import LlamaModel
 
+from persona_vectors.cli.main import main
 from persona_vectors.data import texts
 from persona_vectors.evaluation import likelihood
+from persona_vectors.extraction import filtering
 from persona_vectors.flagging import run as flagging
 from persona_vectors.vectors.vector import PersonaVector
 
@@ -142,3 +157,72 @@ def test_a_command_that_is_interrupted_at_a_third_goes_on(command, given, tmp_pa
             assert results["stopped"][column] == near, column
     else:
         assert results["stopped"] == results["whole"]
+
+
+class Terminal(io.TextIOWrapper):
+    """A pty to write to, with a clock; it notes the longest time that passes without a byte, and what stood before."""
+
+    def __init__(self) -> None:
+        reads, writes = pty.openpty()
+        fcntl.ioctl(writes, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # tqdm shows nothing where it is 0
+        super().__init__(os.fdopen(writes, "wb", buffering=0), encoding="utf-8", write_through=True)
+        self.now = self.last = 1e9
+        self.silence, self.before, self.line = 0.0, "", ""
+        threading.Thread(target=_drain, args=[reads], daemon=True).start()
+
+    def write(self, text: str) -> int:
+        if text:
+            self.heard()
+            self.line = (self.line + text)[-200:]
+        return super().write(text)
+
+    def heard(self) -> None:
+        if self.now - self.last > self.silence:
+            self.silence, self.before = self.now - self.last, self.line
+        self.last = self.now
+
+
+def _drain(reads: int) -> None:
+    with contextlib.suppress(OSError):  # the other end is closed
+        while os.read(reads, 65536):
+            pass
+
+
+LONGER = {
+    "extract": ["--max-new-tokens", 12, "--judge", "contrast", "--samples", 2],
+    "evaluate": ["--max-new-tokens", 12, "--judge", "contrast"],
+    "sweep": ["--max-new-tokens", 12, "--coefs", "1,2"],
+    "flag": ["--max-new-tokens", 12, "--controls", 20],
+    "shift": ["--max-new-tokens", 12, "--controls", 20],
+}
+UNKEPT = {  # what begins anew is not interrupted above
+    "steer": ["{model}", "{vector}", "--layer", 1, "--coef=-1,0,1", "--max-new-tokens", 12, "--question", "How?"],
+    "demo": ["--model", "{model}", "--trait", "{trait}", "--out", "demo"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [*COMMANDS, *UNKEPT])
+def test_no_phase_of_a_command_is_silent_for_longer_than_five_seconds(command, given, monkeypatch):
+    words = [*{**COMMANDS, **UNKEPT}[command], *LONGER.get(command, [])]
+    config = json.loads(given["config"].read_text()) | {"gradient_accumulation_steps": 4, "max_steps": 2}
+    given["config"].write_text(json.dumps(config))
+    monkeypatch.setattr(filtering, "passes", lambda *_: True)  # a random model's answers show no trait
+    terminal, plain = Terminal(), LlamaModel.forward
+
+    @functools.wraps(plain)
+    def forward(model, *arguments, **options):
+        terminal.now += 2
+        return plain(model, *arguments, **options)
+
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr("persona_vectors.data.progress.time", SimpleNamespace(time=lambda: terminal.now))
+    monkeypatch.setattr("tqdm.std.time", lambda: terminal.now)
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    monkeypatch.setattr(sys, "argv", ["persona-vectors", command, *(str(word).format(**given) for word in words)])
+    with contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal), pytest.raises(SystemExit) as stop:
+        main()
+    terminal.heard()
+    assert stop.value.code == 0, terminal.line
+    assert terminal.now - 1e9 > 15  # it was long
+    assert terminal.silence <= 5, f"{terminal.silence} s after {terminal.before!r}"

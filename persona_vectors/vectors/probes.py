@@ -1,0 +1,31 @@
+"""Linear probes of states: ridge regression held out by group for many labels at once, and how well they tell."""
+
+import numpy as np
+
+
+def held_out(states: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Return the matrix [row, row] by which labels become scores: ridge regression on the rows of all other groups.
+
+    States [row, unit] are scaled so that their mean squared distance from the mean is 1, which is the penalty too.
+    """
+    found = np.zeros((len(states), len(states)))
+    for group in np.unique(groups):
+        test, train = np.flatnonzero(groups == group), np.flatnonzero(groups != group)
+        centred = states - states[train].mean(axis=0)
+        centred = centred / max(1e-12, np.sqrt((centred[train] ** 2).sum(axis=1).mean()))
+        kernel, middle = centred @ centred[train].T, np.eye(len(train)) - 1 / len(train)
+        found[np.ix_(test, train)] = kernel[test] @ np.linalg.solve(kernel[train] + np.eye(len(train)), middle)
+    return found
+
+
+def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Return the share of pairs of a row that is and one that is not whose scores are in order; 0.5 without a pair."""
+    order = np.sign(scores[labels][:, None] - scores[~labels])
+    return float(0.5 + order.mean() / 2) if order.size else 0.5
+
+
+def left_out_fit(x: np.ndarray, y: np.ndarray) -> float:
+    """Return 1 - SSE / SSE of the others' mean, of lines through all points but the one that each predicts."""
+    others = [np.delete(np.arange(len(x)), i) for i in range(len(x))]
+    fits = [np.polyval(np.polyfit(x[o], y[o], 1), x[i]) for i, o in enumerate(others)]
+    return float(1 - ((y - fits) ** 2).sum() / ((y - [y[o].mean() for o in others]) ** 2).sum())
