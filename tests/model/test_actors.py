@@ -45,7 +45,6 @@ def test_the_driver_s_memory_does_not_grow_with_the_model(tmp_path):
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         found.append((size, float(done.stdout.split()[-1])))
     (small, first), (large, second) = found
-    print(found)
     assert large - small > 350
     assert second - first < 0.1 * (large - small), found
 
