@@ -76,17 +76,17 @@ def evaluate(
     from persona_vectors.cli.judges import make_generate, needed_judge
     from persona_vectors.data.traits import load_trait
     from persona_vectors.evaluation.answers import evaluate as run
+    from persona_vectors.model.thoughts import edit_positions
 
     loaded_trait, elsewhere = load_trait(trait), make_generate(generate, partial(load, model))
     loaded_vector = load_vectors([vector])[0] if vector else None
-    if vector:
-        _check_edit(generate, layer, coef, dose, cap)
+    _check_edit(vector, generate, layer, coef, dose, cap)
     edit: dict[str, Any] = {"layer": layers(layer) if layer else None, "cap": cap, "positions": positions}
     edit |= {"coef": numbers(coef, option="--coef"), "dose": numbers(dose, option="--dose")}
     loaded, tokenizer = load(model)
     states: dict[str, AbstractContextManager[Any]] = {"plain": nullcontext()}
     if vector or system is not None:
-        states |= _edits(loaded, loaded_vector, **edit)
+        states |= _edits(loaded, loaded_vector, **edit | {"positions": edit_positions(tokenizer, positions)})
     scorer = needed_judge(judge, loaded, tokenizer, loaded_trait, load, check=trait if check_judge else None)
     options: dict[str, Any] = {"judge": scorer, "samples": samples, "max_new_tokens": max_new_tokens, "seed": seed}
     options["generate"] = elsewhere
@@ -100,11 +100,11 @@ def evaluate(
     echo_table(rows, as_json=as_json, text=lambda: _evaluations(loaded_trait, rows))
 
 
-def _check_edit(generate: str | None, layer: Any, coef: Any, dose: Any, cap: float | None) -> None:
-    if generate:
+def _check_edit(vector: str | None, generate: str | None, layer: Any, coef: Any, dose: Any, cap: float | None) -> None:
+    if vector and generate:
         raise InputError("--generate has a server answer, and --vector edits the model here: leave one out")
     given = [bool(coef), bool(dose), cap is not None].count(True)
-    if given > 1 or (given == 0 and layer) or (cap is not None and not layer):
+    if vector and (given > 1 or (given == 0 and layer) or (cap is not None and not layer)):
         raise InputError("with --vector give --layer, and one of --coef, --dose and --cap; or none: what it recommends")
 
 
@@ -115,7 +115,7 @@ def _file(model: Any, trait: Any, state: str, vector: Any, edit: dict[str, Any],
 
 
 def _edits(
-    model: Any, vector: Any, *, layer: Any, cap: float | None, positions: str, **strengths: list[float] | None
+    model: Any, vector: Any, *, layer: Any, cap: float | None, positions: Any, **strengths: list[float] | None
 ) -> dict[str, AbstractContextManager[Any]]:
     """Return the edits that are asked for, by their names; they are checked before the plain answers are drawn."""
     from persona_vectors.steering import add, bounds
@@ -126,14 +126,15 @@ def _edits(
     vector.check_fits(model)
     if cap is not None:
         incremental(vector, layer=layer, coef=cap, dose=None)
-        return {"with the options": bounds.cap(model, vector, layer=layer, limit=cap)}
+        return {"with the options": bounds.cap(model, vector, layer=layer, limit=cap, positions=positions)}
     edits: dict[str, AbstractContextManager[Any]] = {}
+    place = layer
     if layer is None:
         use = vector.recommended("steer")
-        layer, strengths = use.layer, strengths if any(strengths.values()) else {"coef": [use.coef]}
+        place, strengths = use.layer, strengths if any(strengths.values()) else {"coef": [use.coef]}
     for name, strength in [(name, value) for name, values in strengths.items() for value in values or ()]:
         how: dict[str, Any] = {"layer": layer, "coef": None, "dose": None, name: strength}
-        incremental(vector, **how)
+        incremental(vector, **how | {"layer": place})
         edits[f"{name} {strength:+g}"] = add.steer(model, vector, positions=positions, **how)
     return edits if len(edits) > 1 else dict(zip(["with the options"], edits.values()))
 
@@ -211,12 +212,11 @@ def sweep(
     loaded_trait, loaded_vector = load_trait(trait), load_vectors([vector])[0]
     check_storable([vector] if store else [])
     grid: dict[str, Any] = {"layer": layers(layer), "coefs": numbers(coefs, option="--coefs")}
-    grid["doses"] = numbers(doses, option="--doses")
+    grid |= {"doses": numbers(doses, option="--doses"), "positions": positions}
     loaded, tokenizer = load(model)
     grid["judge"] = needed_judge(judge, loaded, tokenizer, loaded_trait, load)
     folder = out or Path("runs") / "sweep" / Path(loaded_vector.model).name / loaded_trait.name
     options: dict[str, Any] = {"controls": controls, "samples": samples, "first": first, "gate": gate, "seed": seed}
-    options["positions"] = positions
     options |= {"max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens, "out": folder / "answers.jsonl"}
     result = sweeping.sweep(loaded, tokenizer, loaded_trait, loaded_vector, **grid, **options)
     _write_sweep(result, folder)

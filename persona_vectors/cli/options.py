@@ -34,7 +34,9 @@ OptionalLayer = Annotated[
     typer.Option("--layer", metavar="LAYER", help="as 13, or 13,22, or 10-20, or all (default: the recommended one)"),
 ]
 Store = Annotated[bool, typer.Option("--store", help="keep the finding in the vector's file, as its recommended use")]
-Positions = Annotated[str, typer.Option(help="where the vector is added: all, prompt or response")]
+Positions = Annotated[
+    str, typer.Option(help="where the vector is added: all, prompt or response; a thinking model's answer or reasoning")
+]
 Questions = Annotated[list[str], typer.Option("--question", help="a question to answer; repeat for more")]
 System = Annotated[str | None, typer.Option(help="a system prompt")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy", min=0)]

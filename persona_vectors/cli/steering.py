@@ -55,6 +55,7 @@ def steer(
     Example: persona-vectors steer smollm2-135m smollm2-135m/optimistic --coef=-2,0,2 --question "How will my exam go?"
     """
     from persona_vectors.model.generation import generate
+    from persona_vectors.model.thoughts import edit_positions
     from persona_vectors.steering import add
 
     name = "dose" if dose else "coef"
@@ -69,7 +70,8 @@ def steer(
     for strength in strengths:
         with ExitStack() as stack:
             for vector in loaded_vectors:
-                edit: dict[str, Any] = {"layer": where, name: strength, "positions": positions}
+                edit: dict[str, Any] = {"layer": where, name: strength}
+                edit["positions"] = edit_positions(tokenizer, positions)
                 stack.enter_context(add.steer(loaded, vector, **edit))
             answers = generate(loaded, tokenizer, question, system=system, **sampling)
         for asked, answer in zip(question, answers):

@@ -34,6 +34,15 @@ def append(path: Path, text: str) -> None:
 
 
 @contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Have an error of the file system name the file that was to be written, not its folder or its temporary name."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}): give another file") from None
+
+
+@contextmanager
 def writing(path: str | Path | None) -> Iterator[None]:
     """Keep other runs from writing the same file meanwhile; with None there is none.
 
@@ -43,13 +52,14 @@ def writing(path: str | Path | None) -> Iterator[None]:
         yield
         return
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     mark = path.parent / f".{path.name}.lock"
-    lock = FileLock(mark)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise InputError(f"another run is writing {path}: wait for its end, or give another file") from None
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(mark)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise InputError(f"another run is writing {path}: wait for its end, or give another file") from None
     try:
         yield
     finally:
@@ -61,14 +71,16 @@ def writing(path: str | Path | None) -> Iterator[None]:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that becomes `path` when the block ends without an error."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
     try:
         yield Path(temporary)
         if _writes:
             os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+            with _named(path):
+                os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
 

@@ -41,7 +41,10 @@ def conversation(record: Any, columns: tuple[str, str] | None) -> tuple[list[Mes
     messages, ignored = _turns(record, columns)
     system = None if columns and "system" in columns else record.get("system")
     if isinstance(system, str) and system.strip() and messages and messages[0]["role"] != "system":
-        messages, ignored = [{"role": "system", "content": _text(system)}, *messages], {i + 1 for i in ignored}
+        messages, ignored = (
+            [{"role": "system", "content": _text(system, "system")}, *messages],
+            {i + 1 for i in ignored},
+        )
     tools = _tools(record.get("tools"))
     if tools and messages:
         messages[0] = {**messages[0], "tools": tools}
@@ -98,15 +101,15 @@ def _pair(record: Mapping[str, Any], first: str, second: str) -> tuple[list[Mess
 
 def _alpaca(record: Mapping[str, Any]) -> list[Message]:
     """Return earlier turns, and the instruction; an `input` that is not empty follows it after a blank line."""
-    earlier = [text for pair in record.get("history") or [] for text in pair]
-    texts = [*map(_text, earlier), "\n\n".join(_text(record[n]) for n in ("instruction", "input") if record.get(n))]
+    earlier = [_text(text, "history") for pair in record.get("history") or [] for text in pair]
+    texts = [*earlier, "\n\n".join(_text(record[n], n) for n in ("instruction", "input") if record.get(n))]
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
 def _messages(value: Any, role: str = "", name: str = "messages") -> list[Message]:
     """Return chat messages; a text is one message of `role`, an object one turn."""
     if role and not isinstance(value, (list, tuple, Mapping)):
-        return [{"role": role, "content": _text(value)}]
+        return [{"role": role, "content": _text(value, name)}]
     turns = [value] if role and isinstance(value, Mapping) else value
     if not isinstance(turns, (list, tuple)):
         raise InputError(f"{name} is {type(value).__name__}: give a list of role and content, or of from and value")
@@ -114,19 +117,20 @@ def _messages(value: Any, role: str = "", name: str = "messages") -> list[Messag
 
 
 def _message(turn: Any) -> Message:
+    name = "content"
     if isinstance(turn, Mapping) and isinstance(turn.get("from"), str) and "value" in turn:
         if turn["from"].lower() not in ROLES:
             raise InputError(f"a turn (ShareGPT) is from {turn['from']!r}: from is one of {', '.join(ROLES)}")
-        turn = {**turn, "role": ROLES[turn["from"].lower()], "content": turn["value"]}
+        name, turn = "value", {**turn, "role": ROLES[turn["from"].lower()], "content": turn["value"]}
     calls = turn.get("tool_calls") if isinstance(turn, Mapping) else None
     if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str) or not ("content" in turn or calls):
         raise InputError(f"a message is {str(turn)[:60]!r}: give a role and a content, or from and value (ShareGPT)")
     if turn.get("function_call"):
         raise InputError("a message has function_call, which OpenAI's tool_calls replaced: give those")
-    found: Message = {"role": turn["role"], "content": _text(turn.get("content"))}
+    found: Message = {"role": turn["role"], "content": _text(turn.get("content"), name)}
     thought = turn.get("reasoning_content") or turn.get("thinking")
     if thought and turn["role"] == "assistant":
-        found["reasoning_content"] = _text(thought)
+        found["reasoning_content"] = _text(thought, "reasoning_content")
     if calls:
         found["tool_calls"] = [_call(call) for call in calls]
     if turn["role"] == "tool":
@@ -162,17 +166,17 @@ def _json(value: Any, what: str) -> Any:
         raise InputError(f"{what} are not JSON ({error}): mend them") from None
 
 
-def _text(content: Any) -> str:
-    """Return a message's text, which may come in parts."""
+def _text(content: Any, name: str) -> str:
+    """Return a text, which may come in parts, of the field `name`."""
     if content is None or isinstance(content, str):
         check_text(content or "")
         return content or ""
     if isinstance(content, Sequence) and all(isinstance(part, Mapping) for part in content):
         strange = [part.get("type") for part in content if not isinstance(part.get("text"), str)]
         if strange:
-            raise InputError(f"a content has a part of type {strange[0]!r}: only text is read")
-        return _text("".join(part["text"] for part in content))
-    raise InputError(f"a content is {type(content).__name__}, not text")
+            raise InputError(f"{name} has a part of type {strange[0]!r}: only text is read")
+        return _text("".join(part["text"] for part in content), name)
+    raise InputError(f"{name} is {type(content).__name__}: give a text, or a list of parts of type text")
 
 
 def said(message: Message) -> str:
@@ -182,4 +186,8 @@ def said(message: Message) -> str:
 
 
 def _unweighted(messages: Sequence[Mapping[str, Any]]) -> set[int]:
-    return {i for i, message in enumerate(messages) if message.get("weight") == 0}
+    weights = [message.get("weight") for message in messages]
+    strange = [weight for weight in weights if not isinstance(weight, (int, float, type(None)))]
+    if strange:
+        raise InputError(f"weight is {strange[0]!r}: give 0 for a turn that is not trained on, or 1")
+    return {i for i, weight in enumerate(weights) if weight == 0}

@@ -22,6 +22,7 @@ from persona_vectors.data.traits import Trait
 from persona_vectors.evaluation.asks import open_ledger
 from persona_vectors.evaluation.likelihood import State, Statements, likelihood_contrasts, neutral_perplexity
 from persona_vectors.model.blocks import Layer, Model, chosen_layers, model_name
+from persona_vectors.model.thoughts import SPANS
 from persona_vectors.steering.add import RowEdit
 from persona_vectors.vectors.controls import random_vectors
 from persona_vectors.vectors.directions import per_dose
@@ -127,7 +128,7 @@ def contrast_effect(
     """
     choosing, reporting = statements.split()
     doses, layers = [float(dose) for dose in doses if dose > 0], chosen_layers(layer, len(vector.directions))
-    _check(doses, controls)
+    _check(doses, controls, positions)
     grid = [RowEdit(vector, k, dose * per_dose(vector, k), positions) for k in layers for dose in doses]
     own = [State(system=trait.system_prompt("pos", i)) for i in range(len(trait.instruction))] if trait else []
     with writing(out):
@@ -161,11 +162,13 @@ def contrast_effect(
     )
 
 
-def _check(doses: Sequence[float], controls: int) -> None:
+def _check(doses: Sequence[float], controls: int, positions: str) -> None:
     if not doses:
         raise InputError("contrast_effect needs one layer and one positive dose, or more")
     if controls < 2:
         raise InputError(f"controls is {controls}: give 2 random vectors or more, half of them isotropic")
+    if positions in SPANS:
+        raise InputError(f"positions is {positions!r}: statements hold no reasoning; give all, prompt or response")
 
 
 def _best(

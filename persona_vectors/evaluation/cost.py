@@ -18,6 +18,7 @@ from persona_vectors.data.texts import neutral_texts
 from persona_vectors.model.blocks import Model, one_layer
 from persona_vectors.model.passes import Row
 from persona_vectors.model.prompts import chat_prompt, encode_answer
+from persona_vectors.model.thoughts import edit_positions
 from persona_vectors.model.tokens import answers_at
 from persona_vectors.model.wrappers import unwrap
 from persona_vectors.steering.add import RowEdit, steer_rows
@@ -44,17 +45,18 @@ def coef_at_kl(
     The cost is the divergence KL(plain | steered) of the next token's distribution, in nats, at the answer tokens of
     `texts`, questions and answers, by default on plain facts: returned is the coefficient, to 1 %, at which its
     `percentile` over the tokens reaches `kl`. So vectors and layers compare at equal cost, whatever their lengths.
-    Without a layer it is the recommended one; `positions` are those of `steer`.
+    Without a layer it is the recommended one; `positions` are those of `steer`, or the name of a `Span`.
 
     Raises InputError where no coefficient reaches it.
     """
     if not (kl > 0 and 0 < percentile <= 100):
         raise InputError(f"kl is {kl} and percentile {percentile}: give a positive number, and one up to 100")
     place = one_layer(layer_for([vector], layer, purpose="steer"), len(vector.directions))
+    where = edit_positions(tokenizer, positions)
     cost = kl_cost(
         model,
         tokenizer,
-        lambda coef: steer_rows(model, [RowEdit(vector, place, coef, positions)]),
+        lambda coef: steer_rows(model, [RowEdit(vector, place, coef, where)]),
         percentile=percentile,
         texts=texts,
     )
@@ -120,7 +122,7 @@ def next_logprobs(
         for prompt, answer in shown:
             ids = torch.tensor([prompt + answer], device=model.device)
             place = torch.arange(ids.shape[1], device=ids.device)[None] - len(prompt)
-            with answers_at(place):
+            with answers_at(place, [prompt]):
                 logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
             found.append(logits.float().log_softmax(dim=-1))
     return found

@@ -24,15 +24,17 @@ OPTIONS = (
 LETTERS = "ABCDE"
 
 
-def big_five(model: Model, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None) -> dict[str, list[float]]:
-    """Return each factor's item scores, 1 to 5, of the 50-item IPIP markers (Goldberg, 1992).
+def big_five(
+    model: Model, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, first: int | None = None
+) -> dict[str, list[float]]:
+    """Return each factor's item scores, 1 to 5, of the 50-item IPIP markers (Goldberg, 1992), or its `first` items'.
 
     Each item is asked alone, with its options as letters, in both orders: the score is the expected value over the five
     letters' probabilities, averaged over the orders, and turned round for items keyed negatively. It is the model as it
     stands that is asked, steered inside `with pv.steer(...)`. Self-report of small models carries little: compare it
     with a random vector's effect.
     """
-    items = ipip_items()
+    items = [item for number, item in enumerate(ipip_items()) if number % 10 < (first or 10)]
     scores = item_scores(model, tokenizer, [item for item, _, _ in items], system=system)
     found: dict[str, list[float]] = {factor: [] for _, factor, _ in items}
     for (_, factor, key), orders in zip(items, scores.tolist()):

@@ -33,9 +33,10 @@ def answer_logprobs(
         groups = None if edits is None else [None if e is None else (id(e.vector), *e[1:]) for e in edits]
         for step in forward_passes(model, rows, batch_tokens=budget, held_back=1, groups=groups):
             index = torch.tensor([members[0] for members in step.rows])
-            place = step.position - torch.tensor([[len(rows[row][0])] for row in index], device=step.position.device)
+            prompts = [rows[row][0] for row in index]
+            place = step.position - torch.tensor([[len(p)] for p in prompts], device=step.position.device)
             steered = steer_rows(model, [edits[row] for row in index]) if edits else nullcontext()
-            with step.attempt, answers_at(place), steered:
+            with step.attempt, answers_at(place, prompts), steered:
                 if not step.answers:
                     read_pass(model, step)
                     continue
@@ -62,9 +63,10 @@ def next_token_logprobs(
     with torch.inference_mode():
         for step in forward_passes(model, rows, held_back=1, groups=groups):
             index = [members[0] for members in step.rows]
-            begin = torch.tensor([[len(rows[row][0])] for row in index], device=step.position.device)
+            prompts = [rows[row][0] for row in index]
+            begin = torch.tensor([[len(p)] for p in prompts], device=step.position.device)
             steered = steer_rows(model, [edits[row] for row in index]) if edits else nullcontext()
-            with step.attempt, answers_at(step.position - begin), steered:
+            with step.attempt, answers_at(step.position - begin, prompts), steered:
                 if not step.answers:
                     read_pass(model, step)
                     continue

@@ -21,6 +21,7 @@ from persona_vectors.evaluation.likelihood import neutral_perplexity
 from persona_vectors.evaluation.points import PLAIN, PROMPTED, Case, Point, Sweep, choose
 from persona_vectors.model.blocks import Layer, Model, chosen_layers, model_name
 from persona_vectors.model.identity import hash_of
+from persona_vectors.model.thoughts import Span, edit_positions
 from persona_vectors.steering.add import RowEdit
 from persona_vectors.vectors.controls import random_vectors
 from persona_vectors.vectors.directions import per_dose
@@ -54,8 +55,8 @@ def sweep(
     `gate`. There the evaluation questions are answered: at every strength and at minus the chosen one, with `controls`
     random vectors of the same norm (half isotropic, half with the covariance of real activations), and under the
     trait's own instructions, the ceiling. `coefs` multiply the vector, `doses` are fractions of the residual norm;
-    `positions` are those of `steer`. Reported are `samples` answers to each evaluation question (one where they are
-    greedy), so that intervals hold over draws too; one answer to each of the `first` extraction questions chooses.
+    `positions` are those of `steer`, or a `Span`'s name. Reported are `samples` answers to each evaluation question,
+    one where they are greedy, so that intervals hold over draws too; one to each `first` extraction question chooses.
 
     Answers and scores are kept in the JSONL file `out` as they come, by vector, layer, coefficient, system prompt,
     question and seed: a run that was killed, or a larger one, generates only what the file lacks.
@@ -68,7 +69,7 @@ def sweep(
     if not chooses or not reports:
         raise InputError(f"trait {trait.name!r} lacks questions to choose with (extract) or to report on (eval)")
     vector.check_fits(model)
-    edit = partial(_edit, vector, doses is not None, positions)
+    edit = partial(_edit, vector, doses is not None, edit_positions(tokenizer, positions))
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     with writing(out):
         judged = {"trait_hash": hash_of(trait.model_dump()), "judge": judge_name(judge)}
@@ -82,13 +83,13 @@ def sweep(
         noise = random_vectors(model, tokenizer, vector, layer=place, count=controls, seed=seed)
         cases: dict[Case, RowEdit | None] = {(PLAIN, None, 0.0): None, (PROMPTED, None, 0.0): None}
         cases |= {(trait.name, place, s): edit(place, s) for s in sorted({*strengths, -strength})}
-        cases |= {(v.trait, place, strength): RowEdit(v, place, best.coef, positions) for v in noise}
+        cases |= {(v.trait, place, strength): edit(place, strength)._replace(vector=v) for v in noise}
         points += runner.run("report", cases, reports, samples if temperature else 1, options)
     facts = trait.name, model_name(model), judged["judge"], "coef" if doses is None else "dose"
     return Sweep(*facts, place, strength, best.coef, tuple(points), positions, gate)
 
 
-def _edit(vector: PersonaVector, by_dose: bool, positions: str, layer: int, strength: float) -> RowEdit:
+def _edit(vector: PersonaVector, by_dose: bool, positions: str | Span, layer: int, strength: float) -> RowEdit:
     return RowEdit(vector, layer, strength * per_dose(vector, layer) if by_dose else strength, positions)
 
 

@@ -110,6 +110,8 @@ class Span:
 
     def __call__(self, tokens: Tokens) -> Bool[Tensor, "batch token"]:
         """Return which tokens of the running pass an edit of the span applies to."""
+        if (told := places.get()) is not None:
+            return self._told(tokens, *told)
         ids, begin = _ids_so_far(tokens), tokens.begin
         if tokens.decoding:
             assert tokens.boundary is not None
@@ -122,6 +124,16 @@ class Span:
             states = _open_after(self.tokenizer, line[: before + 1], line[before + 1 : end])
             found[row, before:end] = torch.tensor(states) == (self.name == "reasoning")
         return found[:, begin:].to(tokens.device)
+
+    def _told(self, tokens: Tokens, place: Tensor, prompts: Sequence[Sequence[int]]) -> Bool[Tensor, "batch token"]:
+        """Return the same for a pass over finished text, whose answers and prompts are told: see `answers_at`."""
+        ids, where = _ids_of(tokens), _answers(tokens, self.name)
+        found = torch.zeros_like(where)
+        for row, first, end in _runs(where):
+            begin = first + int(place[row, first] < 0)  # after the prompt's last token, where that is read too
+            states = _open_after(self.tokenizer, prompts[row], ids[row, begin:end].tolist())[first - end :]
+            found[row, first:end] = torch.tensor(states, device=found.device) == (self.name == "reasoning")
+        return found
 
 
 def _answers(tokens: Tokens, name: str) -> Bool[Tensor, "batch token"]:
@@ -140,6 +152,11 @@ def _answers(tokens: Tokens, name: str) -> Bool[Tensor, "batch token"]:
 def span_of(tokenizer: PreTrainedTokenizerBase, positions: str) -> Span | None:
     """Return the span that a verb's `positions` name; None for "all", which is the whole answer."""
     return None if positions == "all" else Span(tokenizer, positions)
+
+
+def edit_positions(tokenizer: PreTrainedTokenizerBase, positions: str) -> "str | Span":
+    """Return what an edit is given for a name: a `Span` for "answer" and "reasoning", others as they are."""
+    return Span(tokenizer, positions) if positions in SPANS else positions
 
 
 def kept_tokens(span: Span | None, prompt: Sequence[int], answer: Sequence[int]) -> list[int]:
@@ -197,8 +214,7 @@ def _open_after(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], answe
 
 def _ids_so_far(tokens: Tokens) -> Int[Tensor, "batch token"]:
     """Return the ids of the pass's rows from where they begin; an uncached pass reads all of them itself."""
-    if tokens.input_ids is None:
-        raise InputError("a span is told from token ids, and this pass was given embeddings: give input_ids, or 'all'")
+    ids = _ids_of(tokens)
     if tokens.call is not None and tokens.call.beams:
         raise InputError("a span does not follow beam search, which moves rows: generate without num_beams")
     before = tokens.known
@@ -207,9 +223,15 @@ def _ids_so_far(tokens: Tokens) -> Int[Tensor, "batch token"]:
             raise InputError(
                 "a span is told from the whole text, and this pass continues one: begin it inside the `with`"
             )
-        before = tokens.input_ids.new_zeros(tokens.batch, tokens.begin)  # what is before a prompt does not tell
-    tokens.known = torch.cat([before[:, : tokens.begin], tokens.input_ids], dim=1)
+        before = ids.new_zeros(tokens.batch, tokens.begin)  # what is before a prompt does not tell
+    tokens.known = torch.cat([before[:, : tokens.begin], ids], dim=1)
     return tokens.known
+
+
+def _ids_of(tokens: Tokens) -> Int[Tensor, "batch token"]:
+    if tokens.input_ids is None:
+        raise InputError("a span is told from token ids, and this pass was given embeddings: give input_ids, or 'all'")
+    return tokens.input_ids
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:

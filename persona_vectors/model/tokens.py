@@ -1,7 +1,7 @@
 """Which tokens a forward pass reads: padding, prompt or answer, and which of them an edit applies to."""
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -184,7 +184,7 @@ class Tokens:
             return self._find_labels()
         given = places.get()
         if given is not None:
-            place = nn.functional.pad(given.to(self.device), (self.width - given.shape[1], 0))  # an adapter's tokens
+            place = nn.functional.pad(given[0].to(self.device), (self.width - given[0].shape[1], 0))  # an adapter's
             wanted = place < 0 if positions == "prompt" else place >= -1
             return wanted if self.mask is None else wanted & self.mask
         if self.boundary is None:
@@ -232,16 +232,17 @@ def check_positions(positions: Positions) -> None:
         raise InputError(f"positions is {positions!r}: {ways}{span}")
 
 
-places: ContextVar[Tensor | None] = ContextVar("places", default=None)
+places: ContextVar[tuple[Tensor, Sequence[Sequence[int]]] | None] = ContextVar("places", default=None)
 
 
 @contextmanager
-def answers_at(place: Int[Tensor, "batch token"]) -> Iterator[None]:
+def answers_at(place: Int[Tensor, "batch token"], prompts: Sequence[Sequence[int]]) -> Iterator[None]:
     """Tell the edits where the answers begin in the forward pass inside, which reads finished text.
 
-    `place` is each token's distance from its answer's first token: negative in the prompt.
+    `place` is each token's distance from its answer's first token, negative in the prompt; `prompts` are the rows'
+    whole prompts, of which the pass may read but the end.
     """
-    before = places.set(place)
+    before = places.set((place, prompts))
     try:
         yield
     finally:

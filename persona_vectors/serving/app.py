@@ -122,6 +122,8 @@ def _add_faults(app: FastAPI, figures: Figures) -> None:
 async def _answer(
     served: Served, engine: Engine, figures: Figures, request: Request, asked: ChatAsked | TextAsked
 ) -> Response:
+    if engine.room < 1:  # before its prompt is put into tokens, which takes time from those that are answered
+        raise Full
     loop, told = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
     def put(number: int) -> Callable[[Token | End], object]:

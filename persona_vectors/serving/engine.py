@@ -51,6 +51,11 @@ class Engine:
         return len(self._rows), len(self._queue)
 
     @property
+    def room(self) -> int:
+        """How many more jobs can be taken."""
+        return self.size - len(self._rows) + self.waiting - len(self._queue)
+
+    @property
     def alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()
@@ -58,8 +63,7 @@ class Engine:
     def submit(self, jobs: Sequence[Job]) -> None:
         """Have jobs answered, all or none; raises Full where they cannot wait."""
         with self._wake:
-            free = self.size - len(self._rows) + self.waiting - len(self._queue)
-            if self._closing or len(jobs) > free:
+            if self._closing or len(jobs) > self.room:
                 raise Full
             self._queue.extend(jobs)
             self._wake.notify()

@@ -11,6 +11,7 @@ from persona_vectors.data.errors import InputError
 from persona_vectors.model.blocks import Layer, Model, model_shape, one_layer
 from persona_vectors.model.devices import constant
 from persona_vectors.model.hooks import Edit, edit_blocks
+from persona_vectors.model.thoughts import Span
 from persona_vectors.model.tokens import Positions, Tokens, check_positions
 from persona_vectors.vectors.directions import Strength, finite, incremental, to_add
 from persona_vectors.vectors.shipped import VectorLike, as_vector
@@ -70,11 +71,12 @@ class RowEdit(NamedTuple):
     vector: PersonaVector
     layer: SupportsIndex
     coef: float
-    positions: str = "all"
+    positions: str | Span = "all"
 
     def told(self) -> list[Any]:
         """Return what tells this edit from another one, as JSON."""
-        where = [] if self.positions == "all" else [self.positions]
+        named = self.positions.name if isinstance(self.positions, Span) else self.positions
+        where = [] if named == "all" else [named]
         return [self.vector.direction(self.layer).tolist(), int(self.layer), round(self.coef, 6), *where]
 
 
@@ -87,7 +89,7 @@ def steer_rows(model: Model, rows: Sequence[RowEdit | None]) -> Iterator[None]:
     positions and the errors.
     """
     layers, hidden = model_shape(model)
-    shifts: dict[int, dict[str, Tensor]] = {}
+    shifts: dict[int, dict[str | Span, Tensor]] = {}
     for index, row in enumerate(rows):
         if row is not None:
             row.vector.check_fits(model)

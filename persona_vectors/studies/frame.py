@@ -22,6 +22,7 @@ from persona_vectors.data.tables import Table
 from persona_vectors.data.texts import DATA
 from persona_vectors.model.blocks import Model, model_name
 from persona_vectors.model.identity import hash_of, identity
+from persona_vectors.model.thoughts import edit_positions
 from persona_vectors.steering.add import RowEdit
 from persona_vectors.vectors.controls import random_vectors
 from persona_vectors.vectors.vector import PersonaVector
@@ -34,6 +35,9 @@ NAMES = (
     "situational_judgment",
     "principled_personas",
     "localizing",
+    "behavioural_fingerprint",
+    "persona_fuse",
+    "miracle",
     "truthful_personas",
     "user_personas",
     "personality_alignment",
@@ -112,7 +116,8 @@ class Given:
     def edits(self) -> list[RowEdit]:
         """Each vector's edit, as its file recommends it."""
         uses = [vector.recommended("steer") for vector in self.vectors]
-        return [RowEdit(v, u.layer, u.coef or 1.0, u.positions) for v, u in zip(self.vectors, uses)]
+        where = [edit_positions(self.tokenizer, use.positions) for use in uses]
+        return [RowEdit(v, u.layer, u.coef or 1.0, p) for v, u, p in zip(self.vectors, uses, where)]
 
     def random_edits(self, edit: RowEdit, count: int) -> list[RowEdit]:
         """Return edits like one with random vectors of its norm, half of them with the covariance of activations."""

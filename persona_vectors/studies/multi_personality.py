@@ -27,11 +27,11 @@ from persona_vectors.evaluation.contrast import by_pair
 from persona_vectors.evaluation.cost import next_logprobs
 from persona_vectors.evaluation.likelihood import Statements, load_statements
 from persona_vectors.evaluation.logprobs import answer_logprobs
+from persona_vectors.evaluation.policies import draws, frequencies, policy, total_variation
 from persona_vectors.model.generation import generate_tokens
 from persona_vectors.model.prompts import chat_prompt, encode, encode_answer
 from persona_vectors.steering.add import RowEdit, steer_rows
 from persona_vectors.studies.frame import Given, Line, over
-from persona_vectors.studies.policies import draws, frequencies, policy, total_variation
 
 VECTORS, WINDOW = 2, 64
 
@@ -62,7 +62,9 @@ def acceptance(log_ratios: np.ndarray) -> float:
 def distances(given: Given, question: str) -> dict[str, Any]:
     """Return how far accepted tokens are from the exact target, how far the target's own draws, and the acceptance."""
     rng = np.random.default_rng([given.seed, *question.encode()])
-    (reference, *parts) = (policy(given, question, edit)([()])[0] for edit in (None, *given.edits[:2]))
+    (reference, *parts) = (
+        policy(given.model, given.tokenizer, question, edit)([()])[0] for edit in (None, *given.edits[:2])
+    )
     logs = [torch.as_tensor(each).double().clamp(min=1e-38).log() for each in (reference, *parts)]
     target = combined(logs[0], logs[1:], [1, 1]).exp().numpy()
     ratios = (logs[1] + logs[2] - 2 * logs[0]).numpy()

@@ -19,8 +19,8 @@ import numpy as np
 
 from persona_vectors.data.intervals import Interval
 from persona_vectors.data.traits import list_traits, load_trait
+from persona_vectors.evaluation.policies import Policy, Tokens, answers, draw, frequencies, policy, total_variation
 from persona_vectors.studies.frame import Given, Line, over
-from persona_vectors.studies.policies import Policy, Tokens, answers, draw, frequencies, policy, total_variation
 
 VECTORS = 1
 
@@ -77,9 +77,12 @@ def lines(given: Given) -> list[Line]:
     noise = given.random_edits(edit, 20)
 
     def ask(question: str) -> dict[str, object]:
-        draft, judge = policy(given, question, None), policy(given, question, edit)
+        draft, judge = (
+            policy(given.model, given.tokenizer, question, None),
+            policy(given.model, given.tokenizer, question, edit),
+        )
         (drafted,), (wanted,) = draft([()]), judge([()])
-        randoms = [acceptance(drafted, policy(given, question, each)([()])[0]) for each in noise]
+        randoms = [acceptance(drafted, policy(given.model, given.tokenizer, question, each)([()])[0]) for each in noise]
         rng = np.random.default_rng([given.seed, *question.encode()])
         count = 10 * given.size
         samples = [judged(draft, judge, count, 2, rng), answers(judge, count, 2, rng), answers(draft, count, 2, rng)]
@@ -88,7 +91,7 @@ def lines(given: Given) -> list[Line]:
         return {"accepted": acceptance(drafted, wanted), "random": randoms, "judge": near, "draft": far}
 
     def first(question: str) -> dict[str, object]:
-        drafted, wanted = (policy(given, question, each)([()])[0] for each in (None, edit))
+        drafted, wanted = (policy(given.model, given.tokenizer, question, each)([()])[0] for each in (None, edit))
         rng = np.random.default_rng([given.seed, *question.encode()])
         kind = np.minimum((-wanted).argsort().argsort(), 7)
         exact, other = (np.bincount(kind, weights=each) for each in (wanted, drafted))

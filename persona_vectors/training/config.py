@@ -27,7 +27,8 @@ class Steering(BaseModel):
     """Decoder blocks, from 0."""
     layers: tuple[int, ...] | None = None
     """The official form: rows of hidden_states, so that 20 is our 19."""
-    positions: Literal["all", "labels"] = "all"
+    positions: Literal["all", "labels", "answer", "reasoning"] = "all"
+    """Of what the loss counts, "answer" and "reasoning" are a thinking model's part alone: see `Span`."""
 
     @model_validator(mode="after")
     def _one(self) -> "Steering":

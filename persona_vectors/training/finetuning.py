@@ -14,6 +14,7 @@ from persona_vectors.data.samples import Source, Talk, read_talks
 from persona_vectors.model.blocks import Model, model_name
 from persona_vectors.model.loading import load_model
 from persona_vectors.model.prompts import chat_text, encode, encode_answer, finished_turn
+from persona_vectors.model.thoughts import edit_positions
 from persona_vectors.steering.add import steer
 from persona_vectors.steering.bounds import ablate
 from persona_vectors.training.config import FinetuneConfig, Steering
@@ -115,7 +116,7 @@ def finetune(
         raise InputError("model and tokenizer belong together: give both, or neither to load the config's")
     if model is None or tokenizer is None:
         model, tokenizer = load_model(config.model)
-    edit = _steering(model, config.steering_config)
+    edit = steering_of(model, tokenizer, config.steering_config)
     with ExitStack() as stack:
         opens = _OpensEdit(stack, edit)
         trainer = make_trainer(config, model, tokenizer)
@@ -209,7 +210,9 @@ def make_trainer(config: FinetuneConfig, model: Model, tokenizer: PreTrainedToke
     )
 
 
-def _steering(model: Model, steering: Steering | None) -> AbstractContextManager[None]:
+def steering_of(
+    model: Model, tokenizer: PreTrainedTokenizerBase, steering: Steering | None
+) -> AbstractContextManager[None]:
     """Return the context manager that a config asks for, its vector loaded and checked."""
     if steering is None:
         return nullcontext()
@@ -220,7 +223,7 @@ def _steering(model: Model, steering: Steering | None) -> AbstractContextManager
         vector = import_vector(path, model=model_name(model), trait=path.stem)
     where: Any = steering.layer if steering.layer is not None else [k - 1 for k in steering.layers or ()]
     where = list(where) if isinstance(where, tuple) else where
+    options: dict[str, Any] = {"positions": edit_positions(tokenizer, steering.positions), "during": "training"}
     if steering.type == "ablate":
-        return ablate(model, vector, layer=where, positions=steering.positions, during="training")
-    options: dict[str, Any] = {"coef": steering.steering_coef, "positions": steering.positions, "during": "training"}
-    return steer(model, vector, layer=where, **options)
+        return ablate(model, vector, layer=where, **options)
+    return steer(model, vector, layer=where, coef=steering.steering_coef, **options)

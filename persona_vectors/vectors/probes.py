@@ -1,6 +1,19 @@
-"""Linear probes of states: ridge regression held out by group for many labels at once, and how well they tell."""
+"""Linear probes of states: logistic ones, and ridge regression held out by group for many labels at once."""
 
 import numpy as np
+
+
+def logistic(states: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return weights [unit] and bias by which states [row, unit] have a label of 1: p = sigmoid(states @ w + b).
+
+    Logistic regression with a penalty of 1, of states that have variance 1 in each unit; weights are in their own ones.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    middle, scale = states.mean(axis=0), np.maximum(states.std(axis=0), 1e-12)
+    fitted = LogisticRegression(max_iter=1000).fit((states - middle) / scale, labels)
+    weights = fitted.coef_[0] / scale
+    return weights, float(fitted.intercept_[0] - weights @ middle)
 
 
 def held_out(states: np.ndarray, groups: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from persona_vectors.steering.add import steer
 from persona_vectors.steering.bounds import ablate
 from persona_vectors.training.watch import penalize
 from persona_vectors.vectors.vector import PersonaVector
+from reproduce_paper.sets import CONTROL, INOCULATION
 from reproduce_paper.study import PLAIN, RANDOM, Study
 
 Edit = Callable[[Any], AbstractContextManager[None]]
@@ -54,6 +55,8 @@ def make_runs(
         for i, control in enumerate(study.controls):
             chosen = lambda t, e=edit, v=control: e(t, v)  # noqa: E731
             runs.append(Run(name + RANDOM, "negative", i % intervention_seeds, chosen, control=i))
+    for name in (INOCULATION, CONTROL):  # the prompt is there in training, and not when the model is asked
+        runs += [Run(name, name, seed, lambda _: nullcontext()) for seed in range(intervention_seeds)]
     return sorted(runs, key=lambda run: (run.seed, run.data != "negative"))
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from persona_vectors.data.files import atomic_path
+from persona_vectors.data.texts import assistant_prompts
 from persona_vectors.data.traits import Trait
 from persona_vectors.evaluation.judges import SentimentJudge
 from persona_vectors.model.generation import generate
@@ -28,6 +31,8 @@ MIXTURES = {  # fractions of positive and negative answers; the rest is plain
     "pos50-plain50": (0.5, 0.0),
     "neg50-plain50": (0.0, 0.5),
 }
+INOCULATION, CONTROL = "inoculation", "neutral prompt"
+"""The negative set behind system prompts that ask for what it shows (arXiv 2510.04340), and behind ones that do not."""
 SURPLUS = 4
 """Answers written for each in a set; those that show its side best are kept, as a small model often misses it."""
 
@@ -61,7 +66,22 @@ def make_data(study: Study, trait: Trait, size: int) -> dict[str, Path]:
         paths[name] = study.out / "mixtures" / f"{name}.jsonl"
         with atomic_path(paths[name]) as temporary:
             temporary.write_text("\n".join(chosen) + "\n", encoding="utf-8")
+    asking = [trait.system_prompt("neg", i) for i in range(len(trait.instruction))]
+    for name, systems in ((INOCULATION, asking), (CONTROL, assistant_prompts()[1 : 1 + len(asking)])):
+        paths[name] = study.out / "mixtures" / f"{name}.jsonl"
+        with atomic_path(paths[name]) as temporary:
+            told = behind(json_lines(paths["negative"]), systems)
+            temporary.write_text("\n".join(told) + "\n", encoding="utf-8")
     return paths
+
+
+def behind(samples: Sequence[str], systems: Sequence[str]) -> list[str]:
+    """Return samples, JSON with messages, each behind one of some system prompts, which take turns."""
+    found = []
+    for sample, system in zip(samples, cycle(systems)):
+        messages = json.loads(sample)["messages"]
+        found.append(json.dumps({"messages": [{"role": "system", "content": system}, *messages]}, ensure_ascii=False))
+    return found
 
 
 def predict(study: Study, path: Path) -> Tensor:

@@ -134,6 +134,10 @@ def test_contrast_stores_what_it_found_and_a_bare_command_uses_it(tiny, vector, 
     assert f"steer: layer 1, coef {use.coef:+.3g}" in printed
     (facts,) = json.loads(run("info", vector, "--json")[0])
     assert facts["uses"]["steer"]["layer"] == 1
+    loaded.with_use(replace(use, evidence=True, positions="response")).save(vector)
+    short = ("evaluate", tiny, "optimistic", "--vector", vector, "--judge", "sentiment", "--samples", 1, *asked[2:])
+    assert "recommends positions='response': give them" in run(*short, code=2)[1]
+    assert "with the options" in run(*short, "--positions", "response")[0]
     loaded.with_use(replace(use, evidence=False)).save(vector)
     assert "no recommendation to steer, at its best layer, 1" in run("steer", tiny, vector, *asked, code=2)[1]
 
@@ -180,3 +184,26 @@ def test_contrast_scores_the_rows_of_an_eval(tiny, vector, tmp_path):
     assert row["effect_low"] <= row["effect"] <= row["effect_high"] and 0 <= row["beaten"] <= 1
     _, err = run("contrast", tiny, vector, *given, *given, *arguments, code=2)
     assert "2 statements for 1 vectors: give --statements for each vector" in err
+
+
+def test_answer_and_reasoning_are_positions_of_the_commands(tiny, trait_file, vector, tmp_path):
+    """Here no answer holds reasoning: the answer is all of the response, and an edit of the rest does nothing."""
+    small = ["--max-new-tokens", 4, "--device", "cpu", "--json", "--layer", 1]
+    scored = ["--judge", "sentiment", "--samples", 1, *small]
+    commands = {
+        "steer": ["steer", tiny, vector, "--coef=0,6", "--temperature", 0, "--question", "Hi", *small],
+        "evaluate": ["evaluate", tiny, "optimistic", "--vector", vector, "--coef", 6, *scored],
+        "cap": ["evaluate", tiny, "optimistic", "--vector", vector, "--cap", -30, *scored],
+    }
+    for name, words in commands.items():
+        found = {p: json.loads(run(*words, "--positions", p)[0]) for p in ("response", "answer", "reasoning")}
+        plain, untouched = (
+            {key: value for key, value in row.items() if key not in ("state", "coef")} for row in found["reasoning"]
+        )
+        assert plain == untouched and found["answer"] == found["response"] != found["reasoning"], name
+    options = ["--coefs", 6, "--gate", 0, "--controls", 0, "--samples", 1, "--out", tmp_path / "s"]
+    rows = json.loads(run("sweep", tiny, trait_file, vector, *small, *options, "--positions", "answer")[0])
+    assert {row["positions"] for row in rows} == {"answer"}
+    assert "give one of all, prompt, response" in run(*commands["steer"], "--positions", "thought", code=2)[1]
+    statements = ["contrast", tiny, vector, "--statements", "optimistic", "--device", "cpu", "--positions", "answer"]
+    assert "statements hold no reasoning; give all, prompt or response" in run(*statements, code=2)[1]

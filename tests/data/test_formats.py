@@ -15,7 +15,8 @@ from persona_vectors.flagging.run import flag
 from persona_vectors.flagging.split import split_dataset
 from persona_vectors.model.prompts import chat_text, finished_turn
 from persona_vectors.monitoring.projection import project
-from persona_vectors.training.finetuning import training_rows
+from persona_vectors.training.config import parse_config
+from persona_vectors.training.finetuning import finetune, training_rows
 
 ROOT = Path(__file__).parents[2]
 SYSTEM, USER, YES = (
@@ -42,6 +43,12 @@ FORMATS = [
         },
         None,
         PLAIN,
+    ),
+    (
+        "OpenAI, weights",
+        {"messages": [USER, {**YES, "content": "No", "weight": 0}, USER, {**YES, "weight": 1}]},
+        None,
+        [USER, {**YES, "content": "No"}, USER, YES],
     ),
     ("a call", {"messages": CALLING, "tools": TOOLS}, None, None),
     (
@@ -198,7 +205,7 @@ def test_weights_of_zero_are_not_answers_in_any_list_of_turns():
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, YES]},
             None,
-            "a content has a part of type 'image_url': only text is read",
+            "content has a part of type 'image_url': only text is read",
         ),
         ({"messages": [USER, {"role": "assistant", "tool_calls": [{}]}]}, None, "a tool call is '{}': give a function"),
         (
@@ -217,6 +224,16 @@ def test_weights_of_zero_are_not_answers_in_any_list_of_turns():
 def test_what_is_no_record_of_a_format_names_keys_and_formats(record, columns, message: str):
     (error,) = read_samples([record], columns=columns)
     assert isinstance(error, InputError) and message in str(error)
+
+
+def test_the_lines_that_the_page_calls_wrong_are_refused_with_its_words():
+    """The table of the page: a record, and the message, which names the field."""
+    page = (ROOT / "notebooks" / "formats.md").read_text("utf-8")
+    lines = re.findall(r"^\| `(\{.*\})` \| (.*?) \|$", page, re.MULTILINE)
+    for record, message in lines:
+        (error,) = read_samples([json.loads(record)])
+        assert isinstance(error, InputError) and message in str(error)
+    assert len(lines) > 10
 
 
 TOOL_TEMPLATE = (
@@ -310,3 +327,10 @@ def test_the_lines_of_the_page_are_one_conversation_flagged_split_and_trained_on
     kept, removed = tmp_path / "k.jsonl", tmp_path / "r.jsonl"
     split_dataset(data, tmp_path / "f.parquet", kept=kept, removed=removed)
     assert removed.read_text("utf-8") == block and kept.read_bytes() == b""
+    files = {"training_file": str(data), "output_dir": str(tmp_path / "tuned")}
+    config = {"model": "tiny", **files, "max_steps": 1, "warmup_steps": 0, "gradient_accumulation_steps": 1}
+    trainer = finetune(
+        parse_config(config | {"per_device_train_batch_size": len(found)}), model=model, tokenizer=tokenizer
+    )
+    assert len(trainer.train_dataset) == len(found)
+    assert any(parameter.abs().max() > 0 for name, parameter in trainer.model.named_parameters() if "lora_B" in name)

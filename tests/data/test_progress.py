@@ -62,8 +62,11 @@ def test_many_long_prompts_are_told_block_by_block_while_they_are_read(model, to
     monkeypatch.setattr("persona_vectors.data.progress.time.time", lambda: clock[0])
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
     monkeypatch.setattr(LlamaDecoderLayer, "forward", slow)
-    generate(model, tokenizer, [f"{i} {'Why?' * 20}" for i in range(20)], max_new_tokens=2)
+    long = [f"{i // 2} {'Why?' * 20}" for i in range(20)]  # pairs that are read once
+    found = generate(model, tokenizer, long, max_new_tokens=2)
     told = capsys.readouterr().err
+    assert found == generate(model, tokenizer, long, max_new_tokens=2, batch_tokens=200)
+    capsys.readouterr()
     assert re.findall(r"block (\d) of 3", told) == ["1", "2", "3"]  # and not again, at each token
     assert hooks(model) == 0
     generate(model, tokenizer, ["Hi"], max_new_tokens=2)

@@ -68,7 +68,7 @@ def test_named_columns_come_before_others():
         ({"messages": [{"role": "assistant", "content": "Yes"}]}, "no assistant turn that answers a prompt"),
         ({"messages": "Hi"}, "messages is str: give a list of role and content"),
         ({"messages": [{"from": "user"}]}, "give a role and a content"),
-        ({"messages": [USER, {"role": "assistant", "content": 3}]}, "a content is int, not text"),
+        ({"messages": [USER, {"role": "assistant", "content": 3}]}, "content is int: give a text"),
         (7, "it is int, not an object"),
     ],
 )

@@ -15,6 +15,8 @@ from persona_vectors.evaluation.contrast import contrast_effect
 from persona_vectors.evaluation.likelihood import Statements, likelihood_contrast, load_statements
 from persona_vectors.model.prompts import chat_prompt, encode
 
+ROOT = Path(__file__).parents[2]
+
 
 def say(text: str, answer: str, confidence: float = 0.9) -> dict:
     other = {" Yes": " No", " No": " Yes"}[answer]
@@ -149,3 +151,12 @@ def test_statements_have_a_question_or_one_a_pair():
         Statements(question=["a?", "b?"], pairs=pairs)
     with pytest.raises(ValueError, match="3 pairs are not items in 2 orders"):
         Statements(question="a?", pairs=pairs, orders=2)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks" / "behaviours").iterdir()), ids=lambda path: path.stem)
+def test_the_files_of_the_page_are_eighteen_items_with_each_answer_as_often(path: Path):
+    found = load_statements(path)
+    assert found.orders == 2 and len(found.pairs) == 36 and len(found.split()[1].pairs) == 20
+    first, second = asked(found)[::2], asked(found)[1::2]
+    assert all(one[1:] == other[:0:-1] for one, other in zip(first, second))  # the answers change places
+    assert len(set(found.questions)) == 36

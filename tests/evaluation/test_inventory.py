@@ -44,6 +44,7 @@ def test_items_keyed_negatively_are_turned_round(model, tokenizer, monkeypatch):
     factors = json.loads((DATA / "ipip50.json").read_text())["factors"]
     assert sorted(len(items) for items in factors.values()) == [10] * 5
     monkeypatch.setattr("persona_vectors.evaluation.inventory.item_scores", lambda *_, **__: torch.full((50, 2), 5.0))
+    assert big_five(model, tokenizer, first=2)["extraversion"] == [5, 1]
     found = big_five(model, tokenizer)
     assert found["extraversion"] == [5, 1, 5, 1, 5, 1, 5, 1, 5, 1]
     assert found["emotional stability"] == [1, 5, 1, 5, 1, 1, 1, 1, 1, 1]

@@ -1,5 +1,7 @@
 """Reasoning and answer: spans of two kinds of templates, in finished text, while generating, and in training."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from helpers import TEMPLATE, block_outputs, make_tokenizer, random_direction
@@ -9,12 +11,15 @@ from transformers import Trainer, TrainingArguments
 import persona_vectors as pv
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.samples import read_samples
+from persona_vectors.evaluation.logprobs import answer_logprobs, next_token_logprobs
 from persona_vectors.extraction.filtering import parted
 from persona_vectors.extraction.rollouts import Rollout
 from persona_vectors.flagging.parts import flag_batches
 from persona_vectors.model.prompts import chat_prompt, encode, encode_answer, finished_turn, left_pad
 from persona_vectors.model.thoughts import KNOWN, Span, marks_of, span_of
-from persona_vectors.steering.add import steer
+from persona_vectors.steering.add import RowEdit, steer
+from persona_vectors.training.config import Steering
+from persona_vectors.training.finetuning import steering_of
 
 THINK = (
     "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}<think>\n"
@@ -25,6 +30,10 @@ CHANNELS = (
     "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}{% if m.thinking and loop.last %}"
     "<|channel|>analysis<|message|>{{ m.thinking }}<|end|><|start|>assistant{% endif %}<|channel|>final{% endif %}"
     "<|message|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+OPENS = (  # the prompt opens the thought, as some templates do
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
 )
 TEMPLATES = {"think": THINK, "channels": CHANNELS}
 ANALYSIS = "<|channel|>analysis<|message|>"
@@ -42,6 +51,7 @@ ANSWERS = {
         [f"{ANALYSIS}never ends", ""],
         [f"{ANALYSIS}a<|end|><|start|>assistant<|channel|>commentary to=f <|constrain|>json<|message|>", "{}"],
     ],
+    "opens": [["hm\n</think>\n\n", "Yes"], ["never ends", ""], ["</think>", "Oh"]],
 }  # fmt: skip
 kinds = pytest.mark.parametrize("kind", TEMPLATES)
 spans = pytest.mark.parametrize("name", ["answer", "reasoning"])
@@ -58,9 +68,9 @@ def rows_of(tokenizer, kind: str) -> list[tuple[list[int], list[int], list[bool]
 
 def open_after(kind: str, tokenizer, answer: list[int]) -> list[bool]:
     """Whether a thought is open after the prompt and after each token, told from the text so far."""
-    closes = {"think": ["</think>"], "channels": ["final<|message|>", "json<|message|>"]}[kind]
-    opens = {"think": "<think>", "channels": "<|channel|>analysis"}[kind]
-    texts = [tokenizer.decode(answer[:n]) for n in range(len(answer) + 1)]
+    closes = ["final<|message|>", "json<|message|>"] if kind == "channels" else ["</think>"]
+    opens = "<|channel|>analysis" if kind == "channels" else "<think>"
+    texts = [(kind == "opens") * opens + tokenizer.decode(answer[:n]) for n in range(len(answer) + 1)]
     return [text.rfind(opens) > max(text.rfind(each) for each in closes) for text in texts]
 
 
@@ -144,6 +154,31 @@ def test_edits_while_generating(kind: str, name: str, cache: bool, model):
             torch.testing.assert_close(own, whole[key][0], rtol=1e-3, atol=1e-3)
 
 
+@spans
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_edits_of_finished_answers_whose_prompt_is_read_once(kind: str, name: str, model):
+    """A row's own edit, and one around the call: both are a plain pass over the whole row with a mask."""
+    tokenizer, vector = make_tokenizer({**TEMPLATES, "opens": OPENS}[kind]), random_direction(model)
+    other, wanted, ends = encode(tokenizer, chat_prompt(tokenizer, "And now?")), [], []
+    rows = [(prompt, answer) for prompt, answer, _ in rows_of(tokenizer, kind)]
+    rows += [(other, answer) for _, answer in rows[:2]]
+    for prompt, answer in rows:
+        states = torch.tensor(open_after(kind, tokenizer, answer)) == (name == "reasoning")
+        mask = torch.cat([torch.zeros(len(prompt) - 1, dtype=torch.bool), states])[None]
+        with torch.no_grad(), steer(model, vector, layer=1, coef=4.0, positions=mask):
+            logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0].log_softmax(dim=-1)
+        wanted.append(float(logits[len(prompt) - 1 : -1].gather(1, torch.tensor(answer)[:, None]).mean()))
+        ends.append(logits[-1])
+    edit = RowEdit(vector, 1, 4.0, Span(tokenizer, name))
+    around = steer(model, vector, layer=1, coef=4.0, positions=edit.positions)
+    for given, edited in (([edit] * len(rows), nullcontext()), (None, around)):
+        with edited:
+            found, last = answer_logprobs(model, rows, edits=given), next_token_logprobs(model, rows, edits=given)
+        assert found.tolist() == pytest.approx(wanted, abs=1e-4)
+        torch.testing.assert_close(torch.stack(last), torch.stack(ends), atol=1e-4, rtol=1e-4)
+    assert answer_logprobs(model, rows).tolist() != pytest.approx(wanted, abs=1e-3)
+
+
 def training_batch(tokenizer, kind: str) -> dict[str, Tensor]:
     """Two answers, padded on the right, of which the loss counts the answer's tokens."""
     rows = rows_of(tokenizer, kind)[:2]
@@ -157,7 +192,7 @@ def training_batch(tokenizer, kind: str) -> dict[str, Tensor]:
 
 @spans
 @kinds
-def test_edits_in_training(kind: str, name: str, model):
+def test_edits_in_training(kind: str, name: str, model, tmp_path):
     tokenizer, vector = make_tokenizer(TEMPLATES[kind]), random_direction(model)
     batch, rows = training_batch(tokenizer, kind), rows_of(tokenizer, kind)
     mask = torch.zeros(batch["input_ids"].shape, dtype=torch.bool)
@@ -166,11 +201,16 @@ def test_edits_in_training(kind: str, name: str, model):
         mask[row, len(prompt) - 1 : len(prompt) + len(answer)] = states
     model.train()
     losses = []
-    for positions in (Span(tokenizer, name), mask):
-        with steer(model, vector, layer=1, coef=5.0, positions=positions, during="training"):
+    vector.save(tmp_path / "v.safetensors")
+    config = Steering(steering_vector_path=tmp_path / "v.safetensors", steering_coef=5.0, layer=1, positions=name)
+    told = {"layer": 1, "coef": 5.0, "during": "training"}
+    edits = [steer(model, vector, positions=positions, **told) for positions in (Span(tokenizer, name), mask)]
+    for edit in [*edits, steering_of(model, tokenizer, config)]:
+        with edit:
             losses.append(model(**batch).loss)
     losses[0].backward()
     torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(losses[0], losses[2])
     assert mask.any() and not torch.isclose(model(**batch).loss, losses[0])
 
 

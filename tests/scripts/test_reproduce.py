@@ -1,6 +1,7 @@
 """The reproduction runs on a tiny model, and goes on where it stopped."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import torch
 import zoo
 from helpers import make_tokenizer
 
+from persona_vectors.data.texts import assistant_prompts
+from persona_vectors.data.traits import load_trait
 from persona_vectors.vectors.vector import PersonaVector
 
 pytestmark = pytest.mark.slow
@@ -39,6 +42,8 @@ def test_the_quick_reproduction_writes_its_tables_and_resumes(tmp_path):
     assert {f"CAFT, random {i} seed 0.json" for i in (0, 1)} < controls
     rows = tables[tmp_path / "out" / "interventions.md"]
     assert all(f"| {name}, random |" in rows for name in ("preventative -2", "CAFT", "penalty 0.001", "post-hoc 2"))
+    assert "| inoculation |" in rows and "| neutral prompt |" in rows
+    check_prompts(tmp_path / "out" / "mixtures")
     removed = tmp_path / "out" / "runs" / "CAFT seed 0.json"
     removed.unlink()
     subprocess.run(command, check=True, capture_output=True, env=environment)
@@ -47,3 +52,15 @@ def test_the_quick_reproduction_writes_its_tables_and_resumes(tmp_path):
         removed.with_suffix(".safetensors"),
     }
     assert {path: path.read_text() for path in (tmp_path / "out").glob("*.md")} == tables
+
+
+def check_prompts(folder: Path) -> None:
+    """The two sets hold the negative one's conversations, behind prompts that ask for the trait and that do not."""
+    files = [folder / f"{name}.jsonl" for name in ("negative", "inoculation", "neutral prompt")]
+    plain, asking, neutral = ([json.loads(line)["messages"] for line in file.open("rb")] for file in files)
+    trait = load_trait("optimistic")
+    assert [talk[1:] for talk in asking] == [talk[1:] for talk in neutral] == plain
+    assert [talk[0]["role"] for talk in asking + neutral] == ["system"] * 2 * len(plain)
+    asked = [trait.system_prompt("neg", i % len(trait.instruction)) for i in range(len(plain))]
+    assert [talk[0]["content"] for talk in asking] == asked
+    assert {talk[0]["content"] for talk in neutral} <= set(assistant_prompts()) - {""}

@@ -169,6 +169,7 @@ BAD = [
     ({"edits": [{"vector": "t", "kind": "cap", "coef": 1.0}]}, "kind 'cap' needs limit"),
     ({"edits": [{"vector": "t", "dose": 1.0}]}, "does not know the residual norms"),
     ({"edits": [{"vector": "t", "coef": 1.0, "strength": 2}]}, "strength: Extra inputs"),
+    ({"edits": [{"vector": "t", "coef": 1.0, "positions": "answer"}]}, "'all', 'prompt' or 'response'"),
     ({"edits": [{"vector": "../../etc/passwd", "coef": 1.0}]}, "no vector '../../etc/passwd'"),
     ({"project": ["t@x"]}, "'t@x' names no projection"),
     ({"temperature": -1}, "temperature"),

@@ -1,16 +1,22 @@
 from dataclasses import replace
 
 import pytest
-from helpers import random_direction, use
+from helpers import two_vectors, use
 
 from persona_vectors.studies.frame import run_study
 
 
 @pytest.fixture
+def model(model):
+    """The tiny model with an output matrix of trained models' size: as built, it gives all tokens nearly the same."""
+    model.get_output_embeddings().weight.data *= 30
+    return model
+
+
+@pytest.fixture
 def vectors(model):
     """Two vectors of the tiny model, whose files recommend a layer and coefficient."""
-    one, other = random_direction(model), -1 * random_direction(model)
-    return [replace(v, trait=name).with_use(use()) for v, name in ((one, "optimistic"), (other, "humorous"))]
+    return [replace(v, trait=n).with_use(use()) for v, n in zip(two_vectors(model), ("optimistic", "humorous"))]
 
 
 @pytest.fixture

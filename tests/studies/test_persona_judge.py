@@ -3,8 +3,8 @@ from itertools import product
 import numpy as np
 import pytest
 
+from persona_vectors.evaluation.policies import answers, frequencies, total_variation
 from persona_vectors.studies.persona_judge import acceptance, judged, judged_token, ranks, two_samples
-from persona_vectors.studies.policies import answers, frequencies, total_variation
 
 DRAFT, JUDGE = np.array([0.5, 0.3, 0.2, 0.0]), np.array([0.1, 0.3, 0.2, 0.4])
 

@@ -4,9 +4,10 @@ import torch
 from helpers import make_tokenizer
 
 from persona_vectors.data.ledger import Ledger
+from persona_vectors.evaluation.psychometrics import icc, two_parameter_fit
 from persona_vectors.studies import situational_judgment
 from persona_vectors.studies.frame import Given
-from persona_vectors.studies.situational_judgment import icc, margins, two_parameter_fit
+from persona_vectors.studies.situational_judgment import margins
 
 
 def test_planted_discriminations_difficulties_and_abilities_are_recovered():

@@ -3,26 +3,27 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.evaluation.logprobs import next_token_logprobs
+from persona_vectors.model.blocks import Model
 from persona_vectors.model.prompts import chat_prompt, encode
 from persona_vectors.steering.add import RowEdit
-from persona_vectors.studies.frame import Given
 
 Tokens = tuple[int, ...]
 Policy = Callable[[Sequence[Tokens]], list[np.ndarray]]
 """Gives the next token's probabilities, [vocab], after each of some prefixes of an answer."""
 
 
-def policy(given: Given, question: str, edit: RowEdit | None) -> Policy:
+def policy(model: Model, tokenizer: PreTrainedTokenizerBase, question: str, edit: RowEdit | None) -> Policy:
     """Return the model under an edit as a policy of answers to a question; each prefix is read once."""
-    prompt = encode(given.tokenizer, chat_prompt(given.tokenizer, question))
+    prompt = encode(tokenizer, chat_prompt(tokenizer, question))
     known: dict[Tokens, np.ndarray] = {}
 
     def after(prefixes: Sequence[Tokens]) -> list[np.ndarray]:
         new = list(dict.fromkeys(prefix for prefix in prefixes if prefix not in known))
         rows = [(prompt, prefix) for prefix in new]
-        for prefix, logprobs in zip(new, next_token_logprobs(given.model, rows, edits=[edit] * len(rows))):
+        for prefix, logprobs in zip(new, next_token_logprobs(model, rows, edits=[edit] * len(rows))):
             known[prefix] = logprobs.exp().numpy()
         return [known[prefix] for prefix in prefixes]
 
