@@ -9,7 +9,7 @@ from torch import Tensor
 
 from persona_vectors.data.progress import bar
 from persona_vectors.model.blocks import Model
-from persona_vectors.model.passes import Row, forward_passes, own_tokens, read_pass
+from persona_vectors.model.passes import Row, forward_passes, own_tokens, read_logits, read_pass
 from persona_vectors.model.prompts import batch_tokens_for
 from persona_vectors.model.tokens import answers_at
 from persona_vectors.steering.add import RowEdit, steer_rows
@@ -40,9 +40,11 @@ def answer_logprobs(
                 if not step.answers:
                     read_pass(model, step)
                     continue
-                logits = model(**step.inputs).logits[:, -place.shape[1] : -1]
                 counted = place[:, 1:] >= 0
-                targets = step.inputs["input_ids"][:, 1:][counted]
+                begin = int((counted.any(dim=0).cumsum(dim=0) == 0).sum())  # what predicts prompts is not computed
+                counted = counted[:, begin:]
+                logits = read_logits(model, step, counted.shape[1] + 1)[:, :-1]
+                targets = step.inputs["input_ids"][:, begin + 1 :][counted]
                 losses = torch.nn.functional.cross_entropy(logits[counted].float(), targets, reduction="none")
             if step.attempt.failed:
                 continue

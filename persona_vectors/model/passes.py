@@ -1,8 +1,9 @@
-"""Forward passes over finished rows, each shared prompt read once."""
+"""Forward passes over finished rows; what their prompts share is read once."""
 
 import inspect
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from persona_vectors.model.memory import Attempt, Budget
 from persona_vectors.model.prompts import batch_tokens_for, check_length, left_pad
 from persona_vectors.model.wrappers import keeps_cache, unwrap
 
+WORTH = 16
+"""How many tokens different prompts have to begin with alike for these to be read once."""
+
 Row = tuple[Sequence[int], Sequence[int]]
 """The token ids of a templated prompt, and of the answer that follows it."""
 
@@ -32,12 +36,12 @@ class Pass:
     position: Int[Tensor, "line token"]
     """Each token's place in its row, prompt and answer together; -1 for padding."""
     answers: bool
-    """False where it reads only a shared prompt."""
+    """False where it reads only a prompt that its rows share, or what theirs begin with."""
     attempt: Attempt
     """What to run it in: where that fails for want of memory, its rows come again in smaller passes."""
 
 
-class _SharedPrefix(DynamicLayer):
+class SharedPrefix(DynamicLayer):
     """One layer's keys and values of some prompts, lent to the answers that follow them and never grown."""
 
     keys: Tensor
@@ -76,24 +80,26 @@ def forward_passes(
     held_back: int = 0,
     groups: Sequence[Hashable] | None = None,
 ) -> Iterator[Pass]:
-    """Yield forward passes that together read every row, each shared prompt once; run each before the next.
+    """Yield forward passes that together read every row, what prompts share once; run each before the next.
 
-    Batches hold rows of like length, at most `batch_tokens` tokens each. `held_back` tokens at the prompt's end are
-    read with the answer (1 to have the logits of its first token). Rows of different `groups`, a value
-    for each, share no prompt: those that are edited differently. Models whose state cannot be shared (state-space and
-    encoder-decoder models), and rows that share no prompt, are read whole.
+    That is a prompt that several answers follow, or what different prompts begin with (see `alike`). Batches hold rows
+    of like length, at most `batch_tokens` tokens each. `held_back` tokens at the prompt's end are read with the answer
+    (1 to have the logits of its first token). Rows of different `groups`, a value for each, share nothing: those that
+    are edited differently. Models whose state cannot be shared (state-space and encoder-decoder models), and rows that
+    share no prompt, are read whole.
     """
     model = unwrap(model)
     budget = Budget(model, "passes", batch_tokens or batch_tokens_for(model))
     check_length(model, max((len(prompt) + len(answer) for prompt, answer in rows), default=0))
     device = input_device(model)
     cache_name = cache_argument(model)
-    prefixes: dict[tuple[Sequence[int], Hashable], list[int]] = {}
-    for index, (prompt, _) in enumerate(rows):
-        group = None if groups is None else groups[index]
-        prefixes.setdefault((tuple(prompt[: len(prompt) - held_back]), group), []).append(index)
-    shared: list[tuple[Sequence[int], list[int]]]
-    shared = [(key, members) for (key, _), members in prefixes.items() if len(members) > 1 and key and cache_name]
+    grouped: dict[Hashable, list[int]] = {}
+    for index in range(len(rows) if cache_name else 0):
+        grouped.setdefault(None if groups is None else groups[index], []).append(index)
+    shared: list[tuple[Sequence[int], list[int]]] = []
+    for members in grouped.values():
+        prompts = [tuple(rows[row][0][: len(rows[row][0]) - held_back]) for row in members]
+        shared += [(prompts[same[0]][:length], [members[i] for i in same]) for length, same in alike(prompts)]
     for batch, attempt in budget.batches([key for key, _ in shared]):
         assert cache_name is not None
         chosen, cache = [shared[i] for i in batch], DynamicCache()
@@ -106,6 +112,32 @@ def forward_passes(
     alone = [row for row in range(len(rows)) if row not in known]
     if alone:
         yield from _answer_passes(rows, [((), alone)], torch.zeros(1, 0, dtype=torch.long, device=device), {}, budget)
+
+
+def alike(prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, list[int]]]:
+    """Return which prompts begin alike, and for how many tokens: what saves most tokens if it is read once.
+
+    Prompts that are the same are so whatever their length; others for `WORTH` tokens or more, the last of none.
+    """
+    order = sorted(range(len(prompts)), key=prompts.__getitem__)
+    ordered = [prompts[i] for i in order]
+    equal = [_common(a, b) for a, b in pairwise(ordered)]
+    parts = [(i, i, 0, list[tuple[int, int, int]]()) for i in range(len(order))]
+    """What has been joined so far, known at both of its ends: the ends, the tokens saved and what is shared."""
+    for left in sorted(range(len(equal)), key=lambda i: -equal[i]):
+        (first, _, before, chosen), (_, last, after, more) = parts[left], parts[left + 1]
+        same = ordered[first] == ordered[last]
+        length = equal[left] if same else min(equal[left], len(ordered[first]) - 1)
+        saved = (last - first) * length if same or length >= WORTH else 0
+        together = saved > before + after
+        part = first, last, max(saved, before + after), [(length, first, last)] if together else chosen + more
+        parts[first] = parts[last] = part
+    found = parts[0][3] if parts else []
+    return [(length, order[first : last + 1]) for length, first, last in found]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    return len(a) if a == b else next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def _answer_passes(
@@ -125,7 +157,7 @@ def _answer_passes(
         lines = torch.tensor([members[i][0] for i in batch], device=prefix_mask.device)
         lent: dict[str, Any] = {name: DynamicCache() for name in given}
         for name, cache in given.items():
-            lent[name].layers = [_SharedPrefix(layer, lines) for layer in cache.layers]
+            lent[name].layers = [SharedPrefix(layer, lines) for layer in cache.layers]
         whole = torch.cat([prefix_mask[lines], mask], dim=1)
         yield _pass(ids, mask, whole, [[members[i][1]] for i in batch], lent, attempt, budget, answers=True)
 
@@ -138,10 +170,16 @@ def read_pass(model: Model, step: Pass) -> None:
     """
     model = unwrap(model)
     if runs_whole(model):
-        keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base(model).forward).parameters else {}
-        model(**step.inputs, **keep)
+        read_logits(model, step, 1)
     else:
         model.get_decoder()(**step.inputs)
+
+
+def read_logits(model: Model, step: Pass, count: int) -> Float[Tensor, "line token vocab"]:
+    """Run one pass and return the logits of its last tokens; no others are computed, where the model can leave them."""
+    model = unwrap(model)
+    keep = {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(base(model).forward).parameters else {}
+    return model(**step.inputs, **keep).logits[:, -count:]
 
 
 def runs_whole(model: Model) -> bool:

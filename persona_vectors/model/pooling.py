@@ -73,7 +73,13 @@ def pool(
                 continue
             line = [i for i, members in enumerate(step.rows) for _ in members]
             target = torch.tensor([row for members in step.rows for row in members])
-            pooled.means.index_add_(0, target, torch.stack([s.cpu() for s, _ in sums], dim=2)[line])
+            means = torch.stack([s.cpu() for s, _ in sums], dim=2)[line]
+            if "prompt_mean" in poolings:  # of prompts that only begin alike, and differ in length
+                shares = torch.tensor(
+                    [first[i][0] / max(len(rows[row][0]), 1) for i, row in zip(line, target.tolist())]
+                )
+                means[:, poolings.index("prompt_mean")] *= shares[:, None, None]
+            pooled.means.index_add_(0, target, means)
             pooled.norms.index_add_(0, target, torch.stack([n.cpu() for _, n in sums], dim=1)[line])
             if step.answers:
                 shown.update(len(step.rows))

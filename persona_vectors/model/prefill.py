@@ -1,4 +1,4 @@
-"""Prompts that answers share, read once in a call of `generate`."""
+"""Prompts that answers share, and what prompts begin with, read once in a call of `generate`."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from persona_vectors.data.progress import pulse
+from persona_vectors.model.beginnings import Beginnings
 from persona_vectors.model.blocks import Model, decoder_layers
 from persona_vectors.model.passes import cache_argument
 from persona_vectors.model.prompts import batch_tokens_for
@@ -22,16 +23,18 @@ from persona_vectors.model.wrappers import unwrap
 def shared_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> Iterator[None]:
     """Have the blocks read each distinct prompt once in the next call of `generate`, which has one row a prompt.
 
-    Only inside the blocks is there a row for each distinct prompt: hooks on them, and all that is around them, see
-    every row, and the cache has every row in the end. From the first block on whose rows have been edited differently
-    nothing is shared. Nor is it in models whose state cannot be.
+    What distinct prompts begin with is read once too, where it is long enough (`Beginnings`). Only inside the blocks
+    are there fewer rows and tokens: hooks on them, and all that is around them, see every row, and the cache has every
+    row in the end. From the first block on whose rows have been edited differently nothing is shared. Nor is it in
+    models whose state cannot be.
     """
     model = unwrap(model)
     distinct: dict[tuple[int, ...], int] = {}
     lines = [distinct.setdefault(tuple(prompt), len(distinct)) for prompt in prompts]
+    begun = Beginnings(list(distinct))
     with ExitStack() as hooks:
-        if len(distinct) < len(prompts) and can_take_rows(model):
-            _Prefill(model, torch.tensor(lines), hooks)
+        if (len(distinct) < len(prompts) or begun.shared) and can_take_rows(model):
+            _Prefill(model, torch.tensor(lines), begun, hooks)
         yield
 
 
@@ -60,8 +63,8 @@ def can_take_rows(model: Any) -> bool:
 class _Prefill:
     """The hooks on one call's first pass, after which they are gone."""
 
-    def __init__(self, model: Any, lines: Int[Tensor, " row"], hooks: ExitStack) -> None:
-        self.lines, self.hooks = lines, hooks
+    def __init__(self, model: Any, lines: Int[Tensor, " row"], begun: Beginnings, hooks: ExitStack) -> None:
+        self.lines, self.begun, self.hooks = lines, begun, hooks
         self.first = torch.tensor([lines.tolist().index(line) for line in range(int(lines.max()) + 1)])
         self.shared = True
         self.hidden: Tensor | None = None
@@ -72,17 +75,24 @@ class _Prefill:
             add(block.register_forward_pre_hook, self._before, with_kwargs=True)
             add(block.register_forward_hook, self._after, prepend=True)
 
-    def _before(self, _block: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Give a block one row for each distinct prompt."""
+    def _before(self, block: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Give a block one row for each distinct prompt, and of what these begin with as little as can be."""
         hidden = args[0] if args else kwargs["hidden_states"]
-        if self.shared and hidden is not self.hidden:
+        edited = hidden is not self.hidden
+        if self.shared and edited:
             self.shared = torch.equal(hidden, _take(_take(hidden, self.first), self.lines))
-        return taken((args, kwargs), self.first, len(self.lines)) if self.shared else None
+        if not self.shared:
+            self.begun.shared = False
+            return None
+        given = taken((args, kwargs), self.first, len(self.lines))
+        return self.begun.before(block, given, edited) or given
 
     def _after(self, _block: nn.Module, _args: Any, output: Any) -> Any:
         """Give its output to all rows, before any other hook sees it."""
         if not self.shared:
             return None
+        if self.begun.shared:
+            output = self.begun.after(output)
         output = taken(output, self.lines, len(self.first))
         self.hidden = output[0] if isinstance(output, (tuple, list)) else output
         return output

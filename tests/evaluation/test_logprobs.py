@@ -1,7 +1,7 @@
 import torch
-from helpers import random_direction
+from helpers import plain_logprob, random_direction
 
-from persona_vectors.evaluation.logprobs import next_token_logprobs
+from persona_vectors.evaluation.logprobs import answer_logprobs, next_token_logprobs
 from persona_vectors.steering.add import RowEdit, steer
 
 
@@ -17,3 +17,10 @@ def test_the_next_token_after_a_shared_prompt_has_the_plain_model_s_log_probabil
             logits = model(input_ids=torch.tensor([[*begin, *answer]])).logits[0, -1]
         torch.testing.assert_close(logprobs, logits.log_softmax(dim=-1), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(next_token_logprobs(model, rows)[0], found[0])
+
+
+def test_empty_prompts_and_answers_are_scored_as_each_alone(model):
+    rows = [([5, 6], []), ([], [7, 8]), ([5, 6, 7], [9])]
+    expected = [float("nan"), plain_logprob(model, [7], [8]) / 2, plain_logprob(model, [5, 6, 7], [9])]
+    torch.testing.assert_close(answer_logprobs(model, rows), torch.tensor(expected), equal_nan=True)
+    assert answer_logprobs(model, rows[:1]).isnan().all()

@@ -6,9 +6,10 @@ import helpers
 import pytest
 import torch
 import zoo
-from bench import extraction, flagging, generation, gpu, gpu_checks, inputs, measuring, peers, training
+from bench import extraction, flagging, generation, gpu, gpu_checks, inputs, measuring, peers, sharing, training
 from transformers import GenerationConfig
 
+from persona_vectors.model import passes
 from persona_vectors.model.blocks import decoder_layers
 from persona_vectors.model.pooling import POOLINGS, pool
 
@@ -158,3 +159,16 @@ def test_the_gpu_checks_tell_an_edit_that_decoding_missed(model, capsys):
     verdicts.most("nothing to compare", float("nan"))
     assert [line["ok"] for line in lines] == [False, True, False]
     assert capsys.readouterr().out.startswith("WRONG edited in the prompt alone")
+
+
+def test_sharing_is_measured_with_and_without_on_the_same_answers(model, tokenizer, trait, monkeypatch):
+    monkeypatch.setattr(passes, "WORTH", 2)
+    works = sharing.works_of(model, tokenizer, trait, 2, [1, 3], 4)
+    *answering, judging = works.values()
+    shared, scores = [work() for work in answering], judging()
+    with sharing.nothing_shared():
+        assert [work() for work in answering] == shared
+        assert judging() == pytest.approx(scores, abs=1e-3)
+    assert passes.WORTH == 2
+    line = sharing.timed("answers", works["answers of 3 tokens"], 2, model, 2)
+    assert line["a minute"] > 0 and line["from"] <= line["x"] <= line["to"]
