@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache
 
 from persona_vectors.data.progress import pulse
 from persona_vectors.model.beginnings import Beginnings
@@ -98,8 +98,9 @@ class _Prefill:
         return output
 
     def _end(self, _decoder: nn.Module, args: Any, kwargs: Any, _output: Any) -> None:
-        cache: Any = next(each for each in (*args, *kwargs.values()) if isinstance(each, DynamicCache))
-        take_cache_rows(cache, self.lines, len(self.first))
+        for cache in (*args, *kwargs.values()):  # none, where the call keeps none
+            if isinstance(cache, Cache):
+                take_cache_rows(cache, self.lines, len(self.first))
         self.hooks.close()
 
 

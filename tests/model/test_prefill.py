@@ -55,6 +55,15 @@ def test_rows_that_share_their_prompts_answer_as_each_alone(name: str, prompts, 
     assert hooks(model) == 0
 
 
+@pytest.mark.parametrize("prompts", [PROMPTS, BEGUN], ids=["the same", "begun alike"])
+def test_without_a_cache_the_answers_are_the_same(model, tokenizer, prompts):
+    options = {"max_new_tokens": 6, "temperature": 0.0}
+    with steer(model, random_direction(model), layer=1, coef=torch.tensor(COEFS)):
+        kept, none = [generate_tokens(model, tokenizer, prompts, **options, use_cache=way) for way in (True, False)]
+    assert kept == none
+    assert hooks(model) == 0
+
+
 @pytest.mark.parametrize(("coef", "last"), [(5.0, 3), (torch.tensor(COEFS), 6)], ids=["alike", "by row"])
 def test_each_distinct_prompt_is_read_once_up_to_where_rows_differ(model, tokenizer, coef: float | Tensor, last: int):
     rows: list[list[int]] = [[] for _ in range(zoo.BLOCKS)]
