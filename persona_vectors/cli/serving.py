@@ -1,5 +1,6 @@
 """The command that serves: serve."""
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -45,4 +46,5 @@ def serve(
         waiting=waiting,
         seconds=seconds,
         hosts=hosts,
+        announce=partial(typer.echo, err=True),
     )

@@ -41,10 +41,8 @@ def conversation(record: Any, columns: tuple[str, str] | None) -> tuple[list[Mes
     messages, ignored = _turns(record, columns)
     system = None if columns and "system" in columns else record.get("system")
     if isinstance(system, str) and system.strip() and messages and messages[0]["role"] != "system":
-        messages, ignored = (
-            [{"role": "system", "content": _text(system, "system")}, *messages],
-            {i + 1 for i in ignored},
-        )
+        messages = [{"role": "system", "content": _text(system, "system")}, *messages]
+        ignored = {i + 1 for i in ignored}
     tools = _tools(record.get("tools"))
     if tools and messages:
         messages[0] = {**messages[0], "tools": tools}

@@ -8,17 +8,13 @@ import numpy as np
 from persona_vectors.data.intervals import Interval
 from persona_vectors.flagging.nulls import KEPT
 from persona_vectors.flagging.results import Labelled
+from persona_vectors.vectors import probes
 from persona_vectors.vectors.nulls import halves
 
 
 def auroc(values: np.ndarray, labels: np.ndarray) -> float:
     """Return how often a true sample lies above a false one, ties counted half; nan where one of them is missing."""
-    from scipy.stats import rankdata
-
-    true, false = int(labels.sum()), int((~labels).sum())
-    if not true or not false:
-        return float("nan")
-    return float((rankdata(values)[labels].sum() - true * (true + 1) / 2) / true / false)
+    return probes.auroc(values, labels) if 0 < labels.sum() < len(labels) else float("nan")
 
 
 def auroc_interval(values: np.ndarray, labels: np.ndarray, prompts: np.ndarray) -> Interval:

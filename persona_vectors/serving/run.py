@@ -1,7 +1,6 @@
 """Running the server until it is told to stop."""
 
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,12 +38,14 @@ def serve(
     waiting: int = 64,
     seconds: float = 600.0,
     hosts: Sequence[str] = (),
+    announce: Callable[[str], object] | None = None,
 ) -> None:
     """Serve a model and vectors to OpenAI's clients, and a page, until SIGTERM or SIGINT; answers are finished then.
 
     `rows` answers share each forward pass, `waiting` more may wait, and a request may take `seconds`, with two minutes
     more for a slow client. `hosts` are names besides `host` that requests may ask for. `layer` is that of edits that
-    name none: by default the one that the first vector's file recommends to steer at, else the middle one.
+    name none: by default the one that the first vector's file recommends to steer at, else the middle one. `announce`
+    is told the address, once all has been checked.
 
     Raises InputError where the extra is missing, vectors do not fit, or the address is open and there is no key.
     """
@@ -60,7 +61,8 @@ def serve(
     app = Guard(make_app(served, rows=rows, waiting=waiting), hosts=known, key=key, seconds=seconds + _SLOW)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn takes them meanwhile, and raises them again at the end
         signal.signal(number, signal.SIG_IGN)
-    print(f"Serving http://{host}:{port} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+    if announce:
+        announce(f"Serving http://{host}:{port} (Ctrl-C ends it)")
     uvicorn.Server(uvicorn.Config(app, host=host, port=port, **_SETTINGS)).run()
 
 

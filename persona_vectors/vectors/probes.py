@@ -1,4 +1,4 @@
-"""Linear probes of states: logistic ones, and ridge regression held out by group for many labels at once."""
+"""Linear probes of states, logistic ones and ridge regression held out by group, and how well scores tell labels."""
 
 import numpy as np
 
@@ -32,9 +32,13 @@ def held_out(states: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Return the share of pairs of a row that is and one that is not whose scores are in order; 0.5 without a pair."""
-    order = np.sign(scores[labels][:, None] - scores[~labels])
-    return float(0.5 + order.mean() / 2) if order.size else 0.5
+    """Return how often a row that is scores above one that is not, ties counted half; 0.5 without such a pair."""
+    from scipy.stats import rankdata
+
+    true, false = int(labels.sum()), int((~labels).sum())
+    if not true or not false:
+        return 0.5
+    return float((rankdata(scores)[labels].sum() - true * (true + 1) / 2) / true / false)
 
 
 def left_out_fit(x: np.ndarray, y: np.ndarray) -> float:
