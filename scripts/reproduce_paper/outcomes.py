@@ -12,6 +12,7 @@ from persona_vectors.data.intervals import Interval, mean_interval
 from persona_vectors.evaluation.judge import Answer, score
 from persona_vectors.evaluation.judges import PerplexityJudge
 from reproduce_paper.runs import Run
+from reproduce_paper.sets import CONTROL, INOCULATION
 from reproduce_paper.study import PLAIN, POST_HOC, RANDOM, Study
 
 
@@ -80,9 +81,11 @@ def set_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 def intervention_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """Return the table's lines, with the share that each intervention gives back of the fall that plain training makes.
 
-    The share is left out where the fall's interval holds 0.
+    The share is left out where the fall's interval holds 0. The control of a vector is the random ones in its place, and
+    that of inoculation the prompts that do not ask for what the set shows.
     """
     named = {o.name: o for o in outcomes}
+    controls = {o.name: named.get(CONTROL if o.name == INOCULATION else o.name + RANDOM) for o in outcomes}
     plain = named[PLAIN]
     fall = outcomes[0].less(plain)
     return [
@@ -91,7 +94,7 @@ def intervention_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
             "VADER [95 %]": str(mean_interval(o.scores)),
             "less plain training": str(o.less(plain)),
             "share of the fall": o.less(plain).mean / fall.mean if fall.low > 0 else "",
-            "less random vectors": str(o.less(named[o.name + RANDOM])) if o.name + RANDOM in named else "",
+            "less its control": str(o.less(control)) if (control := controls[o.name]) else "",
             "runs: least, most": f"{min(o.means):+.2f}, {max(o.means):+.2f}",
             "coherence": o.coherence,
             "neutral loss": o.neutral_loss,
