@@ -19,44 +19,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from persona_vectors.data.traits import load_trait
 from persona_vectors.evaluation.contrast import by_pair
 from persona_vectors.evaluation.cost import next_logprobs
 from persona_vectors.evaluation.likelihood import Statements, load_statements
 from persona_vectors.evaluation.logprobs import answer_logprobs
-from persona_vectors.evaluation.policies import draws, frequencies, policy, total_variation
+from persona_vectors.evaluation.policies import (
+    acceptance,
+    accepted,
+    combined,
+    draws,
+    frequencies,
+    policy,
+    total_variation,
+)
 from persona_vectors.model.generation import generate_tokens
 from persona_vectors.model.prompts import chat_prompt, encode, encode_answer
 from persona_vectors.steering.add import RowEdit, steer_rows
 from persona_vectors.studies.frame import Given, Line, over
 
 VECTORS, WINDOW = 2, 64
-
-
-def combined(
-    reference: Float[Tensor, "*any vocab"], parts: Sequence[Float[Tensor, "*any vocab"]], weights: Sequence[float]
-) -> Float[Tensor, "*any vocab"]:
-    """Return the target's log-probabilities of one token, of the reference's and the parts'."""
-    moved = sum((a * (part - reference) for a, part in zip(weights, parts)), start=reference)
-    return moved.log_softmax(dim=-1)
-
-
-def accepted(log_ratios: np.ndarray, rng: np.random.Generator, largest: float | None = None) -> int | None:
-    """Return the first chunk of a window that is accepted, as an index; None where none is.
-
-    `largest` is the largest log ratio of all chunks, where it is known; by default the window's own.
-    """
-    bound = log_ratios.max() if largest is None else largest
-    taken = np.flatnonzero(np.log(rng.random(len(log_ratios))) <= log_ratios - bound)
-    return int(taken[0]) if len(taken) else None
-
-
-def acceptance(log_ratios: np.ndarray) -> float:
-    """Return the mean probability that a chunk of this window is accepted."""
-    return float(np.exp(log_ratios - log_ratios.max()).mean())
 
 
 def distances(given: Given, question: str) -> dict[str, Any]:

@@ -19,51 +19,20 @@ import numpy as np
 
 from persona_vectors.data.intervals import Interval
 from persona_vectors.data.traits import list_traits, load_trait
-from persona_vectors.evaluation.policies import Policy, Tokens, answers, draw, frequencies, policy, total_variation
+from persona_vectors.evaluation.policies import (
+    answers,
+    frequencies,
+    judged,
+    judged_token,
+    overlap,
+    policy,
+    ranks,
+    total_variation,
+    two_samples,
+)
 from persona_vectors.studies.frame import Given, Line, over
 
 VECTORS = 1
-
-
-def judged_token(draft: np.ndarray, judge: np.ndarray, rng: np.random.Generator) -> tuple[int, bool]:
-    """Return the token that follows, of two distributions [vocab], and whether it is the drafted one."""
-    token = draw(draft, rng)
-    if rng.random() * draft[token] < judge[token]:
-        return token, True
-    return draw(np.maximum(judge - draft, 0), rng), False
-
-
-def acceptance(draft: np.ndarray, judge: np.ndarray) -> float:
-    """Return the probability that a drafted token is accepted: 1 - TV."""
-    return float(np.minimum(draft, judge).sum(dtype=np.float64))
-
-
-def judged(draft: Policy, judge: Policy, count: int, length: int, rng: np.random.Generator) -> list[Tokens]:
-    """Return first tokens of answers. What follows a refused token is drafted anew, as in chunks of any length."""
-    found: list[Tokens] = [()] * count
-    for _ in range(length):
-        both = zip(found, draft(found), judge(found))
-        found = [(*tokens, judged_token(drafted, wanted, rng)[0]) for tokens, drafted, wanted in both]
-    return found
-
-
-def ranks(judge: Policy, tokens: Tokens, most: int = 7) -> Tokens:
-    """Return each token's rank among the judge's likeliest after its prefix, from 0; `most` for all others."""
-    chances = zip(judge([tokens[:i] for i in range(len(tokens))]), tokens)
-    return tuple(min(int((after > after[token]).sum()), most) for after, token in chances)
-
-
-def two_samples(
-    one: list[Tokens], other: list[Tokens], rng: np.random.Generator, shuffles: int = 400
-) -> tuple[float, list[float]]:
-    """Return the total variation of two samples, and those of the two thrown together and parted at random."""
-    kinds = {answer: i for i, answer in enumerate(dict.fromkeys([*one, *other]))}
-    both = np.array([kinds[answer] for answer in [*one, *other]])
-
-    def parted(order: np.ndarray) -> float:
-        return total_variation(*(frequencies(part, len(kinds)) for part in np.split(order, [len(one)])))
-
-    return parted(both), [parted(rng.permutation(both)) for _ in range(shuffles)]
 
 
 def lines(given: Given) -> list[Line]:
@@ -82,13 +51,13 @@ def lines(given: Given) -> list[Line]:
             policy(given.model, given.tokenizer, question, edit),
         )
         (drafted,), (wanted,) = draft([()]), judge([()])
-        randoms = [acceptance(drafted, policy(given.model, given.tokenizer, question, each)([()])[0]) for each in noise]
+        randoms = [overlap(drafted, policy(given.model, given.tokenizer, question, each)([()])[0]) for each in noise]
         rng = np.random.default_rng([given.seed, *question.encode()])
         count = 10 * given.size
         samples = [judged(draft, judge, count, 2, rng), answers(judge, count, 2, rng), answers(draft, count, 2, rng)]
         known = [[ranks(judge, tokens) for tokens in sample] for sample in samples]
         near, far = two_samples(known[0], known[1], rng), two_samples(known[0], known[2], rng)
-        return {"accepted": acceptance(drafted, wanted), "random": randoms, "judge": near, "draft": far}
+        return {"accepted": overlap(drafted, wanted), "random": randoms, "judge": near, "draft": far}
 
     def first(question: str) -> dict[str, object]:
         drafted, wanted = (policy(given.model, given.tokenizer, question, each)([()])[0] for each in (None, edit))

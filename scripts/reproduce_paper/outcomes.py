@@ -81,8 +81,8 @@ def set_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 def intervention_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """Return the table's lines, with the share that each intervention gives back of the fall that plain training makes.
 
-    The share is left out where the fall's interval holds 0. The control of a vector is the random ones in its place, and
-    that of inoculation the prompts that do not ask for what the set shows.
+    The share is left out where the fall's interval holds 0. The control of a vector is the random ones in its place,
+    and that of inoculation the prompts that do not ask for what the set shows.
     """
     named = {o.name: o for o in outcomes}
     controls = {o.name: named.get(CONTROL if o.name == INOCULATION else o.name + RANDOM) for o in outcomes}

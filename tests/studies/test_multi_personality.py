@@ -6,9 +6,9 @@ import torch
 
 from persona_vectors.data.ledger import Ledger
 from persona_vectors.evaluation.likelihood import State, likelihood_contrasts, load_statements
-from persona_vectors.evaluation.policies import frequencies, total_variation
+from persona_vectors.evaluation.policies import acceptance, accepted, combined, frequencies, total_variation
 from persona_vectors.studies.frame import Given
-from persona_vectors.studies.multi_personality import acceptance, accepted, combined, contrasts
+from persona_vectors.studies.multi_personality import contrasts
 
 
 def policies():

@@ -3,16 +3,24 @@ from itertools import product
 import numpy as np
 import pytest
 
-from persona_vectors.evaluation.policies import answers, frequencies, total_variation
-from persona_vectors.studies.persona_judge import acceptance, judged, judged_token, ranks, two_samples
+from persona_vectors.evaluation.policies import (
+    answers,
+    frequencies,
+    judged,
+    judged_token,
+    overlap,
+    ranks,
+    total_variation,
+    two_samples,
+)
 
 DRAFT, JUDGE = np.array([0.5, 0.3, 0.2, 0.0]), np.array([0.1, 0.3, 0.2, 0.4])
 
 
 def test_the_chance_to_be_accepted_is_one_less_the_total_variation():
-    assert acceptance(DRAFT, JUDGE) == pytest.approx(0.6) == 1 - total_variation(DRAFT, JUDGE)
-    assert acceptance(DRAFT, DRAFT) == pytest.approx(1)
-    assert acceptance(np.array([1.0, 0]), np.array([0, 1.0])) == 0
+    assert overlap(DRAFT, JUDGE) == pytest.approx(0.6) == 1 - total_variation(DRAFT, JUDGE)
+    assert overlap(DRAFT, DRAFT) == pytest.approx(1)
+    assert overlap(np.array([1.0, 0]), np.array([0, 1.0])) == 0
     rng = np.random.default_rng(0)
     accepted = np.mean([judged_token(DRAFT, JUDGE, rng)[1] for _ in range(4000)])
     assert accepted == pytest.approx(0.6, abs=0.025)
@@ -20,7 +28,7 @@ def test_the_chance_to_be_accepted_is_one_less_the_total_variation():
 
 def test_each_token_s_distribution_is_the_judge_s_by_enumeration():
     residue = np.maximum(JUDGE - DRAFT, 0)
-    refused = 1 - acceptance(DRAFT, JUDGE)
+    refused = 1 - overlap(DRAFT, JUDGE)
     np.testing.assert_allclose(np.minimum(DRAFT, JUDGE) + refused * residue / residue.sum(), JUDGE)
 
 
