@@ -1,7 +1,7 @@
 """The command that runs a neighbouring paper's system as a study: study."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,6 +29,9 @@ def study(
         list[str] | None,
         typer.Option(metavar="VECTOR", help="files or names of vectors (default: the shipped optimistic and humorous)"),
     ] = None,
+    features: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="an autoencoder's W_dec, safetensors, for persona_features")
+    ] = None,
     size: Annotated[int, typer.Option(help="how much of everything it takes", min=1)] = 4,
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="where a killed run goes on; gets NAME.json and NAME.md")
@@ -51,5 +54,6 @@ def study(
         raise InputError(f"vectors ship for {EMBEDDED} alone: give --vector, the file of one of {model}'s")
     vectors = load_vectors(vector or [f"{model}/{trait}" for trait in ("optimistic", "humorous")])
     loaded, tokenizer = load(model)
-    found = run_study(name, loaded, tokenizer, vectors, size=size, seed=seed, out=out, command=command_line())
+    options: dict[str, Any] = {"size": size, "seed": seed, "features": features, "out": out}
+    found = run_study(name, loaded, tokenizer, vectors, **options, command=command_line())
     echo_table(found.rows(), as_json=as_json, text=found.page)

@@ -106,6 +106,19 @@ def strength_at(cost: Callable[[float], float], kl: float, *, of: str, tolerance
     return math.exp(brentq(excess, low, high, xtol=tolerance))
 
 
+def edit_success(pos: Tensor, neg: Tensor, pos_before: Tensor) -> Tensor:
+    """Return ES of statements, of their log-probabilities and those that the wanted ones had before."""
+    return (pos - neg).sigmoid() * (pos - pos_before).exp().clamp(max=1)
+
+
+def coef_at(success: Callable[[float], float], wanted: float, full: float) -> float:
+    """Return the coefficient that has an ES; nan where it is not reached at one, two or four times `full`."""
+    if success(0.0) >= wanted:
+        return 0.0
+    most = next((times * full for times in (1, 2, 4) if success(times * full) >= wanted), math.nan)
+    return most if math.isnan(most) else brentq(lambda coef: success(coef) - wanted, 0, most, xtol=full / 100)
+
+
 def token_kls(
     before: Sequence[Float[Tensor, "_ vocab"]], after: Sequence[Float[Tensor, "_ vocab"]]
 ) -> Float[Tensor, " token"]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, permutations, product
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -143,6 +143,28 @@ def likelihood_contrasts(
     logprobs = _logprobs(model, rows, [state.edit for state in states], desc=desc, ledger=ledger)
     sides = logprobs.view(len(states), -1, statements.orders, 2)
     return (sides[..., 0] - sides[..., 1]).mean(dim=2)
+
+
+def forced_choice(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    scenes: Sequence[Sequence[str]],
+    asked: Sequence[str],
+    *,
+    edit: RowEdit | None = None,
+) -> Float[Tensor, "scene paraphrase"]:
+    """Return by how much the first of two actions is likelier as an answer, the mean over both orders of their list.
+
+    A scene is its text and two actions; `asked` are paraphrases of the question that follows it. Nats a token.
+    """
+    rows = []
+    for scene, *actions in scenes:
+        for question, order in product(asked, permutations(actions)):
+            listed = "\n".join(f"- {action}" for action in order)
+            prompt = chat_prompt(tokenizer, f"{scene} {question}\n{listed}\nAnswer with one of them.")
+            rows += [encode_answer(tokenizer, prompt, action) for action in actions]
+    found = answer_logprobs(model, rows, edits=[edit] * len(rows)).view(len(scenes), len(asked), -1, 2)
+    return (found[..., 0] - found[..., 1]).mean(dim=2)
 
 
 def neutral_perplexity(

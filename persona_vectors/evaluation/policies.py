@@ -3,14 +3,17 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from persona_vectors.evaluation.cost import next_logprobs
+from persona_vectors.evaluation.likelihood import Statements
 from persona_vectors.evaluation.logprobs import next_token_logprobs
 from persona_vectors.model.blocks import Model
-from persona_vectors.model.prompts import chat_prompt, encode
-from persona_vectors.steering.add import RowEdit
+from persona_vectors.model.prompts import chat_prompt, encode, encode_answer
+from persona_vectors.steering.add import RowEdit, steer_rows
 
 Tokens = tuple[int, ...]
 Policy = Callable[[Sequence[Tokens]], list[np.ndarray]]
@@ -126,3 +129,24 @@ def accepted(log_ratios: np.ndarray, rng: np.random.Generator, largest: float | 
 def acceptance(log_ratios: np.ndarray) -> float:
     """Return the mean probability that a chunk of this window is accepted."""
     return float(np.exp(log_ratios - log_ratios.max()).mean())
+
+
+def combined_contrasts(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    statements: Statements,
+    edits: Sequence[RowEdit],
+    targets: Sequence[Sequence[int]],
+) -> Float[Tensor, "target pair"]:
+    """Return the likelihood contrast under each target, which is `combined` of the model under the edits it numbers."""
+    found = torch.zeros(len(targets), len(statements.pairs), dtype=torch.float64)
+    for number, (question, pair) in enumerate(zip(statements.questions, statements.pairs)):
+        for text, sign in ((pair.pos, 1), (pair.neg, -1)):
+            row = encode_answer(tokenizer, chat_prompt(tokenizer, question), text)
+            reference, *parts = (
+                next_logprobs(model, [row], steer_rows(model, [edit]))[0].cpu() for edit in (None, *edits)
+            )
+            for target, members in enumerate(targets):
+                logprobs = combined(reference, [parts[i] for i in members], [1] * len(members))
+                found[target, number] += sign * logprobs.gather(1, torch.tensor(row[1])[:, None]).mean()
+    return found

@@ -1,9 +1,17 @@
-"""What tests of persons say of respondents: two-parameter item response theory, and the agreement of raters."""
+"""What tests of persons say of respondents: item response theory, agreement, ranks, and how far two are apart."""
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.stats import kendalltau
 from torch import Tensor
+
+from persona_vectors.data.intervals import Interval, bootstrap
+
+Items = Mapping[str, Sequence[float]]
+"""The items' values of each coordinate of a respondent."""
 
 
 def two_parameter_fit(choices: Float[Tensor, "respondent item"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,3 +47,25 @@ def icc(ratings: np.ndarray) -> float:
     rest = ((ratings - total) ** 2).sum() - (targets - 1) * rows - (raters - 1) * columns
     error = rest / ((targets - 1) * (raters - 1))
     return float((rows - error) / (rows + (raters - 1) * error + raters * (columns - error) / targets))
+
+
+def standard_changes(one: Items, other: Items) -> dict[str, np.ndarray]:
+    """Return each item's change from one model to the other, in deviations of the coordinate's items in the first."""
+    return {name: (np.array(other[name]) - values) / np.std(values, ddof=1) for name, values in one.items()}
+
+
+def change_distance(one: Items, other: Items) -> Interval:
+    """Return the root mean square of the coordinates' changes; its interval is over coordinates."""
+    moved = np.array([each.mean() for each in standard_changes(one, other).values()])
+    return bootstrap(lambda index: float(np.sqrt((moved[index] ** 2).mean())), range(len(moved)))
+
+
+def robustness(expert: np.ndarray, variants: np.ndarray) -> float:
+    """Return the worst case over irrelevant attributes less the expert alone, of utilities [attribute, question]."""
+    return float(variants.mean(axis=1).min() - expert.mean())
+
+
+def fidelity(levels: np.ndarray) -> float:
+    """Return Kendall's tau of utilities with the levels of expertise, lowest first, [level, question]."""
+    found = kendalltau(np.arange(len(levels)), levels.mean(axis=1)).statistic
+    return float(found)

@@ -14,54 +14,21 @@ A small model can show whether steering moves every sentence or a few; it cannot
 long text.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy.stats import wasserstein_distance
 
 from persona_vectors.data.traits import load_trait
+from persona_vectors.evaluation import fidelity
 from persona_vectors.evaluation.judges import SentimentJudge
 from persona_vectors.model.generation import generate_batches
 from persona_vectors.model.prompts import chat_prompt, decode, encode
 from persona_vectors.steering.add import RowEdit, steer_rows
 from persona_vectors.studies.frame import Given, Line, over
 
-VECTORS, WIDTH, TARGET = 1, 2.0, 0.05
-
-
-def accuracy(scores: Sequence[float], low: float = TARGET, high: float = 1.0) -> float:
-    """Return ACC, the share of sentences whose score lies in the character's range."""
-    return float(np.mean([low <= score <= high for score in scores]))
-
-
-def internal_consistency(scores: Sequence[float], width: float = WIDTH) -> float:
-    """Return IC: 1 where all sentences score the same, 0 where half of them are at either end of the range."""
-    return float(1 - np.std(scores) / (width / 2))
-
-
-def retest_consistency(answers: Sequence[Sequence[float]], width: float = WIDTH) -> float:
-    """Return RC: 1 where all answers to a question have the same scores in any order, 0 at a range's distance."""
-    return float(1 - np.mean([wasserstein_distance(a, b) for a, b in combinations(answers, 2)]) / width)
-
-
-def hidden_deviation(scores: Sequence[float]) -> float:
-    """Return 1 for an answer whose mean is in character and one or more of whose sentences are not, else 0."""
-    return float(np.mean(scores) >= TARGET and accuracy(scores) < 1)
-
-
-def over_answers(measure: Callable[[Sequence[float]], float], answers: Sequence[Sequence[float]]) -> float:
-    """Return the mean of a measure over the answers to a question."""
-    return float(np.mean([measure(scores) for scores in answers]))
-
-
-def sentences(text: str) -> list[str]:
-    """Return a text's sentences; one that the limit of tokens cut counts where it is all that there is."""
-    found = [part.strip() for part in re.split(r"(?<=[.!?])\s+", text) if re.search(r"\w", part)]
-    return found[:-1] if len(found) > 1 and found[-1][-1] not in '.!?"' else found
+VECTORS = 1
 
 
 def scored(given: Given, questions: Sequence[str], edit: RowEdit | None) -> list[list[list[float]]]:
@@ -76,7 +43,7 @@ def scored(given: Given, questions: Sequence[str], edit: RowEdit | None) -> list
     for batch in generate_batches(given.model, given.tokenizer, prompts, during=during, **options):
         for row, (tokens, _) in zip(batch.rows, batch.answers):
             texts[row] = decode(given.tokenizer, tokens)
-    scores = [[judge.compound(sentence) for sentence in sentences(text)] or [0.0] for text in texts]
+    scores = [[judge.compound(sentence) for sentence in fidelity.sentences(text)] or [0.0] for text in texts]
     return [scores[i : i + 2] for i in range(0, len(scores), 2)]
 
 
@@ -87,10 +54,10 @@ def lines(given: Given) -> list[Line]:
     edits |= {f"random {i}": edit for i, edit in enumerate(given.random_edits(given.edits[0], 4))}
     found = {name: given.once(name, scored, given, questions, edit) for name, edit in edits.items()}
     measures: dict[str, Callable[[Sequence[Sequence[float]]], float]] = {
-        "ACC": partial(over_answers, accuracy),
-        "IC": partial(over_answers, internal_consistency),
-        "RC": retest_consistency,
-        "in character by the mean, with sentences outside": partial(over_answers, hidden_deviation),
+        "ACC": partial(fidelity.over_answers, fidelity.accuracy),
+        "IC": partial(fidelity.over_answers, fidelity.internal_consistency),
+        "RC": fidelity.retest_consistency,
+        "in character by the mean, with sentences outside": partial(fidelity.over_answers, fidelity.hidden_deviation),
     }
     result = []
     for name, measure in measures.items():

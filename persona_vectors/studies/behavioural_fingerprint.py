@@ -13,35 +13,21 @@ A small model can show whether a fingerprint tells training from rewording, and 
 that two models with the same fingerprint behave alike elsewhere.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import numpy as np
-
-from persona_vectors.data.intervals import Interval, bootstrap
 from persona_vectors.data.texts import assistant_prompts, neutral_texts
 from persona_vectors.evaluation.inventory import big_five
 from persona_vectors.evaluation.likelihood import likelihood_contrast, load_statements, shipped_statements
+from persona_vectors.evaluation.psychometrics import Items, change_distance, standard_changes
 from persona_vectors.monitoring.projection import project
 from persona_vectors.studies.frame import Given, Line, over
 from persona_vectors.training.finetuning import training_rows
 from persona_vectors.training.tuned import tuned
 
 VECTORS = 1
-Fingerprint = Mapping[str, Sequence[float]]  # the items' values of each coordinate
 
 
-def differences(one: Fingerprint, other: Fingerprint) -> dict[str, np.ndarray]:
-    """Return each item's change from one model to the other, in deviations of the coordinate's items in the first."""
-    return {name: (np.array(other[name]) - values) / np.std(values, ddof=1) for name, values in one.items()}
-
-
-def distance(one: Fingerprint, other: Fingerprint) -> Interval:
-    """Return the root mean square of the coordinates' changes; its interval is over coordinates."""
-    moved = np.array([each.mean() for each in differences(one, other).values()])
-    return bootstrap(lambda index: float(np.sqrt((moved[index] ** 2).mean())), range(len(moved)))
-
-
-def fingerprint(given: Given, system: str, trained_on: Sequence[tuple[str, str]] = ()) -> Fingerprint:
+def fingerprint(given: Given, system: str, trained_on: Sequence[tuple[str, str]] = ()) -> Items:
     """Return the fingerprint behind a system prompt, of the model or of a LoRA trained on questions and answers."""
     if trained_on:
         with tuned(given.model, training_rows(given.tokenizer, trained_on, max_length=256), seed=given.seed):
@@ -68,12 +54,14 @@ def lines(given: Given) -> list[Line]:
     }
     usual, *others = systems = assistant_prompts()[1:5]
     plain, *again = (given.once(text, fingerprint, given, text) for text in systems)
-    largest, retests = f"largest of {len(others)} retests", [distance(plain, each) for each in again]
+    largest, retests = f"largest of {len(others)} retests", [change_distance(plain, each) for each in again]
     null = max(each.mean for each in retests)
     result = [Line(f"distance of the retest {text!r}", each) for text, each in zip(others, retests)]
     loras = {name: given.once(f"LoRA on {name}", fingerprint, given, usual, rows) for name, rows in data.items()}
-    result += [Line(f"distance of a LoRA on {n}", distance(plain, each), null, largest) for n, each in loras.items()]
-    changes = [differences(plain, each) for each in (loras["optimistic statements"], *again)]
+    result += [
+        Line(f"distance of a LoRA on {n}", change_distance(plain, each), null, largest) for n, each in loras.items()
+    ]
+    changes = [standard_changes(plain, each) for each in (loras["optimistic statements"], *again)]
     for name, values in plain.items():
         moved, *retested = (over(each[name]) for each in changes)
         most = max(abs(each.mean) for each in retested)

@@ -17,27 +17,26 @@ opinions are a personality.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from scipy.optimize import brentq
 from torch import Tensor
 
-from persona_vectors.evaluation.cost import next_logprobs, token_kls
+from persona_vectors.evaluation.cost import coef_at, edit_success, next_logprobs, token_kls
 from persona_vectors.evaluation.inventory import item_scores
 from persona_vectors.evaluation.logprobs import answer_logprobs
 from persona_vectors.model.passes import Row
 from persona_vectors.model.pooling import pool
 from persona_vectors.model.prompts import chat_prompt, encode_answer
-from persona_vectors.steering.add import steer
+from persona_vectors.monitoring.projection import token_projections
 from persona_vectors.steering.bounds import steer_where
 from persona_vectors.studies.frame import Given, Line, over
 from persona_vectors.vectors.controls import random_vector
+from persona_vectors.vectors.directions import unit_directions
 from persona_vectors.vectors.vector import PersonaVector
 
 VECTORS = 1
@@ -49,24 +48,6 @@ MEASURED = (
     ("I am sure that {} will bring you joy.", "I am afraid that {} will bring you trouble."),
     ("There is so much to love about {}.", "There is so little to love about {}."),
 )
-
-
-def edit_success(pos: Tensor, neg: Tensor, pos_before: Tensor) -> Tensor:
-    """Return ES of statements, of their log-probabilities and those that the wanted ones had before."""
-    return (pos - neg).sigmoid() * (pos - pos_before).exp().clamp(max=1)
-
-
-def drawdown(before: Sequence[Float[Tensor, "_ vocab"]], after: Sequence[Float[Tensor, "_ vocab"]]) -> float:
-    """Return DD: the mean over all tokens of KL(before | after), in nats, of log-probabilities."""
-    return float(token_kls(before, after).mean())
-
-
-def coef_at(success: Callable[[float], float], wanted: float, full: float) -> float:
-    """Return the coefficient that has an ES; nan where it is not reached at one, two or four times `full`."""
-    if success(0.0) >= wanted:
-        return 0.0
-    most = next((times * full for times in (1, 2, 4) if success(times * full) >= wanted), math.nan)
-    return most if math.isnan(most) else brentq(lambda coef: success(coef) - wanted, 0, most, xtol=full / 100)
 
 
 class Topic:
@@ -95,34 +76,25 @@ class Topic:
 
     def projections(self, watch: PersonaVector, rows: Sequence[Row]) -> Tensor:
         """Return the projections of all tokens of some rows, [token]."""
-        read: list[Tensor] = []
-
-        def note(found: Tensor) -> Tensor:
-            read.append(found.flatten().cpu())
-            return torch.zeros_like(found, dtype=torch.bool)
-
-        with steer_where(self.given.model, self.edit.vector, layer=self.edit.layer, coef=1.0, when=note, watch=watch):
-            next_logprobs(self.given.model, rows)
-        return torch.cat(read)
+        units = unit_directions(self.given.model, [watch], self.edit.layer)
+        return torch.cat(token_projections(self.given.model, rows, units))[:, 0]
 
     def gates(self, count: int) -> list[Gate]:
-        """Return the topic's gate, and random ones that open as often on all statements."""
+        """Return the gate that is always open, the topic's, and random ones that open as often as it does."""
         own, everywhere = self.direction(), [*self.measured, *self.elsewhere]
         level = float(self.projections(own, self.made).quantile(0.25))
         shut = float((self.projections(own, everywhere) <= level).float().mean())
         noise = [random_vector(own, seed=self.given.seed + i) for i in range(count)]
-        return [(own, level), *((each, float(self.projections(each, everywhere).quantile(shut))) for each in noise)]
+        shut_at = [self.projections(each, everywhere).quantile(shut) for each in noise]
+        return [(own, -math.inf), (own, level), *zip(noise, map(float, shut_at))]
 
-    def steered(self, gate: Gate | None, coef: float) -> AbstractContextManager[None]:
-        """Return the edit at a coefficient, everywhere or behind a gate."""
-        edit = self.edit
-        if gate is None:
-            return steer(self.given.model, edit.vector, layer=edit.layer, coef=coef)
+    def steered(self, gate: Gate, coef: float) -> AbstractContextManager[None]:
+        """Return the edit at a coefficient, at tokens where the gate is open."""
         watch, level = gate
         options: dict[str, Any] = {"when": lambda found: found > level, "watch": watch}
-        return steer_where(self.given.model, edit.vector, layer=edit.layer, coef=coef, **options)
+        return steer_where(self.given.model, self.edit.vector, layer=self.edit.layer, coef=coef, **options)
 
-    def success(self, gate: Gate | None, coef: float) -> float:
+    def success(self, gate: Gate, coef: float) -> float:
         """Return the mean ES over the topic's statements."""
         with self.steered(gate, coef):
             return self._success(answer_logprobs(self.given.model, self.measured))
@@ -136,27 +108,26 @@ class Topic:
         found = answer_logprobs(self.given.model, self.measured * count, edits=edits).view(count, -1)
         return [self._success(each) for each in found]
 
-    def drawdown(self, gate: Gate | None, coef: float) -> float:
+    def drawdown(self, gate: Gate, coef: float) -> float:
         """Return DD on the other topics; nan for a coefficient that is."""
         if math.isnan(coef):
             return math.nan
         with self.steered(gate, coef):
-            return drawdown(self.plain, next_logprobs(self.given.model, self.elsewhere))
+            return float(token_kls(self.plain, next_logprobs(self.given.model, self.elsewhere)).mean())
 
 
 def measure(given: Given, name: str) -> dict[str, Any]:
     """Return a topic's ES and DD: of the edit everywhere, behind the topic's gate, and behind random ones."""
     topic, full = Topic(given, name), given.edits[0].coef
-    ways = [None, *topic.gates(4)]
+    ways = topic.gates(4)
     wanted = min(topic.success(way, full) for way in ways[:2])
     coefs = [coef_at(partial(topic.success, way), wanted, full) for way in ways]
-    found: dict[str, Any] = {"before": topic.success(None, 0.0), "everywhere": topic.success(None, full)}
+    found: dict[str, Any] = {"before": topic.success(ways[0], 0.0), "everywhere": topic.success(ways[0], full)}
     found |= {"gated": topic.success(ways[1], full), "random": topic.random_success(10)}
-    item = [f"Like {name}."]
-    ratings = [float(item_scores(given.model, given.tokenizer, item).mean())]
-    for way, coef in list(zip(ways, coefs))[:2]:
+    ratings = []
+    for way, coef in [(ways[0], 0.0), *zip(ways, coefs)][:3]:
         with topic.steered(way, coef):
-            ratings.append(float(item_scores(given.model, given.tokenizer, item).mean()))
+            ratings.append(float(item_scores(given.model, given.tokenizer, [f"Like {name}."]).mean()))
     return found | {"drawdown": [topic.drawdown(*each) for each in zip(ways, coefs)], "ratings": ratings}
 
 

@@ -1,9 +1,11 @@
 """What studies share: what each is given, and the table and the page that it makes."""
 
+import hashlib
 import importlib
 import inspect
 import json
 import math
+import pkgutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from persona_vectors.data.errors import InputError
@@ -20,28 +24,15 @@ from persona_vectors.data.intervals import Interval, mean_interval
 from persona_vectors.data.ledger import Ledger
 from persona_vectors.data.tables import Table
 from persona_vectors.data.texts import DATA
-from persona_vectors.model.blocks import Model, model_name
+from persona_vectors.model.blocks import Model, model_name, model_shape
 from persona_vectors.model.identity import hash_of, identity
 from persona_vectors.model.thoughts import edit_positions
 from persona_vectors.steering.add import RowEdit
 from persona_vectors.vectors.controls import random_vectors
+from persona_vectors.vectors.geometry import dictionary
 from persona_vectors.vectors.vector import PersonaVector
 
-NAMES = (
-    "persona_judge",
-    "multi_personality",
-    "editing_personality",
-    "atomic_fidelity",
-    "situational_judgment",
-    "principled_personas",
-    "localizing",
-    "behavioural_fingerprint",
-    "persona_fuse",
-    "miracle",
-    "truthful_personas",
-    "user_personas",
-    "personality_alignment",
-)
+NAMES = tuple(each.name for each in pkgutil.iter_modules([str(Path(__file__).parent)]) if each.name != "frame")
 """The studies: each is the module of that name, whose docstring is the text of its page and whose `lines` its table."""
 
 
@@ -111,6 +102,8 @@ class Given:
     """How much of everything: questions, draws or controls, as the study says. 1 is the least."""
     seed: int
     done: Ledger
+    features: Float[Tensor, "feature hidden"] | None = None
+    """An autoencoder's decoder rows, where the user gives them."""
 
     @cached_property
     def edits(self) -> list[RowEdit]:
@@ -149,21 +142,25 @@ def run_study(
     *,
     size: int,
     seed: int = 0,
+    features: str | Path | None = None,
     out: str | Path | None = None,
     command: str = "",
 ) -> Study:
     """Run a study; with a folder `out` it goes on where an earlier run stopped, and writes NAME.json and NAME.md there.
 
-    Raises InputError for a name that there is none of, and for vectors too few or without a recommended use.
+    `features` is an autoencoder's file, see `dictionary`. Raises InputError for a name that there is none of, and for
+    vectors too few or without a recommended use.
     """
     module = module_of(name)
     if len(vectors) < module.VECTORS:
         raise InputError(f"{name} needs {module.VECTORS} vectors, and {len(vectors)} are given: give --vector for each")
     directions = hash_of([vector.directions.tolist() for vector in vectors])
-    settings = {"study": name, **identity(model, tokenizer), "vectors": directions, "size": size, "seed": seed}
+    rows = None if features is None else dictionary(features, model_shape(model)[1])
+    known = {} if features is None else {"features": hashlib.sha256(Path(features).read_bytes()).hexdigest()}
+    settings = {"study": name, **identity(model, tokenizer), "vectors": directions, "size": size, "seed": seed, **known}
     ledger = None if out is None else Path(out) / f"{name}.jsonl"
     with writing(ledger):
-        given = Given(model, tokenizer, tuple(vectors), size, seed, Ledger(ledger, settings))
+        given = Given(model, tokenizer, tuple(vectors), size, seed, Ledger(ledger, settings), rows)
         lines = tuple(module.lines(given))
         seconds = sum(entry["seconds"] for entry in given.done.found.values())
         study = Study(name, model_name(model), command, seconds / 60, lines)

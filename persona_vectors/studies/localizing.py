@@ -20,10 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from scipy.special import rel_entr
 from scipy.stats import ttest_1samp
-from torch import Tensor
 
 from persona_vectors.evaluation.likelihood import load_statements
 from persona_vectors.model.pooling import pool
@@ -31,37 +28,11 @@ from persona_vectors.model.prompts import chat_prompt, encode_answer
 from persona_vectors.studies.frame import Given, Line, over
 from persona_vectors.vectors.controls import random_vector
 from persona_vectors.vectors.nulls import random_null
+from persona_vectors.vectors.probes import jaccard, jaccard_by_chance, scan, told_apart
 from persona_vectors.vectors.vector import PersonaVector
 
 VECTORS = 0
 SETS = ("optimistic", "humorous", "apathetic", "impolite")
-
-
-def told_apart(differences: Float[Tensor, "pair layer hidden"]) -> Float[Tensor, "pair layer"]:
-    """Return whether each pair's difference points as the mean of all others does, 1 or 0."""
-    others = differences.sum(dim=0) - differences
-    return ((differences * others).sum(dim=-1) > 0).float()
-
-
-def scan(p: np.ndarray) -> tuple[float, np.ndarray]:
-    """Return Berk and Jones's statistic of p-values [unit], and the subset that maximises it, as indices."""
-    order = np.argsort(p)
-    alpha, share = p[order], np.arange(1, len(p) + 1) / len(p)
-    alpha = np.clip(alpha, 1e-12, 1 - 1e-12)
-    scores = len(p) * (rel_entr(share, alpha) + rel_entr(1 - share, 1 - alpha)) * (share > alpha)
-    best = int(scores.argmax())
-    return float(scores[best]), np.sort(order[: best + 1])
-
-
-def jaccard(one: np.ndarray, other: np.ndarray) -> float:
-    """Return the size of two subsets' intersection over that of their union."""
-    return len(np.intersect1d(one, other)) / max(1, len(np.union1d(one, other)))
-
-
-def jaccard_by_chance(one: int, other: int, units: int) -> float:
-    """Return the Jaccard index of random subsets of these sizes that share as many units as they do on average."""
-    shared = one * other / units
-    return shared / max(1, one + other - shared)
 
 
 def measure(given: Given, name: str) -> dict[str, Any]:

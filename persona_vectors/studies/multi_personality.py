@@ -14,7 +14,6 @@ A small model can show whether the sampler has the distribution that it names, a
 cannot show whether the answers read as one person.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,21 +21,20 @@ import torch
 
 from persona_vectors.data.traits import load_trait
 from persona_vectors.evaluation.contrast import by_pair
-from persona_vectors.evaluation.cost import next_logprobs
 from persona_vectors.evaluation.likelihood import Statements, load_statements
 from persona_vectors.evaluation.logprobs import answer_logprobs
 from persona_vectors.evaluation.policies import (
     acceptance,
     accepted,
     combined,
+    combined_contrasts,
     draws,
     frequencies,
     policy,
     total_variation,
 )
 from persona_vectors.model.generation import generate_tokens
-from persona_vectors.model.prompts import chat_prompt, encode, encode_answer
-from persona_vectors.steering.add import RowEdit, steer_rows
+from persona_vectors.model.prompts import chat_prompt, encode
 from persona_vectors.studies.frame import Given, Line, over
 
 VECTORS, WINDOW = 2, 64
@@ -64,21 +62,6 @@ def distances(given: Given, question: str) -> dict[str, Any]:
     return found | {"four": acceptance((read[1] + read[2] - 2 * read[0]).numpy())}
 
 
-def contrasts(given: Given, statements: Statements, edits: Sequence[RowEdit], pairs: Sequence[Sequence[int]]) -> Any:
-    """Return each target's likelihood contrast, [target][statement pair]; a target is made of the edits in `pairs`."""
-    found = torch.zeros(len(pairs), len(statements.pairs), dtype=torch.float64)
-    for number, (question, pair) in enumerate(zip(statements.questions, statements.pairs)):
-        for text, sign in ((pair.pos, 1), (pair.neg, -1)):
-            row = encode_answer(given.tokenizer, chat_prompt(given.tokenizer, question), text)
-            reference, *parts = (
-                next_logprobs(given.model, [row], steer_rows(given.model, [edit]))[0].cpu() for edit in (None, *edits)
-            )
-            for target, members in enumerate(pairs):
-                logprobs = combined(reference, [parts[i] for i in members], [1] * len(members))
-                found[target, number] += sign * logprobs.gather(1, torch.tensor(row[1])[:, None]).mean()
-    return found.tolist()
-
-
 def lines(given: Given) -> list[Line]:
     """Return how exact the sampler is, what it accepts, and what the target does to both traits' contrasts.
 
@@ -95,9 +78,14 @@ def lines(given: Given) -> list[Line]:
     ]
     noise = [edit for own in given.edits[:2] for edit in given.random_edits(own, 6)]
     pairs = [(), (0,), (1,), (0, 1), *((2 + i, 8 + i) for i in range(6))]
+
+    def contrasts(statements: Statements) -> Any:
+        edits = [*given.edits[:2], *noise]
+        return combined_contrasts(given.model, given.tokenizer, statements, edits, pairs).tolist()
+
     for vector in given.vectors[:2]:
         statements = load_statements(vector.trait).split()[1].part(0, given.size + 2)
-        read = given.once(vector.trait, contrasts, given, statements, [*given.edits[:2], *noise], pairs)
+        read = given.once(vector.trait, contrasts, statements)
         effects = torch.tensor(read[1:]) - torch.tensor(read[0])
         null = float(effects[3:].mean(dim=1).max())
         for name, effect in zip((*(f"{v.trait} alone" for v in given.vectors[:2]), "both"), effects):

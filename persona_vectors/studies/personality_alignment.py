@@ -22,9 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from persona_vectors.evaluation.inventory import ipip_items, item_scores
 from persona_vectors.model.pooling import pool
@@ -32,7 +31,7 @@ from persona_vectors.model.prompts import chat_prompt, encode_answer
 from persona_vectors.steering.add import steer
 from persona_vectors.steering.heads import head_states, shift_heads
 from persona_vectors.studies.frame import Given, Line, over
-from persona_vectors.vectors.probes import auroc, held_out
+from persona_vectors.vectors.probes import auroc, deviations, held_out
 from persona_vectors.vectors.vector import PersonaVector
 
 VECTORS, ALPHAS, RANDOM = 0, (2.0, 5.0, 10.0), 3
@@ -40,12 +39,6 @@ ITEMS = [item for i in range(10) for item in ipip_items()[i::10]]
 PROBED, CHOOSING, MEASURED = ITEMS[:30], ITEMS[30:35], ITEMS[35:]
 Person = dict[str, int]
 """1 or -1 in each factor."""
-
-
-def deviations(states: Float[Tensor, "row *unit dim"], agrees: Bool[Tensor, " row"]) -> Tensor:
-    """Return the direction towards a person's answers, as long as the deviation of the projections on it."""
-    unit = normalize(states[agrees].mean(dim=0) - states[~agrees].mean(dim=0), dim=-1)
-    return unit * (states * unit).sum(dim=-1).std(dim=0)[..., None]
 
 
 def answers(person: Person, items: Sequence[Any]) -> Float[Tensor, " item"]:

@@ -24,6 +24,7 @@ from persona_vectors.data.intervals import Interval, bootstrap
 from persona_vectors.data.texts import assistant_prompts
 from persona_vectors.data.traits import InstructionPair
 from persona_vectors.evaluation.likelihood import State, Statements, likelihood_contrasts
+from persona_vectors.evaluation.psychometrics import fidelity, robustness
 from persona_vectors.studies.frame import Given, Line, over, shipped, upper
 
 VECTORS = 0
@@ -31,17 +32,6 @@ FACTS: dict[str, list[list[str]]] = shipped("facts")
 """Questions by domain, each with the right answer and three wrong ones."""
 ATTRIBUTES = ("Your name is Robin.", "Your name is Alex.", "You like the colour green.", "You own a bicycle.")
 LEVELS = ("someone without schooling", "a child", "a school pupil", "a student", "a teacher", "a professor")
-
-
-def robustness(expert: np.ndarray, variants: np.ndarray) -> float:
-    """Return the worst case over irrelevant attributes less the expert alone, of utilities [attribute, question]."""
-    return float(variants.mean(axis=1).min() - expert.mean())
-
-
-def fidelity(levels: np.ndarray) -> float:
-    """Return Kendall's tau of utilities with the levels of expertise, lowest first, [level, question]."""
-    found = kendalltau(np.arange(len(levels)), levels.mean(axis=1)).statistic
-    return float(found)
 
 
 def personas(domain: str) -> dict[str, Sequence[str | None]]:

@@ -19,16 +19,14 @@ in a scene that it acts in.
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from itertools import permutations
 
 import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from persona_vectors.data.intervals import Interval, bootstrap
-from persona_vectors.evaluation.logprobs import answer_logprobs
+from persona_vectors.data.intervals import bootstrap
+from persona_vectors.evaluation.likelihood import forced_choice
 from persona_vectors.evaluation.psychometrics import icc, two_parameter_fit
-from persona_vectors.model.prompts import chat_prompt, encode_answer
 from persona_vectors.steering.add import RowEdit
 from persona_vectors.studies.frame import Given, Line, shipped, upper
 
@@ -39,27 +37,19 @@ SCENES: list[list[str]] = shipped("scenes")
 """Scenes, each with the action in character and another."""
 
 
-def margins(given: Given, scenes: Sequence[Sequence[str]], edit: RowEdit | None) -> list[list[float]]:
-    """Return by how much the character's action is likelier, [scene][paraphrase], over all orders of the list."""
-    rows = []
-    for scene, *actions in scenes:
-        for asked in ASKED:
-            for order in permutations(actions):
-                listed = "\n".join(f"- {action}" for action in order)
-                prompt = chat_prompt(given.tokenizer, f"{scene} {asked}\n{listed}\nAnswer with one of them.")
-                rows += [encode_answer(given.tokenizer, prompt, action) for action in actions]
-    found = answer_logprobs(given.model, rows, edits=[edit] * len(rows)).view(len(scenes), len(ASKED), -1, 2)
-    return (found[..., 0] - found[..., 1]).mean(dim=2).tolist()
-
-
 def lines(given: Given) -> list[Line]:
     """Return how abilities follow the strength, and how paraphrases agree; `size` + 2 scenes, intervals over them."""
     scenes, own = SCENES[: given.size + 2], given.edits[0]
     edits = {f"{s:+g}": own._replace(coef=s * own.coef) for s in STRENGTHS}
     edits |= {f"random {i}": edit for i, edit in enumerate(given.random_edits(own, 10))}
-    found = np.array([given.once(name, margins, given, scenes, edit) for name, edit in edits.items()])
+
+    def chosen(scenes: Sequence[Sequence[str]], edit: RowEdit) -> list[list[float]]:
+        return forced_choice(given.model, given.tokenizer, scenes, ASKED, edit=edit).tolist()
+
+    found = np.array([given.once(name, chosen, scenes, edit) for name, edit in edits.items()])
     count, plain, full = len(STRENGTHS), STRENGTHS.index(0.0), STRENGTHS.index(1.0)
     rng, everyone = np.random.default_rng(given.seed), np.arange(len(scenes))
+    over_scenes = partial(bootstrap, clusters=everyone, resamples=100)
 
     @cache
     def fitted(which: tuple[int, ...]) -> np.ndarray:
@@ -84,21 +74,12 @@ def lines(given: Given) -> list[Line]:
     ranks = [spearmanr(rng.permutation(count), STRENGTHS).statistic for _ in range(1000)]
     rated = found.mean(axis=1)
     shuffled = [icc(np.stack([rng.permutation(column) for column in rated.T], axis=1)) for _ in range(400)]
-    result = [
-        Line(
-            "Spearman's rho of ability with strength", _over_scenes(follows, everyone), *upper(ranks, "shuffled ranks")
-        )
-    ]
+    ranked = upper(ranks, "shuffled ranks")
+    result = [Line("Spearman's rho of ability with strength", over_scenes(follows), *ranked)]
     for name, measure in (("ability", theta), ("share chosen in character", share)):
         at = measure(everyone)
-        moved = _over_scenes(partial(difference, measure), everyone)
+        moved = over_scenes(partial(difference, measure))
         null = float((at[count:] - at[plain]).max())
         result.append(Line(f"{name}, recommended strength less plain", moved, null, "largest of 10 random vectors"))
-    return [
-        *result,
-        Line("ICC of paraphrases", _over_scenes(agreement, everyone), *upper(shuffled, "shuffled respondents")),
-    ]
-
-
-def _over_scenes(statistic: Callable[[np.ndarray], float], everyone: np.ndarray) -> Interval:
-    return bootstrap(statistic, everyone, resamples=100)
+    chance = upper(shuffled, "shuffled respondents")
+    return [*result, Line("ICC of paraphrases", over_scenes(agreement), *chance)]

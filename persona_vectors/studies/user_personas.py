@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
@@ -34,22 +33,12 @@ from persona_vectors.model.prompts import chat_prompt, encode, encode_answer
 from persona_vectors.steering.add import RowEdit
 from persona_vectors.studies.frame import Given, Line, over, shipped, upper
 from persona_vectors.vectors.geometry import patched_logprobs
-from persona_vectors.vectors.probes import left_out_fit
+from persona_vectors.vectors.probes import identified, left_out_fit, signed_difference
 from persona_vectors.vectors.vector import PersonaVector
 
 VECTORS, DOSE, USERS = 0, 0.1, shipped("users")
 REQUESTS, WORDS = zip(*USERS["requests"])
 SAID, REPEAT = 'Would I say "{}" of myself? {}.', "cat cat\n1135 1135\nhello hello\nblue blue\n?"
-
-
-def persona_direction(states: Float[Tensor, "statement reply layer hidden"], signs: Tensor) -> Tensor:
-    """Return the mean over statements of the state after yes less that after no, turned round for opposing ones."""
-    return torch.einsum("slh,s->lh", states[:, 0] - states[:, 1], signs) / len(signs)
-
-
-def found(logprobs: np.ndarray) -> np.ndarray:
-    """Return 1 for each state, [state, word], that raises its own word most above the word's mean over states."""
-    return ((logprobs - logprobs.mean(axis=0)).argmax(axis=1) == np.arange(len(logprobs))).astype(float)
 
 
 def moved(given: Given, states: Sequence[State]) -> Any:
@@ -69,9 +58,9 @@ def vectors(given: Given) -> tuple[list[PersonaVector], Tensor]:
     for sides in USERS["personas"].values():
         texts = [SAID.format(text, reply) for side in sides for text in side for reply in ("Yes", "No")]
         signs = torch.tensor([1.0, -1.0]).repeat_interleave(len(sides[0]))
-        direction = persona_direction(prompt_states(given.model, given.tokenizer, texts).unflatten(0, (-1, 2)), signs)
+        states = prompt_states(given.model, given.tokenizer, texts).unflatten(0, (-1, 2))
         norms = DOSE * others.norms.mean(dim=0)[:, None]
-        made.append(PersonaVector("user", "", normalize(direction, dim=1) * norms))
+        made.append(PersonaVector("user", "", normalize(signed_difference(states, signs), dim=1) * norms))
     return made, (others.means[0::2, 0] - others.means[1::2, 0]).mean(dim=0)
 
 
@@ -109,6 +98,6 @@ def lines(given: Given) -> list[Line]:
         chance = upper([left_out_fit(rng.permutation(x), y) for _ in range(500)], "permuted cosines")
         result.append(Line(f"effect predicted by the cosine {at}", over([left_out_fit(x, y)]), *chance))
         for way, table in each["decoded"].items():
-            chance = upper([found(rng.permutation(table)).mean() for _ in range(500)], "permuted requests")
-            result.append(Line(f"word found {at} by {way}", over(found(np.array(table))), *chance))
+            chance = upper([identified(rng.permutation(table)).mean() for _ in range(500)], "permuted requests")
+            result.append(Line(f"word found {at} by {way}", over(identified(np.array(table))), *chance))
     return result

@@ -1,10 +1,12 @@
 """The geometry of persona vectors: cosines between traits and layers, separation by layer, and what a vector says."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, SupportsIndex
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -105,6 +107,55 @@ def separation_indices(
     return found
 
 
+def output_rows(model: Model) -> Float[Tensor, "token hidden"]:
+    """Return each token's direction in the residual stream, by the output matrix and the final norm's weight.
+
+    Raises InputError for a model without an output matrix.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise InputError(f"{type(model).__name__} has no output matrix: give a language model")
+    gain = _final_gain(model)
+    with torch.no_grad():
+        rows = head.weight.float()
+        return rows if gain is None else rows * gain.float().to(rows.device)
+
+
+def dictionary(path: str | Path, hidden: int) -> Float[Tensor, "feature hidden"]:
+    """Return the decoder rows of a sparse autoencoder's safetensors file.
+
+    They are its tensor `W_dec` [feature, hidden], or `decoder.weight` [hidden, feature], as the common libraries write.
+
+    Raises InputError for a file without either, or of another width.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = sorted(file.keys())
+            name = next((name for name in ("W_dec", "decoder.weight") if name in names), None)
+            if name is None:
+                raise InputError(f"{path} holds {', '.join(names)}: give a file with W_dec or decoder.weight")
+            stored = file.get_tensor(name).float()
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is no whole safetensors file ({error}): give an autoencoder's") from None
+    rows = stored if name == "W_dec" else stored.T
+    if rows.ndim != 2 or rows.shape[1] != hidden:
+        raise InputError(f"{path}: {name} is {list(stored.shape)}, and the model's states have {hidden} units")
+    return rows
+
+
+def feature_cosines(
+    features: Float[Tensor, "feature hidden"], directions: Float[Tensor, "*any hidden"]
+) -> Float[Tensor, "*any feature"]:
+    """Return the cosines of directions with features, a dictionary's decoder rows or the output matrix's."""
+    units = torch.nn.functional.normalize(features, dim=-1)
+    return torch.nn.functional.normalize(directions.double(), dim=-1).to(units) @ units.T
+
+
+def shared_features(one: Float[Tensor, " feature"], other: Float[Tensor, " feature"], top: int) -> float:
+    """Return the share of the `top` features with the largest values that two rankings have in common."""
+    return len(set(one.topk(top).indices.tolist()) & set(other.topk(top).indices.tolist())) / top
+
+
 class Lens(NamedTuple):
     """Tokens with how far the vector moves their logits, strongest first."""
 
@@ -121,15 +172,8 @@ def logit_lens(
     of it is not in this; at early layers it says little.
     """
     vector.check_fits(model)
-    head = model.get_output_embeddings()
-    if head is None:
-        raise InputError(f"{type(model).__name__} has no output matrix: give a language model")
-    direction = vector.direction(layer).to(head.weight.device, torch.float32)
-    gain = _final_gain(model)
-    with torch.inference_mode():
-        scaled = direction if gain is None else direction * gain.float().to(direction.device)
-        moved = head.weight.float() @ scaled
-    moved = moved[: len(tokenizer)].cpu()
+    rows = output_rows(model)
+    moved = (rows @ vector.direction(layer).to(rows))[: len(tokenizer)].cpu()
     if not 0 < top <= len(moved):
         raise InputError(f"top is {top}: give 1 to {len(moved)}")
 

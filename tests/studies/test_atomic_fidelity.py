@@ -1,6 +1,6 @@
 import pytest
 
-from persona_vectors.studies.atomic_fidelity import (
+from persona_vectors.evaluation.fidelity import (
     accuracy,
     hidden_deviation,
     internal_consistency,

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from persona_vectors.studies.behavioural_fingerprint import differences, distance
+from persona_vectors.evaluation.psychometrics import change_distance, standard_changes
 
 ONE = {"a": [1.0, 2.0, 3.0], "b": [0.0, 10.0]}
 """Coordinates whose items have deviations 1 and sqrt(50)."""
@@ -13,19 +13,19 @@ def moved(a: float, b: float) -> dict[str, list[float]]:
 
 
 def test_a_difference_is_in_deviations_of_the_first_model_s_items():
-    found = differences(ONE, moved(0.5, -2.0))
+    found = standard_changes(ONE, moved(0.5, -2.0))
     assert found["a"].tolist() == pytest.approx([0.5] * 3) and found["b"].tolist() == pytest.approx([-2.0] * 2)
 
 
 def test_the_distance_is_the_root_mean_square_over_coordinates():
-    assert distance(ONE, moved(3.0, -4.0)).mean == pytest.approx(np.sqrt(12.5))
-    assert distance(ONE, ONE) == (0, 0, 0)
-    found = distance(ONE, moved(3.0, -4.0))
+    assert change_distance(ONE, moved(3.0, -4.0)).mean == pytest.approx(np.sqrt(12.5))
+    assert change_distance(ONE, ONE) == (0, 0, 0)
+    found = change_distance(ONE, moved(3.0, -4.0))
     assert (found.low, found.high) == pytest.approx((3, 4))  # resamples hold either coordinate alone
 
 
 def test_items_that_change_places_are_no_distance():
-    assert distance(ONE, {"a": [3.0, 1.0, 2.0], "b": [10.0, 0.0]}).mean == pytest.approx(0)
+    assert change_distance(ONE, {"a": [3.0, 1.0, 2.0], "b": [10.0, 0.0]}).mean == pytest.approx(0)
 
 
 @pytest.mark.slow

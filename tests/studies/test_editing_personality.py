@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from persona_vectors.studies.editing_personality import coef_at, drawdown, edit_success
+from persona_vectors.evaluation.cost import coef_at, edit_success, token_kls
 
 
 def test_an_edit_s_success_is_the_preference_where_the_wanted_statement_did_not_lose():
@@ -21,9 +21,9 @@ def test_the_drawdown_is_the_mean_over_tokens_of_the_divergence():
     plain = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
     edited = torch.tensor([[0.25, 0.75], [0.25, 0.75]]).log()
     one = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
-    assert drawdown([plain], [edited]) == pytest.approx(one / 2)
-    assert drawdown([plain, plain[:1]], [edited, edited[:1]]) == pytest.approx(2 * one / 3)
-    assert drawdown([plain], [plain]) == 0
+    assert float(token_kls([plain], [edited]).mean()) == pytest.approx(one / 2)
+    assert float(token_kls([plain, plain[:1]], [edited, edited[:1]]).mean()) == pytest.approx(2 * one / 3)
+    assert float(token_kls([plain], [plain]).mean()) == 0
 
 
 def test_equal_success_is_found_by_the_coefficient():

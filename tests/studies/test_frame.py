@@ -32,7 +32,7 @@ def test_other_settings_and_too_few_vectors_are_refused(study, vectors, monkeypa
     vectors.clear()
     with pytest.raises(InputError, match="needs 1 vectors, and 0 are given"):
         study("persona_judge")
-    with pytest.raises(InputError, match="no study 'nothing': give one of persona_judge"):
+    with pytest.raises(InputError, match="no study 'nothing': give one of atomic_fidelity"):
         module_of("nothing")
 
 

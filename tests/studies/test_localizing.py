@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from persona_vectors.studies.localizing import jaccard, jaccard_by_chance, scan, told_apart
+from persona_vectors.vectors.probes import jaccard, jaccard_by_chance, scan, told_apart
 
 
 def test_pairs_are_told_apart_at_the_layer_where_a_direction_is_planted():

@@ -6,9 +6,15 @@ import torch
 
 from persona_vectors.data.ledger import Ledger
 from persona_vectors.evaluation.likelihood import State, likelihood_contrasts, load_statements
-from persona_vectors.evaluation.policies import acceptance, accepted, combined, frequencies, total_variation
+from persona_vectors.evaluation.policies import (
+    acceptance,
+    accepted,
+    combined,
+    combined_contrasts,
+    frequencies,
+    total_variation,
+)
 from persona_vectors.studies.frame import Given
-from persona_vectors.studies.multi_personality import contrasts
 
 
 def policies():
@@ -85,6 +91,6 @@ def test_the_target_of_one_token_is_the_product_normalised():
 def test_the_target_of_one_part_has_that_part_s_contrast_on_statements(model, tokenizer, vectors):
     statements = load_statements("optimistic").part(0, 3)
     given = Given(model, tokenizer, tuple(vectors), 1, 0, Ledger(None))
-    found = contrasts(given, statements, given.edits, [(), (1,)])
+    found = combined_contrasts(model, tokenizer, statements, given.edits, [(), (1,)])
     plain = likelihood_contrasts(model, tokenizer, statements, [State(), State(given.edits[1])])
-    torch.testing.assert_close(torch.tensor(found), plain, atol=1e-4, rtol=1e-3, check_dtype=False)
+    torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-3, check_dtype=False)

@@ -13,10 +13,10 @@ from persona_vectors.studies.personality_alignment import (
     MEASURED,
     PROBED,
     answers,
-    deviations,
     distance,
     nearest,
 )
+from persona_vectors.vectors.probes import deviations
 
 
 def test_the_parts_share_no_item_and_hold_every_factor_as_often():

@@ -5,8 +5,9 @@ from helpers import make_tokenizer
 
 from persona_vectors.data.ledger import Ledger
 from persona_vectors.evaluation import likelihood
+from persona_vectors.evaluation.psychometrics import fidelity, robustness
 from persona_vectors.studies.frame import Given
-from persona_vectors.studies.principled_personas import FACTS, fidelity, personas, robustness, utilities
+from persona_vectors.studies.principled_personas import FACTS, personas, utilities
 
 
 def test_robustness_is_the_worst_attribute_s_and_never_their_mean():

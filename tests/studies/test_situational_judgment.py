@@ -3,11 +3,8 @@ import pytest
 import torch
 from helpers import make_tokenizer
 
-from persona_vectors.data.ledger import Ledger
+from persona_vectors.evaluation import likelihood
 from persona_vectors.evaluation.psychometrics import icc, two_parameter_fit
-from persona_vectors.studies import situational_judgment
-from persona_vectors.studies.frame import Given
-from persona_vectors.studies.situational_judgment import margins
 
 
 def test_planted_discriminations_difficulties_and_abilities_are_recovered():
@@ -48,6 +45,7 @@ def test_a_margin_is_of_the_action_wherever_it_is_listed(model, monkeypatch):
             [5.0 * (f"?\n- {answer}" in prompt) + 2.0 * (answer == "Smile.") for prompt, answer in texts]
         )
 
-    monkeypatch.setattr(situational_judgment, "answer_logprobs", liked)
-    given = Given(model, make_tokenizer(), (), 1, 0, Ledger(None))
-    assert margins(given, [("It rains.", "Smile.", "Frown.")], None) == [[2.0, 2.0]]
+    monkeypatch.setattr(likelihood, "answer_logprobs", liked)
+    scenes = [("It rains.", "Smile.", "Frown.")]
+    found = likelihood.forced_choice(model, make_tokenizer(), scenes, ["What do you do?", "And which?"])
+    assert found.tolist() == [[2.0, 2.0]]

@@ -7,7 +7,8 @@ from persona_vectors.data.ledger import Ledger
 from persona_vectors.evaluation import likelihood
 from persona_vectors.evaluation.likelihood import State
 from persona_vectors.studies.frame import Given
-from persona_vectors.studies.user_personas import USERS, found, moved, persona_direction
+from persona_vectors.studies.user_personas import USERS, moved
+from persona_vectors.vectors.probes import identified, signed_difference
 
 
 def test_the_direction_is_what_statement_and_reply_say_together_and_neither_alone():
@@ -17,7 +18,7 @@ def test_the_direction_is_what_statement_and_reply_say_together_and_neither_alon
     statement = torch.randn(6, 1, 2, 5, generator=rng) + 9 * signs[:, None, None, None]
     replies = torch.tensor([1.0, -1.0])[None, :, None, None]
     states = statement + 7 * reply * replies + planted * replies * signs[:, None, None, None]
-    torch.testing.assert_close(persona_direction(states, signs), 2 * planted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(signed_difference(states, signs), 2 * planted, atol=1e-5, rtol=1e-5)
 
 
 def test_matching_and_opposing_statements_are_as_many():
@@ -27,8 +28,8 @@ def test_matching_and_opposing_statements_are_as_many():
 
 def test_a_word_is_found_where_its_own_request_raises_it_most():
     own = np.array([[1.0, 5, 0], [0, 7, 0], [0, 5, 2]])  # the second word is the likeliest everywhere
-    assert found(own).tolist() == [1, 1, 1]
-    assert found(own[[1, 0, 2]]).tolist() == [0, 0, 1]
+    assert identified(own).tolist() == [1, 1, 1]
+    assert identified(own[[1, 0, 2]]).tolist() == [0, 0, 1]
 
 
 def test_what_a_state_moves_is_the_mean_over_pairs_of_the_refusal_less_the_compliance(model, tokenizer, monkeypatch):
