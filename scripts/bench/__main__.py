@@ -3,6 +3,7 @@
 Usage: python scripts/bench extraction | generation | flagging | training [--model NAME | --shape SHAPE] [--out FILE]
        python scripts/bench sharing [--model NAME] [--questions N] [--out FILE]
        python scripts/bench end-to-end [--model NAME] [--since COMMIT] [--out FILE]
+       python scripts/bench judging [--model NAME] [--seconds S] [--out FILE]
        python scripts/bench gpu [--shape SHAPE] [--out FILE]
        python scripts/bench serve isolation | throughput | step | soak [--model NAME] [--vector FILE] [--out FILE]
 """
@@ -19,13 +20,14 @@ from bench.extraction import extraction
 from bench.flagging import flagging
 from bench.generation import generation
 from bench.gpu import gpu
+from bench.judging import judging
 from bench.serving import serve
 from bench.sharing import sharing
 from bench.training import training
 from persona_vectors.data.errors import InputError
 
 app = typer.Typer(help="Benchmarks of persona_vectors.", no_args_is_help=True, add_completion=False)
-for command in (extraction, generation, flagging, training, sharing, end_to_end, gpu):
+for command in (extraction, generation, flagging, training, sharing, end_to_end, judging, gpu):
     app.command()(command)
 app.add_typer(serve, name="serve")
 
