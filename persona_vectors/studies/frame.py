@@ -87,7 +87,8 @@ class Study(Table):
         for line in self.lines:
             null = "" if math.isnan(line.null) else f"{line.null:.3f}"
             value = f"{line.value.mean:.3f}" if math.isnan(line.value.low) else f"{line.value:.3f}"
-            table.append(f"| {line.what} | {value} | {null} | {line.null_of} |")
+            what = line.what.replace("|", r"\|")
+            table.append(f"| {what} | {value} | {null} | {line.null_of} |")
         return "\n".join([f"# {title.rstrip('.')}", text, "", made, "", *table, ""])
 
 

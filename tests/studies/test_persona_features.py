@@ -5,6 +5,7 @@ from helpers import run
 from safetensors.torch import save_file
 
 from persona_vectors.data.errors import InputError
+from persona_vectors.data.texts import neutral_texts
 from persona_vectors.studies import persona_features
 from persona_vectors.studies.persona_features import nearness
 from persona_vectors.vectors.geometry import dictionary, feature_cosines, output_rows, shared_features
@@ -75,11 +76,13 @@ def test_the_planted_feature_of_a_shift_is_named_and_other_files_are_other_runs(
     rows = planted(count=hidden, hidden=hidden)
     save_file({"W_dec": rows}, tmp_path / "sae.safetensors")
     noise = 0.01 * torch.randn(8, hidden, generator=torch.Generator().manual_seed(2))
-    monkeypatch.setattr(persona_features, "shift", lambda *_: (rows[7] + noise).tolist())
+    states = {True: rows[7] + noise, False: torch.zeros(8, hidden)}  # after training on the trait, and on plain facts
+    plain = neutral_texts()[-1]
+    monkeypatch.setattr(persona_features, "shift", lambda _, texts, layer: states[plain not in texts].tolist())
     found = study("persona_features", features=tmp_path / "sae.safetensors")
     first = found.lines[0]
-    assert "feature 7, the first" in first.what and first.value.mean > max(0.99, first.null)
-    assert [line.what for line in found.lines if "adding feature 7" in line.what]
+    assert "'feature 7', the first" in first.what and first.value.mean > max(0.99, first.null)
+    assert [line.what for line in found.lines if "adding 'feature 7'" in line.what]
     save_file({"W_dec": rows * 2}, tmp_path / "sae.safetensors")
     with pytest.raises(InputError, match="features="):
         study("persona_features", features=tmp_path / "sae.safetensors")
