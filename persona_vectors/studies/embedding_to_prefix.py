@@ -4,9 +4,10 @@ Huber et al. 2025 (arXiv 2505.17051) map one embedding of a user to a soft token
 sum of the user's history, each part weighted by its likeness to what is asked. People are drawn here: where they
 live, what they do, eat and keep, one of six each. Their history is a statement of each; a statement's embedding is
 its mean state at the middle layer, and likeness a softmax of tenths of cosines with the question's. One linear map
-for each way is trained on some people's answers to the four questions; others, whom it did not see, are measured. The
-gain is by how much likelier a person's own answers become, in nats a token, and the share is of the gain that the
-history has as a system prompt. The null is the same map with the history of other people.
+for each way is trained on some people's answers to the four questions; others, whom it did not see, are measured: by
+how much likelier their own answers are than two with other values, in nats a token, as any soft token makes an answer
+of this form likelier. The gain is over the plain model, and the share is of the gain that the history has as a system
+prompt. The null is the same map with the history of other people.
 
 The paper: one soft token from an embedding tells a model of its user at little cost, in dialogue and in search (the
 first); a weighted history is better than retrieved texts in the prompt (the second).
@@ -15,7 +16,7 @@ A small model can show how much of four facts passes through one token, to peopl
 cannot show what a token holds of a person's years of history.
 """
 
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from persona_vectors.model.prompts import chat_prompt, encode_answer
 from persona_vectors.studies.frame import Given, Line, over, shipped
 from persona_vectors.training.soft import fit_soft_token, soft_logprobs, weighted_history
 
-VECTORS, SHUFFLES = 0, 5
+VECTORS, SHUFFLES, OTHERS, EPOCHS = 0, 5, 2, 6
 LIVES: list[list[str]] = shipped("lives")
 """A question, a statement, and the values that it is completed with."""
 
@@ -40,7 +41,7 @@ def share(gains: np.ndarray, whole: np.ndarray) -> float:
 
 
 def measure(given: Given) -> dict[str, Any]:
-    """Return held-out people's mean log-probability of their answers: plain, prompted, and by each map and history."""
+    """Return held-out people's mean preference for their answers: plain, prompted, and by each map and history."""
     model, tokenizer, rng = given.model, given.tokenizer, np.random.default_rng(given.seed)
     asked, said = [q for q, *_ in LIVES], [[text.format(value) for value in values] for _, text, *values in LIVES]
     prompt = chat_prompt(tokenizer, "Tell me about yourself.")
@@ -52,10 +53,13 @@ def measure(given: Given) -> dict[str, Any]:
     people = np.stack(np.unravel_index(every, [len(said[0])] * len(asked)), axis=1)
     known, new = np.split(people, [16 * given.size])
 
-    def rows(of: np.ndarray, told: bool = False) -> list:
-        systems = [" ".join(said[i][v] for i, v in enumerate(person)) if told else None for person in of]
-        talks = [(q, system, said[i][p[i]]) for p, system in zip(of, systems) for i, q in enumerate(asked)]
-        return [encode_answer(tokenizer, chat_prompt(tokenizer, q, system=s), text) for q, s, text in talks]
+    def rows(of: np.ndarray, others: int = 0, told: bool = False) -> list:
+        made = []
+        for person, i, other in product(of, range(len(asked)), range(others + 1)):
+            system = " ".join(each[value] for each, value in zip(said, person)) if told else None
+            text = said[i][(person[i] + other) % len(said[i])]
+            made.append(encode_answer(tokenizer, chat_prompt(tokenizer, asked[i], system=system), text))
+        return made
 
     def vectors(of: np.ndarray, evenly: bool) -> Tensor:
         histories = [facts[torch.arange(len(asked)), torch.from_numpy(person)] for person in of]
@@ -64,16 +68,18 @@ def measure(given: Given) -> dict[str, Any]:
     def read(of: list, soft: Tensor | None = None) -> list[float]:
         parts = (slice(i, i + 16) for i in range(0, len(of), 16))
         found = [soft_logprobs(model, of[part], None if soft is None else soft[part]) for part in parts]
-        return torch.cat(found).view(len(new), -1).mean(dim=1).tolist()
+        own = torch.cat(found).view(len(new), len(asked), -1)
+        return (own[..., 0] - own[..., 1:].mean(dim=2)).mean(dim=1).tolist()
 
-    own: list = rows(new)
+    own = rows(new, OTHERS)
     others = [new[(np.arange(len(new)) + shift) % len(new)] for shift in range(1, SHUFFLES + 1)]
     with torch.no_grad():
-        result: dict[str, Any] = {"plain": read(own), "prompt": read(rows(new, told=True))}
+        result: dict[str, Any] = {"plain": read(own), "prompt": read(rows(new, OTHERS, told=True))}
     for way, evenly in (("one embedding", True), ("a weighted history", False)):
-        made = fit_soft_token(model, rows(known), vectors(known, evenly), seed=given.seed)
+        made = fit_soft_token(model, rows(known), vectors(known, evenly), epochs=EPOCHS, seed=given.seed)
         with torch.no_grad():
-            result[way] = [read(own, made(vectors(of, evenly))) for of in (new, *others)]
+            told = [vectors(of, evenly).repeat_interleave(OTHERS + 1, dim=0) for of in (new, *others)]
+            result[way] = [read(own, made(each)) for each in told]
     return result
 
 

@@ -45,5 +45,8 @@ def test_people_who_are_measured_were_not_trained_on(study, monkeypatch):
     def people(of):
         return {tuple(tuple(answer) for _, answer in of[i : i + 4]) for i in range(0, len(of), 4)}
 
-    assert len(people(rows["known"])) == 16 and len(people(rows["read"])) == 4
-    assert not people(rows["known"]) & people(rows["read"])
+    measured = rows["read"][::3]  # each answer of their own before two with other values
+    assert len(people(rows["known"])) == 16 and len(people(measured)) == 4
+    assert not people(rows["known"]) & people(measured)
+    for own, *others in zip(*(rows["read"][i::3] for i in range(3))):
+        assert all(prompt == own[0] and answer != own[1] for prompt, answer in others)
