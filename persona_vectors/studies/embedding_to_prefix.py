@@ -86,13 +86,12 @@ def measure(given: Given) -> dict[str, Any]:
 def lines(given: Given) -> list[Line]:
     """Return the shares of the prompt's gain, of 2 `size` + 2 people, by maps trained on 16 `size` others."""
     found = {name: np.array(value) for name, value in given.once("people", measure, given).items()}
-    whole, result = found["prompt"] - found["plain"], []
-    result.append(Line("gain of the history as a system prompt", over(whole)))
+    whole = found["prompt"] - found["plain"]
+    result = [Line("gain of the history as a system prompt", over(whole))]
     for way in ("one embedding", "a weighted history"):
         own, *others = found[way] - found["plain"]
         kept = bootstrap(lambda i: share(own[i], whole[i]), range(len(own)))  # noqa: B023
         most = max(share(each, whole) for each in others)
         result.append(Line(f"share of it by {way}", kept, most, f"largest of {SHUFFLES} with other people's history"))
-        less = own - np.mean(others, axis=0)
-        result.append(Line(f"gain by {way}, own less other people's history", over(less)))
+        result.append(Line(f"gain by {way}, less other people's history", over(own - np.mean(others, axis=0))))
     return result

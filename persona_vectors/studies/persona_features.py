@@ -70,8 +70,7 @@ def lines(given: Given) -> list[Line]:
         rows = output_rows(given.model).cpu()[: len(given.tokenizer)]
         rows = rows - rows.mean(dim=0)
     made = load_statements(edit.vector.trait).split()[0]
-    data = {"trait": [(q, pair.pos) for q, pair in zip(made.questions, made.pairs)]}
-    data["plain"] = neutral_texts()[-len(made.pairs) :]
+    data = {"trait": [(q, pair.pos) for q, pair in zip(made.questions, made.pairs)], "plain": neutral_texts()[-8:]}
     trait, plain = (torch.tensor(given.once(name, shift, given, texts, layer)) for name, texts in data.items())
     moved, whole = trait - plain, (trait - plain).mean(dim=0)
     vector = edit.vector.direction(layer)
