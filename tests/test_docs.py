@@ -4,6 +4,7 @@ import re
 import resource
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import execute_notebooks
@@ -29,19 +30,36 @@ def test_a_page_s_python_blocks_run_in_order(monkeypatch, tmp_path, page):
         exec(compile(block, str(path), "exec"), namespace)
 
 
-def test_the_readme_s_first_lines_end_in_a_steered_answer_within_ten_seconds():
-    """They are the processor's: this machine may have others' work to do, and the model is in the cache."""
+PLAIN = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = (auto.from_pretrained(sys.argv[1]) for auto in (AutoModelForCausalLM, AutoTokenizer))
+asked = [{"role": "user", "content": "How was your day?"}]
+ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=24, do_sample=False)[0]))
+"""
+
+
+def seconds_and_output(words: list[str]) -> tuple[float, str]:
+    """Run a command; return the processor's seconds, as this machine may have others' work to do, and what it says."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime, done.stdout
+
+
+def test_the_readme_s_first_lines_end_in_a_steered_answer_about_as_soon_as_transformers_in_a_plain_one():
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)[0].splitlines()
     assert len(lines) == 3
     words = shlex.split(lines[-1])
     assert words[0] == "persona-vectors"
-    load_model("smollm2-135m")
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(command(*words[1:]), env=ENVIRONMENT, capture_output=True, text=True, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.stdout.startswith("layer 13, coef +2 | How was your day?\n") and len(done.stdout) > 80
-    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 10
+    folder = load_model("smollm2-135m")[0].name_or_path
+    plain, _ = seconds_and_output([sys.executable, "-c", PLAIN, folder])
+    ours, said = seconds_and_output(command(*words[1:]))
+    assert said.startswith("layer 13, coef +2 | How was your day?\n") and len(said) > 80
+    assert ours < 1.5 * plain
 
 
 NUMBER = re.compile(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?")

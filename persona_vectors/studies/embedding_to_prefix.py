@@ -3,7 +3,7 @@
 Huber et al. 2025 (arXiv 2505.17051) map one embedding of a user to a soft token, Liu et al. 2024 (arXiv 2409.11901) a
 sum of the user's history, each part weighted by its likeness to what is asked. People are drawn here: where they
 live, what they do, eat and keep, one of six each. Their history is a statement of each; a statement's embedding is
-its mean state at the middle layer, and likeness a softmax of tenths of cosines with the question's. One linear map
+its mean state at the middle layer, and likeness a softmax of ten times its cosine with the question's. One linear map
 for each way is trained on some people's answers to the four questions; others, whom it did not see, are measured: by
 how much likelier their own answers are than two with other values, in nats a token, as any soft token makes an answer
 of this form likelier. The gain is over the plain model, and the share is of the gain that the history has as a system
