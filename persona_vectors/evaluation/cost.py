@@ -107,12 +107,15 @@ def strength_at(cost: Callable[[float], float], kl: float, *, of: str, tolerance
 
 
 def edit_success(pos: Tensor, neg: Tensor, pos_before: Tensor) -> Tensor:
-    """Return ES of statements, of their log-probabilities and those that the wanted ones had before."""
+    """Return the edit success ES of statements (Mao et al. 2023, arXiv 2310.02168), 0 to 1.
+
+    Given are the log-probabilities of wanted statements and of their opposites, and of the wanted ones before the edit.
+    """
     return (pos - neg).sigmoid() * (pos - pos_before).exp().clamp(max=1)
 
 
 def coef_at(success: Callable[[float], float], wanted: float, full: float) -> float:
-    """Return the coefficient that has an ES; nan where it is not reached at one, two or four times `full`."""
+    """Return the coefficient that has a success; nan where it is not reached at one, two or four times `full`."""
     if success(0.0) >= wanted:
         return 0.0
     most = next((times * full for times in (1, 2, 4) if success(times * full) >= wanted), math.nan)

@@ -65,7 +65,7 @@ def robustness(expert: np.ndarray, variants: np.ndarray) -> float:
     return float(variants.mean(axis=1).min() - expert.mean())
 
 
-def fidelity(levels: np.ndarray) -> float:
+def level_agreement(levels: np.ndarray) -> float:
     """Return Kendall's tau of utilities with the levels of expertise, lowest first, [level, question]."""
     found = kendalltau(np.arange(len(levels)), levels.mean(axis=1)).statistic
     return float(found)

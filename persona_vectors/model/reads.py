@@ -27,7 +27,6 @@ def read_blocks(model: Model, layers: Sequence[int], read: Read) -> Iterator[Tok
     a wider one, or one with gradients, gives each block's as it comes. See `edit_blocks`.
     """
     most = SMALL // model_shape(model)[1]
-    spans: dict[tuple[int, int], list[int]] = {}  # how many outputs in turn are on one device, by the first and all
 
     def keep(layer: int, hidden: Tensor, tokens: Tokens) -> None:
         if tokens.kept is None:
@@ -41,7 +40,7 @@ def read_blocks(model: Model, layers: Sequence[int], read: Read) -> Iterator[Tok
         tokens.kept[layer] = hidden
         last = layer == layers[-1]
         if last or len(tokens.kept) * tokens.batch > most:
-            _read_kept(read, tokens, spans)
+            _read_kept(read, tokens)
         if last and tokens.copied is not None:
             tokens.copied = None if all(torch.equal(*pair) for pair in tokens.copied) else []
         return None
@@ -50,16 +49,14 @@ def read_blocks(model: Model, layers: Sequence[int], read: Read) -> Iterator[Tok
         yield tokens
 
 
-def _read_kept(read: Read, tokens: Tokens, spans: dict[tuple[int, int], list[int]]) -> None:
+def _read_kept(read: Read, tokens: Tokens) -> None:
     """Give `read` what was kept, stacked on each device."""
     assert tokens.kept is not None
     kept, tokens.kept, tokens.simply_kept = tokens.kept, {}, None
     tokens.fired.update(kept)
     layers, begin = list(kept), 0
     outputs = [each if isinstance(each, Tensor) else each[0] for each in kept.values()]
-    if (key := (layers[0], len(layers))) not in spans:  # asking each output again would be a tenth of the work
-        spans[key] = [len(list(group)) for _, group in groupby(outputs, key=attrgetter("device"))]
-    for count in spans[key]:
-        part = slice(begin, begin + count)
-        read(layers[part], torch.stack(outputs[part]), tokens)
-        begin += count
+    for _, group in groupby(outputs, key=attrgetter("device")):
+        states = torch.stack(list(group))
+        read(layers[begin : begin + len(states)], states, tokens)
+        begin += len(states)

@@ -162,8 +162,7 @@ class Trace:
         call.parts.append(tokens.unpack(values.permute(1, 2, 0, 3)))
         if layers[-1] != self.layers[-1]:
             return -1
-        whole = len(call.parts) == 1
-        call.values.add(call.parts[0] if whole else torch.cat([part.to(values.device) for part in call.parts], dim=2))
+        call.values.add(torch.cat([part.to(values.device) for part in call.parts], dim=2))
         return call.values.width - call.prompt_width
 
     def _readings(self, call: _Call) -> Readings:

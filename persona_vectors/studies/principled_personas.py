@@ -24,7 +24,7 @@ from persona_vectors.data.intervals import Interval, bootstrap
 from persona_vectors.data.texts import assistant_prompts
 from persona_vectors.data.traits import InstructionPair
 from persona_vectors.evaluation.likelihood import State, Statements, likelihood_contrasts
-from persona_vectors.evaluation.psychometrics import fidelity, robustness
+from persona_vectors.evaluation.psychometrics import level_agreement, robustness
 from persona_vectors.studies.frame import Given, Line, over, shipped, upper
 
 VECTORS = 0
@@ -78,7 +78,7 @@ def lines(given: Given) -> list[Line]:
     rng = [np.random.default_rng(i) for i in range(500)]
     ranked = upper([kendalltau(each.permutation(len(LEVELS)), order)[0] for each in rng], "shuffled levels")
     robust = interval(lambda i: robustness(expert[i], found["attributes"][:, i]))
-    faithful = interval(lambda i: fidelity(found["levels"][:, i]))
+    faithful = interval(lambda i: level_agreement(found["levels"][:, i]))
     elsewhere = over(expert - found["others"].mean(axis=0))
     most, alike = float((means - none.mean()).max()), "prompts that mean the same"
     lowest = f"2.5th percentile of the worst of four {alike}"

@@ -112,13 +112,8 @@ def output_rows(model: Model) -> Float[Tensor, "token hidden"]:
 
     Raises InputError for a model without an output matrix.
     """
-    head = model.get_output_embeddings()
-    if head is None:
-        raise InputError(f"{type(model).__name__} has no output matrix: give a language model")
-    gain = _final_gain(model)
-    with torch.no_grad():
-        rows = head.weight.float()
-        return rows if gain is None else rows * gain.float().to(rows.device)
+    weight, gain = _output(model)
+    return weight * gain
 
 
 def dictionary(path: str | Path, hidden: int) -> Float[Tensor, "feature hidden"]:
@@ -172,8 +167,8 @@ def logit_lens(
     of it is not in this; at early layers it says little.
     """
     vector.check_fits(model)
-    rows = output_rows(model)
-    moved = (rows @ vector.direction(layer).to(rows))[: len(tokenizer)].cpu()
+    weight, gain = _output(model)
+    moved = (weight @ (vector.direction(layer).to(gain) * gain))[: len(tokenizer)].cpu()
     if not 0 < top <= len(moved):
         raise InputError(f"top is {top}: give 1 to {len(moved)}")
 
@@ -199,6 +194,15 @@ def patched_logprobs(
 
     with edit_blocks(model, {layer: put}), torch.inference_mode():
         return model(input_ids=ids).logits[:, -1].float().log_softmax(dim=-1).cpu()
+
+
+def _output(model: Model) -> tuple[Float[Tensor, "token hidden"], Float[Tensor, " hidden"]]:
+    """Return the output matrix, and what the final norm multiplies each dimension by, in float32 on one device."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise InputError(f"{type(model).__name__} has no output matrix: give a language model")
+    weight, gain = head.weight.detach().float(), _final_gain(model)
+    return weight, weight.new_ones(weight.shape[1]) if gain is None else gain.detach().clone().to(weight)
 
 
 def _final_gain(model: Model) -> Tensor | None:

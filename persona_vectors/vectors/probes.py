@@ -87,7 +87,7 @@ def auroc_within(smoother: np.ndarray, labels: np.ndarray, groups: np.ndarray) -
 
 
 def deviations(states: Float[Tensor, "row *unit dim"], agrees: Bool[Tensor, " row"]) -> Tensor:
-    """Return the direction towards a person's answers, as long as the deviation of the projections on it."""
+    """Return the direction towards the rows that agree, as long as the deviation of the projections on it."""
     unit = normalize(states[agrees].mean(dim=0) - states[~agrees].mean(dim=0), dim=-1)
     return unit * (states * unit).sum(dim=-1).std(dim=0)[..., None]
 
@@ -98,5 +98,5 @@ def identified(logprobs: np.ndarray) -> np.ndarray:
 
 
 def signed_difference(states: Float[Tensor, "statement reply layer hidden"], signs: Tensor) -> Tensor:
-    """Return the mean over statements of the state after yes less that after no, turned round for opposing ones."""
+    """Return the mean over statements of the first reply's state less the second's, times each statement's sign."""
     return torch.einsum("slh,s->lh", states[:, 0] - states[:, 1], signs) / len(signs)

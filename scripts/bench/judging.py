@@ -28,8 +28,6 @@ from persona_vectors.extraction.rollouts import plan
 from persona_vectors.model.blocks import Model
 from persona_vectors.model.loading import EMBEDDED
 
-WAYS = ("generating", "judging", "both")
-
 
 class Slow(BaseHTTPRequestHandler):
     """A judge that says after a while, of an answer's text alone, 100 or 0; coherent is all that it is asked of."""
@@ -123,7 +121,7 @@ def run_ways(ways: dict[str, Callable[[int], float]], rounds: int) -> dict[str, 
     times: dict[str, list[float]] = {name: [] for name in ways}
     with tqdm(total=rounds * len(ways), unit="run", leave=False, disable=None) as bar:
         for number in range(rounds):
-            for name in WAYS if number % 2 == 0 else reversed(WAYS):
+            for name in ways if number % 2 == 0 else reversed(ways):
                 bar.set_postfix_str(name)
                 times[name].append(ways[name](number))
                 bar.update()

@@ -56,5 +56,7 @@ def test_the_command_prints_the_page(vectors, tmp_path, monkeypatch):
     options = ["--vector", files[0], "--size", "1", "--out", tmp_path / "out"]
     out, _ = run("study", "persona_judge", save_tiny(tmp_path / "tiny"), *options)
     assert "acceptance of a drafted token" in out and "`persona-vectors study persona_judge" in out
+    _, error = run("study", "localizing", "m", "--features", files[0], code=2)
+    assert "--features is for persona_features: leave it out for localizing" in error
     _, error = run("study", "nothing", "m", code=2)
     assert "no study 'nothing'" in error

@@ -5,7 +5,7 @@ from helpers import make_tokenizer
 
 from persona_vectors.data.ledger import Ledger
 from persona_vectors.evaluation import likelihood
-from persona_vectors.evaluation.psychometrics import fidelity, robustness
+from persona_vectors.evaluation.psychometrics import level_agreement, robustness
 from persona_vectors.studies.frame import Given
 from persona_vectors.studies.principled_personas import FACTS, personas, utilities
 
@@ -19,9 +19,9 @@ def test_robustness_is_the_worst_attribute_s_and_never_their_mean():
 
 def test_fidelity_is_the_rank_agreement_with_the_levels():
     levels = np.array([[0.0, 0], [1, 1], [2, 2], [3, 3]])
-    assert fidelity(levels) == pytest.approx(1)
-    assert fidelity(levels[::-1]) == pytest.approx(-1)
-    assert fidelity(levels[[0, 1, 3, 2]]) == pytest.approx(4 / 6)  # five of six pairs agree
+    assert level_agreement(levels) == pytest.approx(1)
+    assert level_agreement(levels[::-1]) == pytest.approx(-1)
+    assert level_agreement(levels[[0, 1, 3, 2]]) == pytest.approx(4 / 6)  # five of six pairs agree
 
 
 def test_right_answers_are_not_wrong_ones_and_personas_are_of_the_domain():
