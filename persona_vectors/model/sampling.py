@@ -10,6 +10,9 @@ from transformers import LogitsProcessor
 
 from persona_vectors.data.progress import pulse
 
+CACHED = 2**18
+"""How many tokens' noise is made at a time, which a CPU's cache holds; a GPU's many times as many."""
+
 
 def row_seed(seed: int, number: int) -> int:
     """Return the seed of answer `number` of a run: those of two runs with seeds side by side have nothing in common."""
@@ -29,11 +32,18 @@ class Draws(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.prompt < 0:
             self.prompt = input_ids.shape[1]
-        place = (input_ids.shape[1] - self.prompt) * scores.shape[1]
-        token = torch.arange(place, place + scores.shape[1], device=scores.device)
-        uniform = _hashed(self.seeds.to(scores.device) + _MIX[0] * (token + 1))
-        noisy = scores.double() / self.temperature - (-uniform.log()).log()
-        return torch.full_like(scores, -torch.inf).scatter_(1, noisy.argmax(dim=1, keepdim=True), 0.0)
+        vocabulary = scores.shape[1]
+        place = (input_ids.shape[1] - self.prompt) * vocabulary
+        token = torch.arange(place + 1, place + vocabulary + 1, device=scores.device).mul_(_MIX[0])
+        most = CACHED if scores.device.type == "cpu" else 64 * CACHED
+        rows = max(most // vocabulary, 1)
+        parts = zip(scores.split(rows), self.seeds.to(scores.device).split(rows))
+        drawn = torch.cat([self._draw(part, seeds + token) for part, seeds in parts])
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+    def _draw(self, scores: Tensor, number: Int[Tensor, "row token"]) -> Int[Tensor, "row 1"]:
+        noise = _hashed(number).log_().neg_().log_()
+        return scores.double().div_(self.temperature).sub_(noise).argmax(dim=1, keepdim=True)
 
 
 class Pulse(LogitsProcessor):
@@ -53,8 +63,12 @@ _MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
 
 
 def _hashed(number: Int[Tensor, "row token"]) -> Float[Tensor, "row token"]:
-    """Return splitmix64 of each number, as a fraction above 0 and below 1: the same on every device."""
-    for shift, factor in ((30, _MIX[1]), (27, _MIX[2])):
-        number = (number ^ ((number >> shift) & (2 ** (64 - shift) - 1))) * factor
-    number = number ^ ((number >> 31) & (2**33 - 1))
-    return (((number >> 12) & (2**52 - 1)).double() + 0.5) / 2**52
+    """Return splitmix64 of each number, as a fraction above 0 and below 1: the same on every device.
+
+    `number` is overwritten: the hash is many small operations on much memory.
+    """
+    shifted = torch.empty_like(number)
+    for shift, factor in ((30, _MIX[1]), (27, _MIX[2]), (31, 1)):
+        torch.bitwise_right_shift(number, shift, out=shifted)
+        number.bitwise_xor_(shifted.bitwise_and_(2 ** (64 - shift) - 1)).mul_(factor)
+    return number.bitwise_right_shift_(12).bitwise_and_(2**52 - 1).double().add_(0.5).mul_(2.0**-52)
