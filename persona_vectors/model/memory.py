@@ -22,8 +22,10 @@ SHARE = 0.6
 """How much of the free memory a batch of answers may take: the cache grows by copies, and allocators waste some."""
 WIDTH = 256
 """How many rows a batch of answers has at most: more are hardly faster on any device."""
-CPU_TOKENS = 8192
-"""How many tokens a batch of answers has at most on a CPU, where width soon gains nothing."""
+CPU_WIDTH = 128
+"""The same on a CPU, whose matrix products are at their best from a hundred rows on."""
+UNKNOWN = 8192
+"""How many tokens a batch of answers has at most on a device that does not say what is free."""
 
 
 def longest_first(rows: Sequence[Sequence[int]]) -> list[int]:
@@ -90,12 +92,10 @@ def answers_budget(
     if batch_tokens or not prompts:
         return Budget(model, "answers", batch_tokens or 1)
     device, prompt = input_device(model), max(map(len, prompts))
-    tokens = CPU_TOKENS if device.type == "cpu" else WIDTH * (prompt + max_new_tokens)
-    free = free_bytes(model)
-    if free is not None:
-        rows = int(SHARE * free / row_bytes(model, prompt, prompt + max_new_tokens))
-        tokens = min(tokens, max(rows, 1) * (prompt + max_new_tokens))
-    return Budget(model, "answers", tokens, width=WIDTH)
+    width = CPU_WIDTH if device.type == "cpu" else WIDTH
+    free, length = free_bytes(model), prompt + max_new_tokens
+    tokens = UNKNOWN if free is None else max(int(SHARE * free / row_bytes(model, prompt, length)), 1) * length
+    return Budget(model, "answers", tokens, width=width)
 
 
 def free_bytes(model: Model) -> int | None:
