@@ -101,9 +101,7 @@ def ways_of(model: Model, tokenizer: Any, trait: Trait, judge: Judge | None, opt
         return measure(lambda: extract(model, tokenizer, trait, judge=judge, **(options | more)), model.device)[0]
 
     def theirs(more: dict[str, Any]) -> float:
-        torch.manual_seed(more.get("seed", 0))
-        own = options | {name: value for name, value in more.items() if name != "seed"}
-        return measure(lambda: official_vector(model, tokenizer, trait, judge, **own), model.device)[0]
+        return measure(lambda: official_vector(model, tokenizer, trait, judge, **(options | more)), model.device)[0]
 
     return [
         Way("ours", "read while answering, prompts read once, judged beside it", ours),
@@ -121,12 +119,14 @@ def official_vector(
     first: int | None,
     max_new_tokens: int,
     min_pairs: int,
+    seed: int = 0,
 ) -> Tensor:
     """Make a vector as the paper's scripts do with transformers: eval_persona.py for each side, then generate_vec.py.
 
     Returns the difference of the mean answer activations, [entry of hidden_states, hidden]. As theirs, it keeps a pair
     where both answers pass, and the answers' text is tokenised anew.
     """
+    torch.manual_seed(seed)
     tasks = plan(tokenizer, trait, first=first, samples=samples)
     texts = official_answers(model, tokenizer, [list(task["prompt_ids"]) for task in tasks], max_new_tokens)
     answers = [Answer(task["question"], text, task["pair"]) for task, text in zip(tasks, texts)]

@@ -124,6 +124,9 @@ def test_batches_are_what_the_free_memory_holds(name: str, monkeypatch):
         budget = memory.answers_budget(model, prompts, max_new_tokens=20)
         sizes[free] = len(next(budget.batches(prompts, 20))[0])
     assert sizes == {0: 1, 100 * one: 60, 10**15: memory.CPU_WIDTH, None: 128}
+    monkeypatch.setattr(memory, "free_bytes", lambda _: None)
+    unknown = memory.answers_budget(model, prompts, max_new_tokens=1000)
+    assert len(next(unknown.batches(prompts, 1000))[0]) == memory.UNKNOWN // 1006
     monkeypatch.setattr(memory, "input_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(memory, "free_bytes", lambda _: 10**15)
     assert len(next(memory.answers_budget(model, prompts, max_new_tokens=20).batches(prompts, 20))[0]) == memory.WIDTH
