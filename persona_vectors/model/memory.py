@@ -105,13 +105,39 @@ def free_bytes(model: Model) -> int | None:
     """
     devices = {p.device for p in unwrap(model).parameters() if p.device.type not in ("meta", "cpu")}
     if not devices:
-        meminfo = Path("/proc/meminfo")
-        lines = meminfo.read_text().splitlines() if meminfo.is_file() else []
-        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+        return host_free_bytes()
     if any(device.type != "cuda" for device in devices):
         return None
     unused = [torch.cuda.memory_reserved(each) - torch.cuda.memory_allocated(each) for each in devices]
     return len(devices) * min(torch.cuda.mem_get_info(each)[0] + own for each, own in zip(devices, unused))
+
+
+def host_free_bytes(root: Path = Path("/")) -> int | None:
+    """Return how much of the host's memory is free for this process, or None where the system does not say.
+
+    That is what the machine has, and what each control group that holds the process, a container's or a cluster job's,
+    has left: file pages that are given up on demand count as free in both.
+    """
+    found = [1024 * size for size in _sizes(root / "proc/meminfo", "MemAvailable:")]
+    own = root / "proc/self/cgroup"
+    for _, kinds, path in (line.split(":", 2) for line in (own.read_text().splitlines() if own.is_file() else [])):
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        names = ("memory/", "limit_in_bytes", "usage_in_bytes", "total_") if kinds else ("", "max", "current", "")
+        mount = root / "sys/fs/cgroup" / names[0]
+        group = mount / path.lstrip("/")
+        for folder in (group, *(each for each in group.parents if each.is_relative_to(mount))):
+            limit, used = (_sizes(folder / f"memory.{name}") for name in names[1:3])
+            given_up = _sizes(folder / "memory.stat", f"{names[3]}inactive_file")
+            found += [max(most - now + sum(given_up), 0) for most, now in zip(limit, used)]
+    return min(found, default=None)
+
+
+def _sizes(file: Path, name: str = "") -> list[int]:
+    """Return the number after a name in a system's file, or the file's own, as a list of one; of none where none is."""
+    lines = [line.split() for line in file.read_text().splitlines()] if file.is_file() else []
+    found = [line[1] if name else line[0] for line in lines if line and (not name or line[0] == name)]
+    return [int(each) for each in found[:1] if each.isdigit()]
 
 
 def row_bytes(model: Model, prompt: int, tokens: int) -> int:

@@ -134,6 +134,68 @@ def test_batches_are_what_the_free_memory_holds(name: str, monkeypatch):
     assert len(next(given.batches(prompts, 20))[0]) == 5
 
 
+GIB = 2**30
+MACHINE = {"proc/meminfo": f"MemTotal: {16 * 2**20} kB\nMemAvailable: {8 * 2**20} kB\n"}
+V2 = {"proc/self/cgroup": "0::/job/step\n", "sys/fs/cgroup/job/step/memory.max": "max\n"}
+V2 |= {"sys/fs/cgroup/job/step/memory.current": f"{GIB}\n"}
+V1 = {"proc/self/cgroup": "5:devices:/\n4:cpu,memory:/docker/ab12\n0::/\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, None),
+        (MACHINE, 8 * GIB),
+        (MACHINE | V2, 8 * GIB),
+        # a limit on the job around the step, and file pages that can be had back
+        (
+            MACHINE
+            | V2
+            | {
+                "sys/fs/cgroup/job/memory.max": f"{4 * GIB}\n",
+                "sys/fs/cgroup/job/memory.current": f"{3 * GIB}\n",
+                "sys/fs/cgroup/job/memory.stat": f"anon 5\ninactive_file {GIB // 2}\n",
+            },
+            3 * GIB // 2,
+        ),
+        # the older kind, seen from inside a container: its path is the host's
+        (
+            MACHINE
+            | V1
+            | {
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{2 * GIB}\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{GIB}\n",
+                "sys/fs/cgroup/memory/memory.stat": f"inactive_file 7\ntotal_inactive_file {GIB // 4}\n",
+            },
+            5 * GIB // 4,
+        ),
+        # without a limit this kind writes a number that no machine has
+        (
+            MACHINE
+            | V1
+            | {
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{GIB}\n",
+            },
+            8 * GIB,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/\n",
+                "sys/fs/cgroup/memory.max": f"{GIB}\n",
+                "sys/fs/cgroup/memory.current": f"{2 * GIB}\n",
+            },
+            0,
+        ),
+    ],
+)
+def test_free_memory_is_the_machines_or_what_the_container_may_have(files, free, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert memory.host_free_bytes(tmp_path) == free
+
+
 def test_experts_that_are_gathered_for_each_row_count_off_the_cpu(monkeypatch):
     model = zoo.build("qwen3_moe")
     plain = memory.row_bytes(model, 6, 26)
