@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.progress import bar
 from persona_vectors.model.blocks import Model
+from persona_vectors.model.cache import room_in_cache
 from persona_vectors.model.devices import base, input_device
 from persona_vectors.model.leaving import ended_rows_leave
 from persona_vectors.model.memory import answers_budget
@@ -88,8 +89,8 @@ def generate_tokens(
         use_cache=use_cache and keeps_cache(model),
     )
     settings = {"generation_config": config, "logits_processor": LogitsProcessorList([*draws, Pulse(length)])}
-    told = told_by_block(model, ids.numel())
-    with told, shared_prompts(model, prompts), ended_rows_leave(model, stops), torch.inference_mode():
+    told, room = told_by_block(model, ids.numel()), room_in_cache(model, ids.shape[1] + length - 1)
+    with told, shared_prompts(model, prompts), room, ended_rows_leave(model, stops), torch.inference_mode():
         output = model.generate(input_ids=ids, attention_mask=mask, **settings)
     answers = output[:, 0 if model.config.is_encoder_decoder else ids.shape[1] :].tolist()
     ends = [next((i for i, token in enumerate(answer) if token in stops), None) for answer in answers]

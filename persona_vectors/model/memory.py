@@ -19,7 +19,7 @@ _known: WeakKeyDictionary[Any, dict[str, int]] = WeakKeyDictionary()
 """How many tokens a batch has at most, by model and kind of work, since memory ran out."""
 
 SHARE = 0.6
-"""How much of the free memory a batch of answers may take: the cache grows by copies, and allocators waste some."""
+"""How much of the free memory a batch of answers may take: allocators waste some, and others want theirs."""
 WIDTH = 256
 """How many rows a batch of answers has at most: more are hardly faster on any device."""
 CPU_WIDTH = 128
