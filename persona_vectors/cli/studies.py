@@ -49,9 +49,7 @@ def study(
     from persona_vectors.model.loading import EMBEDDED
     from persona_vectors.studies.frame import module_of, run_study
 
-    module_of(name)
-    if features and name != "persona_features":
-        raise InputError(f"--features is for persona_features: leave it out for {name}")
+    module_of(name, features)
     if not vector and model != EMBEDDED:
         raise InputError(f"vectors ship for {EMBEDDED} alone: give --vector, the file of one of {model}'s")
     vectors = load_vectors(vector or [f"{model}/{trait}" for trait in ("optimistic", "humorous")])

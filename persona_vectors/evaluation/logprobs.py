@@ -14,6 +14,9 @@ from persona_vectors.model.prompts import batch_tokens_for
 from persona_vectors.model.tokens import answers_at
 from persona_vectors.steering.add import RowEdit, steer_rows
 
+IGNORED = -100
+"""The target of a token that is not counted."""
+
 
 def answer_logprobs(
     model: Model,
@@ -42,13 +45,15 @@ def answer_logprobs(
                     continue
                 counted = place[:, 1:] >= 0
                 begin = int((counted.any(dim=0).cumsum(dim=0) == 0).sum())  # what predicts prompts is not computed
-                counted = counted[:, begin:]
-                logits = read_logits(model, step, counted.shape[1] + 1)[:, :-1]
-                targets = step.inputs["input_ids"][:, begin + 1 :][counted]
-                losses = torch.nn.functional.cross_entropy(logits[counted].float(), targets, reduction="none")
+                targets = step.inputs["input_ids"][:, begin + 1 :].masked_fill(~counted[:, begin:], IGNORED)
+                targets = torch.nn.functional.pad(targets, (0, 1), value=IGNORED)  # the last token predicts none
+                logits = read_logits(model, step, targets.shape[1]).float().flatten(0, 1)
+                losses = torch.nn.functional.cross_entropy(
+                    logits, targets.flatten(), ignore_index=IGNORED, reduction="none"
+                ).view(targets.shape)
             if step.attempt.failed:
                 continue
-            total.index_add_(0, index[counted.nonzero()[:, 0].cpu()], -losses.double().cpu())
+            total[index] -= losses.double().sum(dim=1).cpu()
             done.update(len(step.rows))
     count = torch.tensor([len(answer) for _, answer in rows], dtype=torch.float64)
     return (total / count).float()

@@ -153,6 +153,6 @@ class Beginnings:
 
     def _ordered(self, values: Float[Tensor, "row ..."], dim: int) -> Float[Tensor, "row ..."]:
         """Put the tokens of beginnings and rests, along a dimension, where they stand in their rows."""
-        source = self.source.to(values.device)
-        source = source.view(len(source), *[1] * (dim - 1), -1, *[1] * (values.ndim - dim - 1))
-        return values.gather(dim, source.expand(*values.shape[:dim], -1, *values.shape[dim + 1 :]))
+        values = values.movedim(dim, 1)
+        lines = torch.arange(len(values), device=values.device)[:, None]
+        return values[lines, self.source.to(values.device)].movedim(1, dim)

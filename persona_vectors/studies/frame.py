@@ -115,8 +115,7 @@ class Given:
 
     def random_edits(self, edit: RowEdit, count: int) -> list[RowEdit]:
         """Return edits like one with random vectors of its norm, half of them with the covariance of activations."""
-        options: dict[str, Any] = {"layer": edit.layer, "count": count, "seed": self.seed}
-        noise = random_vectors(self.model, self.tokenizer, edit.vector, **options)
+        noise = random_vectors(self.model, self.tokenizer, edit.vector, layer=edit.layer, count=count, seed=self.seed)
         return [edit._replace(vector=vector) for vector in noise]
 
     def once(self, key: str, make: Callable[..., Any], *arguments: Any) -> Any:
@@ -128,10 +127,12 @@ class Given:
         return self.done.found[key]["value"]
 
 
-def module_of(name: str) -> Any:
-    """Return a study's module; raises InputError, with all names, where there is none."""
+def module_of(name: str, features: str | Path | None = None) -> Any:
+    """Return a study's module; raises InputError, with all names, where there is none, or where it has no features."""
     if name not in NAMES:
         raise InputError(f"no study {name!r}: give one of {', '.join(NAMES)}")
+    if features and name != "persona_features":
+        raise InputError(f"features (--features) are for persona_features: leave them out for {name}")
     return importlib.import_module(f"persona_vectors.studies.{name}")
 
 
@@ -152,7 +153,7 @@ def run_study(
     `features` is an autoencoder's file, see `dictionary`. Raises InputError for a name that there is none of, and for
     vectors too few or without a recommended use.
     """
-    module = module_of(name)
+    module = module_of(name, features)
     if len(vectors) < module.VECTORS:
         raise InputError(f"{name} needs {module.VECTORS} vectors, and {len(vectors)} are given: give --vector for each")
     directions = hash_of([vector.directions.tolist() for vector in vectors])

@@ -57,6 +57,6 @@ def test_the_command_prints_the_page(vectors, tmp_path, monkeypatch):
     out, _ = run("study", "persona_judge", save_tiny(tmp_path / "tiny"), *options)
     assert "acceptance of a drafted token" in out and "`persona-vectors study persona_judge" in out
     _, error = run("study", "localizing", "m", "--features", files[0], code=2)
-    assert "--features is for persona_features: leave it out for localizing" in error
+    assert "features (--features) are for persona_features: leave them out for localizing" in error
     _, error = run("study", "nothing", "m", code=2)
     assert "no study 'nothing'" in error
