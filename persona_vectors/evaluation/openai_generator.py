@@ -53,7 +53,7 @@ class OpenAIGenerator:
         """See `Generate`. Raises InputError where a request fails for good; interrupted, it waits for none."""
         client, stopped = connect(self.base_url, timeout=self.timeout), threading.Event()
         options: dict[str, Any] = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": 1.0}
-        options["extra_body"] = {**_WHOLE, **_TOKENS}
+        options |= _WHOLE | _TOKENS
 
         def complete(rows: Sequence[int]) -> list[Completion]:
             request = {"model": self.model, "prompt": list(prompts[rows[0]]), "n": len(rows), **options}
