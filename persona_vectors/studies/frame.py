@@ -132,7 +132,7 @@ def module_of(name: str, features: str | Path | None = None) -> Any:
     if name not in NAMES:
         raise InputError(f"no study {name!r}: give one of {', '.join(NAMES)}")
     if features and name != "persona_features":
-        raise InputError(f"features (--features) are for persona_features: leave them out for {name}")
+        raise InputError(f"--features is for persona_features: leave it out for {name}")
     return importlib.import_module(f"persona_vectors.studies.{name}")
 
 

@@ -6,7 +6,7 @@ from helpers import run, save_tiny
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.intervals import Interval
 from persona_vectors.studies import persona_judge
-from persona_vectors.studies.frame import NAMES, Line, Study, module_of
+from persona_vectors.studies.frame import NAMES, Line, Study, module_of, run_study
 
 
 @pytest.mark.slow
@@ -57,6 +57,8 @@ def test_the_command_prints_the_page(vectors, tmp_path, monkeypatch):
     out, _ = run("study", "persona_judge", save_tiny(tmp_path / "tiny"), *options)
     assert "acceptance of a drafted token" in out and "`persona-vectors study persona_judge" in out
     _, error = run("study", "localizing", "m", "--features", files[0], code=2)
-    assert "features (--features) are for persona_features: leave them out for localizing" in error
+    assert "--features is for persona_features: leave it out for localizing" in error
+    with pytest.raises(InputError, match="--features is for persona_features: leave it out for localizing"):
+        run_study("localizing", None, None, vectors, size=1, features=files[0])
     _, error = run("study", "nothing", "m", code=2)
     assert "no study 'nothing'" in error
