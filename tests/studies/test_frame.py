@@ -6,7 +6,7 @@ from helpers import run, save_tiny
 from persona_vectors.data.errors import InputError
 from persona_vectors.data.intervals import Interval
 from persona_vectors.studies import persona_judge
-from persona_vectors.studies.frame import NAMES, Line, Study, module_of, run_study
+from persona_vectors.studies.frame import NAMES, Line, Study, module_of
 
 
 @pytest.mark.slow
@@ -59,6 +59,6 @@ def test_the_command_prints_the_page(vectors, tmp_path, monkeypatch):
     _, error = run("study", "localizing", "m", "--features", files[0], code=2)
     assert "--features is for persona_features: leave it out for localizing" in error
     with pytest.raises(InputError, match="--features is for persona_features: leave it out for localizing"):
-        run_study("localizing", None, None, vectors, size=1, features=files[0])
+        module_of("localizing", files[0])
     _, error = run("study", "nothing", "m", code=2)
     assert "no study 'nothing'" in error
