@@ -14,7 +14,7 @@ from persona_vectors.model.blocks import Layer, Model, chosen_layers, model_shap
 from persona_vectors.model.hooks import EnoughRead, edit_blocks, edits_are_active
 from persona_vectors.model.passes import Row, forward_passes, own_tokens, read_pass
 from persona_vectors.model.prompts import chat_prompt, encode
-from persona_vectors.model.reads import read_blocks
+from persona_vectors.model.reads import enough, read_blocks
 from persona_vectors.model.tokens import Tokens
 
 POOLINGS = ("response_mean", "prompt_mean", "prompt_last")
@@ -124,6 +124,8 @@ class _Running:
         self.sums: dict[int, Float[Tensor, "layer line hidden"]] = {}
         """The answers' sums, by the first of the layers that are read together."""
         self.norms: dict[int, Float[Tensor, "layer line"]] = {}
+        self.waiting: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        """The outputs of decoding steps that are not in the sums yet, with 1 for each line that had not ended."""
         self.alive: Float[Tensor, "line 1"]
         self.count: Float[Tensor, "line 1"]
 
@@ -136,17 +138,25 @@ class _Running:
             for stop in self.stops:
                 self.alive = self.alive * (tokens.input_ids != stop)
             self.count += self.alive
-        alive, last = self.alive.to(states.device), states[:, :, -1].float()
-        if first not in self.norms:
-            self.norms[first] = torch.zeros_like(last[..., 0])
-            self.sums[first] = torch.zeros_like(last)
-        self.norms[first].addcmul_(torch.linalg.vector_norm(last, dim=-1), alive[:, 0])
+        steps = self.waiting.setdefault(first, [])
+        steps.append((states[:, :, -1:], self.alive))
+        if tokens.kept is None or enough(steps, states):
+            self._sum(first)
+
+    def _sum(self, first: int) -> None:
+        """Add the steps that wait to the sums."""
+        parts, alive = zip(*self.waiting.pop(first))
+        states = torch.cat(parts, dim=2).float()
+        counted = torch.cat(alive, dim=1).to(states.device)
+        norms = (torch.linalg.vector_norm(states, dim=-1) * counted).sum(dim=2)
+        self.norms[first] = norms + self.norms[first] if first in self.norms else norms
         if "response_mean" in self.poolings:
-            self.sums[first].addcmul_(last, alive)
+            sums = (states * counted[..., None]).sum(dim=2)
+            self.sums[first] = sums + self.sums[first] if first in self.sums else sums
 
     def _read_prompt(self, first: int, states: Tensor, tokens: Tokens) -> None:
         if first == 0:
-            self.prompts, self.sums, self.norms = [], {}, {}
+            self.prompts, self.sums, self.norms, self.waiting = [], {}, {}, {}
             self.alive = torch.ones(tokens.batch, 1, device=tokens.device, dtype=torch.float32)
             self.count = torch.zeros_like(self.alive)
             real, answering = tokens.select("prompt"), tokens.select("response")
@@ -159,14 +169,17 @@ class _Running:
 
     def pooled(self) -> Pooled:
         """Return the means of the answers read so far."""
+        for first in list(self.waiting):
+            self._sum(first)
         means = torch.cat([each.cpu() for each in self.prompts]).permute(1, 2, 0, 3)
         norms = torch.zeros(len(means), means.shape[2], dtype=torch.float32)
         count = self.count.clamp(min=1).cpu()
-        for first, sums in self.sums.items():
-            here = slice(first, first + len(sums))
-            norms[:, here] = self.norms[first].cpu().T / count
+        for first, summed in self.norms.items():
+            here = slice(first, first + len(summed))
+            norms[:, here] = summed.cpu().T / count
             if "response_mean" in self.poolings:
-                means[:, self.poolings.index("response_mean"), here] = (sums.cpu() / count).transpose(0, 1)
+                mean = self.sums[first].cpu() / count
+                means[:, self.poolings.index("response_mean"), here] = mean.transpose(0, 1)
         return Pooled(means, norms)
 
 

@@ -16,7 +16,9 @@ from persona_vectors.model.tokens import Tokens
 
 Read = Callable[[Sequence[int], Float[Tensor, "layer batch token hidden"], Tokens], None]
 SMALL = 2**22
-"""How many numbers wait to be read together, at most."""
+"""How many numbers wait to be read or worked on together, at most."""
+STEPS = 32
+"""How many decoding steps wait to be worked on together, at most."""
 
 
 @contextmanager
@@ -47,6 +49,11 @@ def read_blocks(model: Model, layers: Sequence[int], read: Read) -> Iterator[Tok
 
     with edit_blocks(model, {layer: partial(keep, layer) for layer in layers}) as tokens:
         yield tokens
+
+
+def enough(steps: Sequence[object], states: Float[Tensor, "layer batch token hidden"]) -> bool:
+    """Say whether decoding steps like this one are to be worked on: those that wait cost a step but the copy."""
+    return len(steps) >= STEPS or len(steps) * states.numel() > SMALL
 
 
 def _read_kept(read: Read, tokens: Tokens) -> None:

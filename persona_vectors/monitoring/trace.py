@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,13 +27,13 @@ from persona_vectors.vectors.shipped import VectorLike
 class _Call:
     """What is recorded of one call."""
 
-    def __init__(self, tokens: Tokens) -> None:
+    def __init__(self, tokens: Tokens, project: Callable[[Tensor], Tensor]) -> None:
         self.batch, self.begin, self.generate = tokens.batch, tokens.begin, tokens.call
         self.virtual, self.around = tokens.virtual, tokens.around
         self.prompt_width = (tokens.width if tokens.boundary is None else tokens.boundary) - self.begin
         if tokens.boundary is None:
             self.prompt_width = tokens.unpack(torch.zeros(tokens.batch, tokens.width)).shape[1]
-        self.tokens, self.real, self.values = Columns(), Columns(), Columns()
+        self.tokens, self.real, self.values = Columns(), Columns(), Columns(project)
         self.parts: list[Float[Tensor, "row token layer vector"]] = []  # of the running pass, until every layer's
 
     def new(self, columns: Columns, tokens: Tokens) -> int:
@@ -150,20 +151,31 @@ class Trace:
                     "monitor does not follow continuous batching, whose requests come and go: use generate"
                 )
             if not self._calls or tokens.starts or tokens.batch != self._calls[-1].batch:
-                self._calls.append(_Call(tokens))
+                for before in self._calls[-1:]:
+                    before.values.settle()  # its numbers are kept, and no states
+                self._calls.append(_Call(tokens, partial(self._project, self.layers)))
             self._calls[-1].add_tokens(tokens)
             self._calls[-1].parts = []
-        call, key = self._calls[-1], (layers[0], len(layers), states.device)
-        if key not in self._stacked:
-            self._stacked[key] = torch.stack([self._units[layer] for layer in layers]).to(states.device)
+        call = self._calls[-1]
         known = call.new(call.values, tokens)
         new = states[:, :, known:] if known else states
-        values = projections(new.flatten(1, 2), self._stacked[key]).view(*new.shape[:3], len(self.names))
-        call.parts.append(tokens.unpack(values.permute(1, 2, 0, 3)))
-        if layers[-1] != self.layers[-1]:
-            return -1
-        call.values.add(torch.cat([part.to(values.device) for part in call.parts], dim=2))
+        if tokens.kept is not None and len(layers) == len(self.layers):
+            call.values.wait(new)
+        else:
+            call.parts.append(tokens.unpack(self._project(layers, new)))
+            if layers[-1] != self.layers[-1]:
+                return -1
+            call.values.add(torch.cat([part.to(states.device) for part in call.parts], dim=2))
         return call.values.width - call.prompt_width
+
+    def _project(
+        self, layers: Sequence[int], states: Float[Tensor, "layer batch token hidden"]
+    ) -> Float[Tensor, "batch token layer vector"]:
+        key = layers[0], len(layers), states.device
+        if key not in self._stacked:
+            self._stacked[key] = torch.stack([self._units[layer] for layer in layers]).to(states.device)
+        values = projections(states.flatten(1, 2), self._stacked[key])
+        return values.view(*states.shape[:3], len(self.names)).permute(1, 2, 0, 3)
 
     def _readings(self, call: _Call) -> Readings:
         width = call.width
@@ -196,10 +208,10 @@ def monitor(
 ) -> Iterator[Trace]:
     """Record every token's projection on v/|v| in each `model.generate` or forward call inside the `with`.
 
-    Yields a `Trace`: `trace["evil"]` is [batch, token] of the last call, `trace.calls` holds them all. Nothing is kept
-    but one number a token, vector and layer; it stays on the device until the trace is read. `callback(trace)` is run
-    once a prompt was read and after every `every` answer tokens: each reading waits for the device, and an error that
-    it raises ends the generation. Edits are suspended inside it.
+    Yields a `Trace`: `trace["evil"]` is [batch, token] of the last call, `trace.calls` holds them all. One number a
+    token, vector and layer is kept, on the device until the trace is read, and of the last few decoding steps the
+    states. `callback(trace)` is run once a prompt was read and after every `every` answer tokens: each reading waits
+    for the device, and an error that it raises ends the generation. Edits are suspended inside it.
 
     Without `layer` it is the recommended one. `stops` are the tokens that end an answer; by default the model's own.
     `positions=pv.Span(tokenizer, "answer")`, or "reasoning", has `trace.mean` be over that part of each answer alone.
@@ -233,3 +245,4 @@ def monitor(
         yield trace
         if not trace._calls:
             raise InputError("the monitor saw no forward pass: call this same model inside the `with`")
+        trace._calls[-1].values.settle()

@@ -4,6 +4,7 @@ import zoo
 from helpers import DECODERS, block_outputs, make_tokenizer
 from torch import nn
 
+from persona_vectors.model import reads
 from persona_vectors.model.generation import generate_tokens, stop_tokens
 from persona_vectors.model.passes import Row, cache_argument, forward_passes
 from persona_vectors.model.pooling import POOLINGS, Pooled, pool, pool_while_generating
@@ -108,6 +109,21 @@ def test_reading_while_generating_equals_the_second_pass(name: str):
     found, expected = pooled(), pool(model, rows, poolings=POOLINGS)
     torch.testing.assert_close(found.means, expected.means, rtol=2e-4, atol=2e-5)
     torch.testing.assert_close(found.norms, expected.norms, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("together", [1, 3, reads.STEPS])
+def test_steps_are_summed_together_with_the_same_means(model, tokenizer, monkeypatch, together: int):
+    """Of answers of two lengths, of which the steps' outputs wait for one another, or do not."""
+    prompts, stops = [A, B], stop_tokens(model, tokenizer)
+    monkeypatch.setattr(reads, "STEPS", together)
+    with pool_while_generating(model, stops=stops, poolings=POOLINGS) as pooled:
+        answers = generate_tokens(model, tokenizer, prompts, max_new_tokens=71, seed=3)
+    rows = [(prompt, ids[:70]) for prompt, (ids, _) in zip(prompts, answers)]
+    assert max(len(ids) for _, ids in rows) > 2 * reads.STEPS
+    found, expected = pooled(), pool(model, rows, poolings=POOLINGS)
+    torch.testing.assert_close(found.means, expected.means, rtol=2e-4, atol=2e-5)
+    torch.testing.assert_close(found.norms, expected.norms, rtol=2e-4, atol=2e-5)
+    torch.testing.assert_close(pooled().means, found.means, rtol=0, atol=0)  # as often as one likes
 
 
 def test_padding_is_in_no_mean_with_a_static_cache(model):

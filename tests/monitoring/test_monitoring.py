@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 from persona_vectors.data.errors import InputError
 from persona_vectors.model.prompts import left_pad
+from persona_vectors.monitoring import trace as trace_module
 from persona_vectors.monitoring.columns import Columns
 from persona_vectors.monitoring.trace import Trace, monitor
 from persona_vectors.steering.add import steer
@@ -186,6 +187,29 @@ def test_memory_grows_with_the_text(model):
     column.add(parts)
     torch.testing.assert_close(column.read(), torch.cat([parts, parts], dim=1))
     assert column.fresh == []
+
+
+def test_steps_are_projected_together_or_when_they_are_read(model, monkeypatch):
+    vectors, made, seen = two_vectors(model), [], []
+
+    def counted(states: Tensor, units: Tensor) -> Tensor:
+        made.append(states.shape)
+        return projections(states, units)
+
+    monkeypatch.setattr(trace_module, "projections", counted)
+    options = {"max_new_tokens": 71, "min_new_tokens": 71}
+    with monitor(model, vectors, layer=[0, 1], stops=[]) as together:
+        text = generate(model, [[5, 6]], **options)
+    assert len(made) == 2 + 3  # the prompt's layers, and two times 32 steps and six
+    with monitor(model, vectors, layer=[0, 1], stops=[], callback=lambda t: seen.append(t["t@0"][0, -1])) as alone:
+        generate(model, [[5, 6]], **options)
+    assert len(made) == 5 + 2 + 70
+    for key in together.keys:
+        torch.testing.assert_close(together[key], alone[key])
+    torch.testing.assert_close(torch.stack(seen), together["t@0"][0, 1:])
+    found = torch.stack([together[f"{vector.trait}@1"][0] for vector in vectors])
+    wanted = torch.stack([expected(model, vector, 1, text[0, :-1].tolist()) for vector in vectors])
+    torch.testing.assert_close(found, wanted, rtol=2e-4, atol=2e-4)
 
 
 def test_fifty_turns_on_one_cache_keep_one_number_a_token_and_vector(model):
