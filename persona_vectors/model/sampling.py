@@ -42,8 +42,9 @@ class Draws(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
     def _draw(self, scores: Tensor, number: Int[Tensor, "row token"]) -> Int[Tensor, "row 1"]:
-        noise = _hashed(number).log_().neg_().log_()
-        return scores.double().div_(self.temperature).sub_(noise).argmax(dim=1, keepdim=True)
+        below = scores - scores.amax(dim=1, keepdim=True)
+        shares = below.div_(-self.temperature).exp_()  # e to minus the logit: noise is -log(-log(the hash))
+        return _hashed(number).log_().mul_(shares).argmax(dim=1, keepdim=True)
 
 
 class Pulse(LogitsProcessor):
@@ -68,7 +69,9 @@ def _hashed(number: Int[Tensor, "row token"]) -> Float[Tensor, "row token"]:
     `number` is overwritten: the hash is many small operations on much memory.
     """
     shifted = torch.empty_like(number)
-    for shift, factor in ((30, _MIX[1]), (27, _MIX[2]), (31, 1)):
+    for shift, factor in ((30, _MIX[1]), (27, _MIX[2]), (31, None)):
         torch.bitwise_right_shift(number, shift, out=shifted)
-        number.bitwise_xor_(shifted.bitwise_and_(2 ** (64 - shift) - 1)).mul_(factor)
+        number.bitwise_xor_(shifted.bitwise_and_(2 ** (64 - shift) - 1))
+        if factor is not None:
+            number.mul_(factor)
     return number.bitwise_right_shift_(12).bitwise_and_(2**52 - 1).double().add_(0.5).mul_(2.0**-52)
