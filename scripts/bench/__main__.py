@@ -1,7 +1,7 @@
 """Benchmarks: what reading and editing activations costs, beside a bare pass, the paper's way and other libraries.
 
 Usage: python scripts/bench extraction | generation | flagging | training [--model NAME | --shape SHAPE] [--out FILE]
-       python scripts/bench sharing [--model NAME] [--questions N] [--out FILE]
+       python scripts/bench savings [--model NAME] [--questions N] [--out FILE]
        python scripts/bench end-to-end [--model NAME] [--since COMMIT] [--out FILE]
        python scripts/bench judging [--model NAME] [--seconds S] [--out FILE]
        python scripts/bench gpu [--shape SHAPE] [--out FILE]
@@ -21,13 +21,13 @@ from bench.flagging import flagging
 from bench.generation import generation
 from bench.gpu import gpu
 from bench.judging import judging
+from bench.savings import savings
 from bench.serving import serve
-from bench.sharing import sharing
 from bench.training import training
 from persona_vectors.data.errors import InputError
 
 app = typer.Typer(help="Benchmarks of persona_vectors.", no_args_is_help=True, add_completion=False)
-for command in (extraction, generation, flagging, training, sharing, end_to_end, judging, gpu):
+for command in (extraction, generation, flagging, training, savings, end_to_end, judging, gpu):
     app.command()(command)
 app.add_typer(serve, name="serve")
 

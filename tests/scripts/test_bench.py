@@ -6,11 +6,13 @@ import helpers
 import pytest
 import torch
 import zoo
-from bench import extraction, flagging, generation, gpu, gpu_checks, inputs, measuring, peers, sharing, training
+from bench import extraction, flagging, generation, gpu, gpu_checks, inputs, measuring, peers, savings, training
 from transformers import GenerationConfig
 
+from persona_vectors.model import generation as generation_module
 from persona_vectors.model import passes
 from persona_vectors.model.blocks import decoder_layers
+from persona_vectors.model.generation import Generated
 from persona_vectors.model.pooling import POOLINGS, pool
 
 ROWS = inputs.make_rows([[5, 6, 7], [8, 9, 10, 11, 12]], samples=3, answer_tokens=8, vocabulary=zoo.VOCAB)
@@ -161,14 +163,36 @@ def test_the_gpu_checks_tell_an_edit_that_decoding_missed(model, capsys):
     assert capsys.readouterr().out.startswith("WRONG edited in the prompt alone")
 
 
-def test_sharing_is_measured_with_and_without_on_the_same_answers(model, tokenizer, trait, monkeypatch):
+def test_each_saving_is_measured_with_and_without_on_the_same_answers(model, tokenizer, trait, monkeypatch):
     monkeypatch.setattr(passes, "WORTH", 2)
-    works = sharing.works_of(model, tokenizer, trait, 2, [1, 3], 4)
-    *answering, judging = works.values()
-    shared, scores = [work() for work in answering], judging()
-    with sharing.nothing_shared():
-        assert [work() for work in answering] == shared
-        assert judging() == pytest.approx(scores, abs=1e-3)
+    ways = savings.sharing(model, tokenizer, trait, 2, [1, 3], 4)
+    ways += savings.of_many_rows(model, tokenizer, trait, 2, 2, 9)
+    assert [way.count for way in ways] == [2, 2, 2, 4, 4, 4]
+    for way in ways:
+        having = way.run()
+        with way.without():
+            without = way.run()
+        if "judged" in way.work:
+            assert without == pytest.approx(having, abs=1e-3)
+        else:
+            assert of_each_row(without) == of_each_row(having)
     assert passes.WORTH == 2
-    line = sharing.timed("answers", works["answers of 3 tokens"], 2, model, 2)
+    line = savings.timed(ways[1], model, 2)
     assert line["a minute"] > 0 and line["from"] <= line["x"] <= line["to"]
+
+
+def of_each_row(batches: list[Generated]) -> dict[int, tuple[list[int], bool]]:
+    return {row: answer for batch in batches for row, answer in zip(batch.rows, batch.answers)}
+
+
+def test_a_saving_is_left_out_where_it_would_be(model, tokenizer, trait):
+    """Of many rows: no cache with room, no hook that takes rows out, and batches of a quarter."""
+    place, leave, wide = savings.of_many_rows(model, tokenizer, trait, 2, 2, 3)
+    for way, name in ((place, "room_in_cache"), (leave, "ended_rows_leave")):
+        before = getattr(generation_module, name)
+        with way.without():
+            assert getattr(generation_module, name) is not before
+        assert getattr(generation_module, name) is before
+    assert len(wide.run()) == 1
+    with wide.without():
+        assert len(wide.run()) == 4
