@@ -42,7 +42,7 @@ class Draws(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
     def _draw(self, scores: Tensor, number: Int[Tensor, "row token"]) -> Int[Tensor, "row 1"]:
-        below = scores - scores.amax(dim=1, keepdim=True)
+        below = scores.float() - scores.amax(dim=1, keepdim=True)
         shares = below.div_(-self.temperature).exp_()  # e to minus the logit: noise is -log(-log(the hash))
         return _hashed(number).log_().mul_(shares).argmax(dim=1, keepdim=True)
 

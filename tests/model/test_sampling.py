@@ -41,6 +41,12 @@ def test_a_draw_is_the_plain_references_whatever_is_made_at_a_time(cached: int, 
         assert draw(seeds, scores, 0.7, step) == wanted, step
 
 
+def test_scores_of_half_precision_are_drawn_from_in_full():
+    scores = torch.randn(5000, 50, generator=torch.Generator().manual_seed(1)).bfloat16()
+    seeds = [row_seed(5, i) for i in range(5000)]
+    assert draw(seeds, scores, 1.0, 0) == draw(seeds, scores.float(), 1.0, 0)
+
+
 def test_draws_follow_the_softmax():
     """Of 20,000 rows each token's share is within five standard errors of its probability."""
     count = 20_000
