@@ -28,6 +28,7 @@ class Columns:
             self.settle()
 
     def settle(self) -> None:
+        """Do the work on the steps that wait, and keep them no longer."""
         if self.waiting:
             states, self.waiting = torch.cat(self.waiting, dim=2), []
             self.width -= states.shape[2]

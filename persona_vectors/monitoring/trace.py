@@ -151,8 +151,8 @@ class Trace:
                     "monitor does not follow continuous batching, whose requests come and go: use generate"
                 )
             if not self._calls or tokens.starts or tokens.batch != self._calls[-1].batch:
-                for before in self._calls[-1:]:
-                    before.values.settle()  # its numbers are kept, and no states
+                if self._calls:
+                    self._calls[-1].values.settle()  # its numbers are kept, and no states
                 self._calls.append(_Call(tokens, partial(self._project, self.layers)))
             self._calls[-1].add_tokens(tokens)
             self._calls[-1].parts = []

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import logging
 
-from bench.inputs import Device, ModelName, Out, Rounds, load
+from bench.inputs import Device, ModelName, Out, Rounds, TraitName, load
 from bench.measuring import environment, measure, median, save, show
 from bench.peers import official
 from persona_vectors.cli.judges import make_judge
@@ -67,7 +67,7 @@ class Way:
 def end_to_end(
     model_name: ModelName = EMBEDDED,
     device: Device = None,
-    trait: Annotated[str, typer.Option(help="a shipped trait, or a JSON file")] = "optimistic",
+    trait: TraitName = "optimistic",
     judge: Annotated[str, typer.Option(help="contrast[:PAIRS], sentiment or openai:MODEL")] = "contrast:2",
     samples: Annotated[int, typer.Option(help="answers to each question", min=1)] = 10,
     first: Annotated[int | None, typer.Option(help="only the first questions", min=1)] = None,

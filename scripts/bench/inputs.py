@@ -55,6 +55,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 ModelName = Annotated[str, typer.Option("--model", help="smollm2-135m, a Hub id, a folder or a .gguf file")]
 Shape = Annotated[str | None, typer.Option(help=f"random weights of this shape instead: {', '.join(SHAPES)}")]
+TraitName = Annotated[str, typer.Option(help="a shipped trait, or a JSON file")]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu [default: the best there is]")]
 Rounds = Annotated[int, typer.Option(help="rounds to take medians over", min=1)]
 Out = Annotated[Path | None, typer.Option(help="write all numbers to this JSON file")]

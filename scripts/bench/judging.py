@@ -17,7 +17,7 @@ import typer
 from tqdm import tqdm
 from transformers.utils import logging
 
-from bench.inputs import Device, ModelName, Out, Rounds, load
+from bench.inputs import Device, ModelName, Out, Rounds, TraitName, load
 from bench.measuring import environment, measure, median, median_interval, save, show
 from persona_vectors.data.traits import Trait, load_trait
 from persona_vectors.evaluation.judge import Answer
@@ -69,7 +69,7 @@ def slow_server(seconds: float) -> Iterator[str]:
 def judging(
     model_name: ModelName = EMBEDDED,
     device: Device = None,
-    trait: Annotated[str, typer.Option(help="a shipped trait, or a JSON file")] = "optimistic",
+    trait: TraitName = "optimistic",
     seconds: Annotated[float, typer.Option(help="what the judge takes for an answer", min=0)] = 1.0,
     samples: Annotated[int, typer.Option(help="answers to each question", min=1)] = 4,
     first: Annotated[int | None, typer.Option(help="only the first questions", min=1)] = 4,

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from bench.inputs import Device, ModelName, Out, Rounds, load
+from bench.inputs import Device, ModelName, Out, Rounds, TraitName, load
 from bench.measuring import environment, median_interval, save, show, synchronize
 from persona_vectors.data.texts import neutral_texts
 from persona_vectors.data.traits import Trait, load_trait
@@ -42,7 +42,7 @@ class Saving:
 def savings(
     model_name: ModelName = EMBEDDED,
     device: Device = None,
-    trait: Annotated[str, typer.Option(help="a shipped trait, or a JSON file")] = "optimistic",
+    trait: TraitName = "optimistic",
     questions: Annotated[int, typer.Option(help="asked under one instruction, an answer each", min=2)] = 20,
     samples: Annotated[int, typer.Option(help="answers to each question where rows are what counts", min=1)] = 4,
     new_tokens: Annotated[list[int] | None, typer.Option(help="tokens of an answer, several in turn")] = None,
@@ -118,7 +118,7 @@ def of_many_rows(
     return [
         Saving("keys and values in place", work, count, answer, copied),
         Saving("ended answers leave", "answers of a sentence", count, sentence, all_stay),
-        Saving(f"batches of {count} rows, not {few}", work, count, answer, narrow),
+        Saving(f"batches of more than {few} rows", work, count, answer, narrow),
     ]
 
 
